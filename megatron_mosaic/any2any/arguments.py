@@ -1,0 +1,94 @@
+"""Command-line arguments of the reference model. The backbone is described by Megatron's own arguments."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes
+
+SIZES = Any2AnySizes()
+MIX = DigitsMix()
+
+# For `parser.set_defaults(**MEGATRON_DEFAULTS)`: Megatron's own arguments then describe the default backbone.
+# Dropout is off because its random numbers would depend on the layout.
+MEGATRON_DEFAULTS: dict[str, object] = {
+    "num_layers": SIZES.llm.num_layers,
+    "hidden_size": SIZES.llm.hidden_size,
+    "num_attention_heads": SIZES.llm.num_heads,
+    "ffn_hidden_size": SIZES.llm.ffn_hidden_size,
+    "seq_length": SIZES.seq_length,
+    "max_position_embeddings": SIZES.seq_length,
+    "position_embedding_type": "learned_absolute",
+    "untie_embeddings_and_output_weights": True,
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": SIZES.vocab_size,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "init_method_std": 0.1,
+    "micro_batch_size": 4,
+    "global_batch_size": 16,
+    "train_iters": 600,
+    "lr": 3e-3,
+    "min_lr": 3e-4,
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.05,
+    "weight_decay": 0.01,
+    "clip_grad": 1.0,
+    "log_interval": 10,
+    "eval_interval": 100,
+    "eval_iters": 4,
+}
+
+
+def add_any2any_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """The parser, with the arguments of vision, generator and data added."""
+    group = parser.add_argument_group("any2any", "the reference model on handwritten digits")
+    for module, stack in (("vision", SIZES.vision), ("generator", SIZES.generator)):
+        group.add_argument(f"--{module}-num-layers", type=int, default=stack.num_layers)
+        group.add_argument(f"--{module}-hidden-size", type=int, default=stack.hidden_size)
+        group.add_argument(f"--{module}-num-attention-heads", type=int, default=stack.num_heads)
+        group.add_argument(f"--{module}-ffn-hidden-size", type=int, default=None, help="default: 4 x hidden size")
+    group.add_argument(
+        "--generator-loss-weight", type=float, default=4.0, help="weight of the pixel loss next to the text loss"
+    )
+    group.add_argument(
+        "--digits-text-only-frac", type=float, default=MIX.text_only_frac, help="share of samples without any image"
+    )
+    group.add_argument(
+        "--digits-two-image-frac", type=float, default=MIX.two_image_frac, help="share of samples with two images"
+    )
+    group.add_argument(
+        "--digits-generate-frac", type=float, default=MIX.generate_frac, help="share of samples that ask for a drawing"
+    )
+    group.add_argument("--digits-seed", type=int, default=1234, help="which samples are drawn; not the weights")
+    return parser
+
+
+def sizes_from_args(args: Namespace) -> Any2AnySizes:
+    """The model's sizes, the backbone's from Megatron's own arguments."""
+    return Any2AnySizes(
+        vision=_stack_from_args(args, "vision_"),
+        llm=_stack_from_args(args, ""),
+        generator=_stack_from_args(args, "generator_"),
+        seq_length=args.seq_length,
+        vocab_size=args.vocab_size,
+    )
+
+
+def mix_from_args(args: Namespace) -> DigitsMix:
+    """The shares of the kinds of samples."""
+    return DigitsMix(
+        text_only_frac=args.digits_text_only_frac,
+        two_image_frac=args.digits_two_image_frac,
+        generate_frac=args.digits_generate_frac,
+    )
+
+
+def _stack_from_args(args: Namespace, prefix: str) -> StackSizes:
+    hidden_size = getattr(args, f"{prefix}hidden_size")
+    return StackSizes(
+        num_layers=getattr(args, f"{prefix}num_layers"),
+        hidden_size=hidden_size,
+        num_heads=getattr(args, f"{prefix}num_attention_heads"),
+        ffn_hidden_size=getattr(args, f"{prefix}ffn_hidden_size") or 4 * hidden_size,
+    )

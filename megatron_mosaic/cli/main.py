@@ -1,0 +1,115 @@
+"""Arguments of the `mosaic` command, and its exit status: 0 done, 1 the answer is no, 2 the input is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Never
+
+from megatron_mosaic.errors import ConfigError, MosaicError
+
+DONE, NO, WRONG_INPUT = 0, 1, 2
+
+# Subcommand -> module with `main(arguments) -> exit status`, imported when asked for: some of them import torch.
+COMMANDS = {
+    "plan": "megatron_mosaic.cli.plan",
+    "compare": "megatron_mosaic.cli.compare",
+    "show": "megatron_mosaic.cli.show",
+    "simulate": "megatron_mosaic.cli.simulate",
+    "calibrate": "megatron_mosaic.calibrate",
+    "check": "megatron_mosaic.check",
+    "train": "megatron_mosaic.launch",
+    "validate": "megatron_mosaic.cli.validate",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of argparse in the form of all others."""
+
+    def error(self, message: str) -> Never:
+        raise ConfigError(
+            f"{self.prog}: arguments", got=message, expected=" ".join(self.format_usage().split()), fix="see --help"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands. Overrides are plain words: model=NAME cluster=NAME group.key=value."""
+    parser = _Parser(prog="mosaic", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+        )
+        return command
+
+    plan = add("plan", "search for the fastest plan and write it")
+    plan.add_argument("--out", metavar="PLAN", help="file to write the plan to; without it, the plan is printed")
+    compare = add("compare", "the plan beside what other systems would do, on the same cost model")
+    show = add("show", "modules, rank map, schedule and memory of a plan")
+    simulate = add("simulate", "the predicted timeline of a plan")
+    simulate.add_argument("--trace", metavar="FILE", help="write Chrome-trace JSON, for Perfetto")
+    simulate.add_argument("--html", metavar="FILE", help="write the timeline as one HTML page")
+    calibrate = add("calibrate", "measure this machine and write its profile")
+    calibrate.add_argument("--out", metavar="FILE", help="profile to write (default: $MOSAIC_PROFILE, else the cache)")
+    check = add("check", "run a plan on local CPU processes and compare with a single process")
+    check.add_argument("--steps", type=int, default=2, metavar="N", help="training steps (default 2)")
+    check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")
+    train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
+    validate = add("validate", "the cost model against published measurements")
+    validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
+    for command in (show, simulate, check, train):
+        command.add_argument("plan", metavar="PLAN", help="plan file")
+    for command in (plan, compare, simulate, calibrate):
+        command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
+    for command in (plan, compare, simulate):
+        command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
+    return parser
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parsed words. Overrides may stand between options; `train` hands unknown words on as `megatron_args`."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    if arguments.command == "train":
+        arguments.megatron_args = rest
+        return arguments
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        arguments = parse_arguments(words)
+        return _command(arguments.command)(arguments)
+    except MosaicError as error:
+        print(f"mosaic: {error}", file=sys.stderr)
+        if "--json" in words:
+            print(json.dumps(error.as_dict()))
+        return NO if getattr(error, "is_answer", False) else WRONG_INPUT
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away, e.g. `mosaic show | head`
+        return DONE
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    module = COMMANDS[name]
+    try:
+        command: Callable[[argparse.Namespace], int] = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(
+            f"mosaic {name}", got="a command that is not built yet", expected="a built command", fix="see mosaic --help"
+        ) from error
+    return command

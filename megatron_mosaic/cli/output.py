@@ -1,0 +1,45 @@
+"""How results reach people: tables on stdout, progress on stderr, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mosaic.errors import ConfigError
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One object on stdout. Infinite and undefined numbers are refused: they are not JSON."""
+    print(json.dumps(result, indent=1, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; long cells fold on a narrow terminal and are left whole elsewhere."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    print(title)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def print_progress(text: str) -> None:
+    """A line on stderr when someone watches it."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a result file; ConfigError when the path cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(path, got=str(error), expected="a writable path", fix="create the directory") from error

@@ -1,0 +1,70 @@
+"""`mosaic plan`: search, explain, write."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import yaml
+
+from megatron_mosaic.cli.output import print_json, print_progress, print_table
+from megatron_mosaic.config import load_task
+from megatron_mosaic.cost_model.simulate import Simulation
+from megatron_mosaic.plan import validate_plan
+from megatron_mosaic.plan_file import format_plan, save_plan
+from megatron_mosaic.search.run import SearchResult, find_plan
+from megatron_mosaic.units import format_bytes, format_seconds
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Find the plan, write it, report it."""
+    task = load_task(arguments.overrides, profile_path=arguments.profile)
+    result = find_plan(
+        task.cost_model(),
+        task.search,
+        progress=lambda step: print_progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
+    )
+    validate_plan(result.plan, task.workload, task.cluster)
+    if arguments.out:
+        save_plan(result.plan, arguments.out)
+    if arguments.json:
+        print_json(_as_json(result, arguments.out))
+    else:
+        _print(result, arguments.out)
+    return 0
+
+
+def predict(simulation: Simulation) -> dict[str, float]:
+    """The prediction's numbers, as `--json` prints them."""
+    return {
+        "step_s": simulation.step_s,
+        "bubble_frac": simulation.timeline().bubble_frac,
+        "peak_bytes": simulation.peak_bytes,
+        "samples_per_s": simulation.priced.price.plan.global_batch_size / simulation.step_s,
+    }
+
+
+def _as_json(result: SearchResult, out: str | None) -> dict[str, Any]:
+    return {
+        "plan": yaml.safe_load(format_plan(result.plan)),
+        "out": out,
+        "predicted": predict(result.simulation),
+        "steps": [{"step_s": step.step_s, "reason": step.reason} for step in result.steps],
+        "search_s": result.search_s,
+        "evaluated": result.evaluated,
+    }
+
+
+def _print(result: SearchResult, out: str | None) -> None:
+    print_table(
+        f"search: {result.evaluated} plans in {format_seconds(result.search_s)}",
+        ("move", "step"),
+        [(step.reason, format_seconds(step.step_s)) for step in result.steps],
+    )
+    numbers = predict(result.simulation)
+    print(
+        f"predicted: step {format_seconds(numbers['step_s'])}, {numbers['samples_per_s']:.4g} samples/s, "
+        f"bubbles {numbers['bubble_frac']:.0%}, peak {format_bytes(numbers['peak_bytes'])} a rank\n"
+        f"cost model: {result.simulation.priced.price.model.name}"
+    )
+    print(f"plan written to {out}" if out else f"\n{format_plan(result.plan)}", end="\n" if out else "")

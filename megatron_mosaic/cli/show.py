@@ -1,0 +1,108 @@
+"""`mosaic show`: a plan for people. Needs no profile: nothing here is a prediction of time."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_mosaic.cli.output import print_json, print_table
+from megatron_mosaic.config import load_workload
+from megatron_mosaic.cost_model.memory import estimate_peak_bytes, precision_of
+from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.schedule import format_schedule
+from megatron_mosaic.schedules import build_schedule
+from megatron_mosaic.units import format_bytes, format_seconds
+from megatron_mosaic.workload import Workload
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Modules, rank map, schedule, memory per rank."""
+    plan = load_plan(arguments.plan)
+    workload = load_workload([f"model={plan.workload}", f"workload.global_batch_size={plan.global_batch_size}"])
+    validate_plan(plan, workload)
+    schedule = format_schedule(build_schedule(plan, workload.edge_pairs, workload.backbone.name))
+    peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
+    rank_map = {rank: plan.modules_on(rank) for rank in range(plan.world_size)}
+    if arguments.json:
+        print_json(
+            {
+                "modules": {name: _module(plan, name) for name in plan.modules},
+                "rank_map": {str(rank): list(names) for rank, names in rank_map.items()},
+                "schedule": schedule,
+                "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
+            }
+        )
+        return 0
+    _print_modules(plan, workload)
+    print(render_rank_map(plan, peaks))
+    print()
+    print(schedule, end="")
+    return 0
+
+
+def _module(plan: Plan, name: str) -> dict[str, Any]:
+    placed = plan.modules[name]
+    layout = {axis: getattr(placed.layout, axis) for axis in ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")}
+    return {
+        "ranks": str(placed.ranks),
+        "layout": layout,
+        "quota": placed.quota.share,
+        "unit": placed.unit or 1,
+        "recompute": placed.recompute.value,
+    }
+
+
+def _print_modules(plan: Plan, workload: Workload) -> None:
+    microbatches = plan.num_microbatches(workload.backbone.name)
+    print_table(
+        f"{plan.workload}: {plan.world_size} ranks, {plan.global_batch_size} samples a step, micro-batch "
+        f"{plan.micro_batch_size}, {microbatches} microbatches, schedule {plan.schedule}",
+        ("module", "ranks", "tp", "pp", "dp", "share", "recompute"),
+        [
+            (
+                name,
+                str(placed.ranks),
+                *(str(getattr(placed.layout, axis)) for axis in ("tp", "pp", "dp")),
+                f"{placed.quota.share:g}",
+                placed.recompute.value,
+            )
+            for name, placed in plan.modules.items()
+        ],
+    )
+    if plan.predicted:
+        print(
+            f"predicted: step {format_seconds(plan.predicted.step_s)}, peak {format_bytes(plan.predicted.peak_bytes)}"
+            f" ({plan.predicted.cost_model})"
+        )
+
+
+def render_rank_map(plan: Plan, peaks: dict[int, float]) -> str:
+    """One line for each run of ranks that hold the same: the lane of each module, and the memory of a rank.
+
+    ranks 0-3 | vision.0  llm.0  .          | 1.20 GB
+    ranks 4-7 | vision.0  .      generator.0| 0.90 GB
+    """
+    rows: dict[int, tuple[str, ...]] = {}
+    for rank in range(plan.world_size):
+        cells = []
+        for name, placed in plan.modules.items():
+            if rank in placed.ranks.ranks:
+                stage = placed.ranks.ranks.index(rank) // (len(placed.ranks) // placed.layout.pp)
+                cells.append(f"{name}.{stage}")
+            else:
+                cells.append(".")
+        rows[rank] = (*cells, format_bytes(peaks.get(rank, 0.0)))
+    runs: list[tuple[int, int]] = []
+    for rank, row in rows.items():
+        if runs and rows[runs[-1][1]] == row:
+            runs[-1] = (runs[-1][0], rank)
+        else:
+            runs.append((rank, rank))
+    names = [f"ranks {first}-{last}" if last > first else f"rank {first}" for first, last in runs]
+    width = max(map(len, names))
+    columns = [max(len(rows[first][i]) for first, _ in runs) for i in range(len(plan.modules))]
+    return "\n".join(
+        f"{name:<{width}} | {'  '.join(c.ljust(w) for c, w in zip(rows[first], columns))} | {rows[first][-1]}"
+        for name, (first, _) in zip(names, runs)
+    )

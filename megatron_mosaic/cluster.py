@@ -1,0 +1,106 @@
+"""What it runs on: GPUs, links, nodes. Plain numbers, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mosaic.errors import ConfigError
+
+
+def _require_positive(where: str, values: Mapping[str, float]) -> None:
+    for key, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: {key}", got=value, expected="above 0", fix=f"set {key}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A way between two ranks: `latency_s` + bytes / `bytes_per_s`."""
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    source: str
+
+    def __post_init__(self) -> None:
+        _require_positive(f"link {self.name!r}", {"bytes_per_s": self.bytes_per_s, "latency_s": self.latency_s})
+        if not self.source.strip():
+            raise ConfigError(f"link {self.name!r}: source", got="''", expected="where the numbers come from", fix="say")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuType:
+    """One kind of device. `num_sms` is what quotas are granted in, `sm_granularity` at a time.
+
+    On a CPU an SM is a core (a thread of the intra-op pool) and `peak_flops` etc. come from calibration.
+    `sources` has one entry per number.
+    """
+
+    name: str
+    num_sms: int
+    sm_granularity: int
+    memory_bytes: float
+    flops_per_s: float  # dense, in the training precision
+    memory_bytes_per_s: float
+    gemm_efficiency_frac: float  # share of flops_per_s that large matrix products reach
+    sources: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        numbers = {
+            key: getattr(self, key)
+            for key in (
+                "num_sms",
+                "sm_granularity",
+                "memory_bytes",
+                "flops_per_s",
+                "memory_bytes_per_s",
+                "gemm_efficiency_frac",
+            )
+        }
+        _require_positive(f"GPU type {self.name!r}", numbers)
+        for key in numbers:
+            if not self.sources.get(key, "").strip():
+                raise ConfigError(
+                    f"GPU type {self.name!r}: sources.{key}",
+                    got="nothing",
+                    expected="where the number comes from",
+                    fix=f"add sources: {{{key}: ...}}",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Nodes of equal GPUs. Rank r sits on node r // gpus_per_node.
+
+    `shared_cores` is set on a CPU machine only: the cores of a node, which all its ranks share, so that ranks
+    slow each other down when more of them compute than there are cores. 0: every rank owns its device.
+    """
+
+    name: str
+    gpu: GpuType
+    num_nodes: int
+    gpus_per_node: int
+    intra: Link
+    inter: Link
+    shared_cores: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            f"cluster {self.name!r}", {"num_nodes": self.num_nodes, "gpus_per_node": self.gpus_per_node}
+        )
+        if self.shared_cores < 0:
+            raise ConfigError(
+                f"cluster {self.name!r}: shared_cores", got=self.shared_cores, expected="0 or more", fix="set it"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.gpus_per_node
+
+    def link_between(self, ranks: tuple[int, ...]) -> Link:
+        """The slowest link that a group of ranks has to cross."""
+        return self.intra if len({self.node_of(rank) for rank in ranks}) <= 1 else self.inter

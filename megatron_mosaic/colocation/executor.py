@@ -1,0 +1,102 @@
+"""Runs one rank's part of a Schedule, in its order, and records when each action ran.
+
+    Schedule --rank_programs--> program of this rank --perform(action), one at a time--> spans --> Timeline
+
+What an action does (tensors, collectives) is the caller's; the executor owns order, clock and the report of failures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from megatron_mosaic.colocation.flight import Flight
+from megatron_mosaic.errors import RankFailure, ScheduleError
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.schedule import Action, Schedule, format_schedule
+from megatron_mosaic.schedules import build_forward_only, build_schedule
+from megatron_mosaic.schedules.program import rank_programs
+from megatron_mosaic.timeline import Span
+
+Clock = Callable[[], float]
+
+
+class Executor:
+    """Executor of one rank under one plan.
+
+    `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share.
+    """
+
+    def __init__(
+        self, plan: Plan, edges: tuple[tuple[str, str], ...], backbone: str, rank: int, *, clock: Clock = time.monotonic
+    ) -> None:
+        self.plan, self.edges, self.backbone, self.rank = plan, edges, backbone, rank
+        self.flight = Flight(rank)
+        self.spans: list[Span] = []
+        self.step = 0
+        self._clock = clock
+        self._programs: dict[tuple[int, bool], tuple[Action, ...]] = {}
+
+    def planned(self, num_microbatches: int, *, forward_only: bool = False) -> Schedule:
+        """The plan's own schedule for a step of this many microbatches."""
+        if forward_only:
+            return build_forward_only(self.plan, self.edges, num_microbatches)
+        return build_schedule(self.plan, self.edges, self.backbone, num_microbatches)
+
+    def accept(self, schedule: Schedule, *, forward_only: bool = False) -> None:
+        """ScheduleError unless this is exactly the plan's schedule: what was simulated is what runs."""
+        planned = self.planned(schedule.num_microbatches, forward_only=forward_only)
+        if schedule != planned:
+            got, expected = format_schedule(schedule).splitlines(), format_schedule(planned).splitlines()
+            first = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), -1)
+            raise ScheduleError(
+                f"schedule of the run, line {first + 1}",
+                got=got[first],
+                expected=f"the plan's own: {expected[first]}",
+                fix="run the schedule that the plan names, or make a plan with the one you want",
+            )
+        self._programs[schedule.num_microbatches, forward_only] = rank_programs(self.plan, schedule)[self.rank]
+
+    def run(
+        self, num_microbatches: int, perform: Callable[[Action, Clock], tuple[float, float]], *, forward_only: bool = False
+    ) -> None:
+        """Perform this rank's actions. `perform` returns when the action's own work began and ended.
+
+        Collective: every rank of the plan runs the same schedule. Raises RankFailure naming rank, lane and action.
+        """
+        key = (num_microbatches, forward_only)
+        if key not in self._programs:
+            self.accept(self.planned(num_microbatches, forward_only=forward_only), forward_only=forward_only)
+        self.spans = []
+        self.step += not forward_only
+        for action in self._programs[key]:
+            with self.doing(action.lane, str(action)):
+                start_s, end_s = perform(action, self._clock)
+            self.spans.append(Span(self.rank, action.lane, start_s, end_s, str(action)))
+
+    def record(self, label: str, work: Callable[[], object]) -> object:
+        """Run the step's tail (`~grads`, `~optimizer`) as a span of its own lane."""
+        start_s = self._clock()
+        with self.doing(label, label):
+            result = work()
+        self.spans.append(Span(self.rank, label, start_s, self._clock(), label))
+        return result
+
+    @contextlib.contextmanager
+    def doing(self, lane: str, action: str) -> Iterator[None]:
+        """Note lane and action, so that a failure inside is reported with them."""
+        where = f"step {self.step} lane {lane} action {action}"
+        self.flight.note(where)
+        try:
+            yield
+        except RankFailure:
+            raise
+        except Exception as error:
+            self.flight.note(f"{where} failed: {type(error).__name__}")
+            raise RankFailure(
+                f"rank {self.rank}, {where}",
+                got=f"{type(error).__name__}: {error}",
+                expected="the action to finish",
+                fix="see the traceback above; if it says a connection closed, another rank failed first",
+            ) from error

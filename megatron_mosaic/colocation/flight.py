@@ -1,0 +1,41 @@
+"""What every rank is doing right now, in a small file that survives the rank.
+
+A killed process cannot say where it was. Each rank keeps its current step and action in a memory-mapped file of one
+line; whoever notices the death reads the files and names the lane and the action.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+LINE_BYTES = 256
+DIRECTORY_VARIABLE = "MOSAIC_FLIGHT_DIR"
+
+
+class Flight:
+    """One rank's line. Without a directory `note` does nothing."""
+
+    def __init__(self, rank: int, directory: str | None = None) -> None:
+        directory = directory or os.environ.get(DIRECTORY_VARIABLE)
+        self._map: mmap.mmap | None = None
+        self.last = "start-up"
+        if directory:
+            path = Path(directory) / f"rank-{rank:05d}"
+            path.write_bytes(b" " * LINE_BYTES)
+            with path.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), LINE_BYTES)
+            self.note(self.last)
+
+    def note(self, text: str) -> None:
+        """Replace the line. A memory write: no system call, safe on the hot path."""
+        self.last = text
+        if self._map is not None:
+            self._map[:] = text.encode()[:LINE_BYTES].ljust(LINE_BYTES)
+
+
+def read_flights(directory: str | Path) -> dict[int, str]:
+    """Rank -> its last line, for every rank that wrote one."""
+    files = sorted(Path(directory).glob("rank-*"))
+    return {int(path.name.removeprefix("rank-")): path.read_bytes().decode(errors="replace").strip() for path in files}

@@ -1,0 +1,249 @@
+"""Plain-word overrides -> Workload, Cluster, SearchConfig: Hydra composes the groups of conf/, pydantic checks them.
+
+model=any2any-digits cluster=local workload.global_batch_size=32 search.max_tp=8
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_mosaic.cluster import Cluster, Link
+from megatron_mosaic.cost_model.hardware import load_gpu_type, local_cluster
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.profile import Profile, default_profile_path, load_profile
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.search.space import SearchConfig
+from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+
+GROUPS = ("model", "cluster", "workload", "search")
+_GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+OptionalSize = Annotated[int, Field(strict=True, ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModuleSection(_Strict):
+    role: Role
+    num_layers: Count
+    hidden_size: Count
+    num_heads: Count
+    ffn_hidden_size: Count
+    tokens_per_item: Count
+    items_per_sample: float = 1.0
+    num_query_groups: OptionalSize = 0
+    vocab_size: OptionalSize = 0
+    input_size: OptionalSize = 0
+    output_size: OptionalSize = 0
+    gated: bool = False
+    causal: bool = False
+    frozen: bool = False
+
+
+class EdgeSection(_Strict):
+    source: str
+    target: str
+    rows_per_item: Count
+    width: Count
+
+
+class ModelSection(_Strict):
+    name: str
+    global_batch_size: Count
+    modules: dict[str, ModuleSection]
+    edges: list[EdgeSection] = []
+
+
+class LinkSection(_Strict):
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    source: str
+
+
+class GpuClusterSection(_Strict):
+    kind: Literal["gpu"]
+    name: str
+    gpu: str
+    num_nodes: Count
+    gpus_per_node: Count
+    intra: LinkSection
+    inter: LinkSection
+
+
+class LocalClusterSection(_Strict):
+    kind: Literal["local"]
+    num_ranks: Count
+
+
+class WorkloadSection(_Strict):
+    global_batch_size: Count
+    items_per_sample: dict[str, float] = {}
+
+
+class SearchSection(_Strict):
+    max_tp: Count
+    max_pp: Count
+    max_micro_batch_size: Count
+    memory_frac: float
+    min_gain_frac: float
+
+
+class Sections(_Strict):
+    """What the composed configuration must look like."""
+
+    model: ModelSection
+    cluster: Annotated[GpuClusterSection | LocalClusterSection, Field(discriminator="kind")]
+    workload: WorkloadSection
+    search: SearchSection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to plan: a workload on a cluster, within the limits of a search."""
+
+    workload: Workload
+    cluster: Cluster
+    search: SearchConfig
+    profile: Profile | None
+
+    def cost_model(self) -> CostModel:
+        return CostModel(self.workload, self.cluster, self.profile)
+
+
+def group_options(group: str) -> tuple[str, ...]:
+    """Names that `group=NAME` accepts."""
+    folder = files("megatron_mosaic.conf") / group
+    return tuple(sorted(e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name.endswith(".yaml")))
+
+
+def load_task(overrides: Sequence[str], *, profile_path: str | Path | None = None) -> Task:
+    """The task that the overrides describe. ConfigError for wrong words, ProfileError without a needed profile."""
+    sections = compose_sections(overrides)
+    workload = build_workload(sections)
+    profile: Profile | None = None
+    if isinstance(sections.cluster, LocalClusterSection):
+        profile = load_profile(profile_path or default_profile_path())
+        cluster = local_cluster(profile, sections.cluster.num_ranks)
+    else:
+        cluster = _gpu_cluster(sections.cluster)
+    return Task(
+        workload=workload, cluster=cluster, search=SearchConfig(**sections.search.model_dump()), profile=profile
+    )
+
+
+def load_workload(overrides: Sequence[str]) -> Workload:
+    """The workload alone: no cluster, no profile needed."""
+    return build_workload(compose_sections(overrides))
+
+
+def compose_sections(overrides: Sequence[str]) -> Sections:
+    """The composed and checked configuration."""
+    for override in overrides:
+        _validate_override(override)
+    data = _compose(overrides)
+    try:
+        return Sections.model_validate(data)
+    except ValidationError as error:
+        raise _schema_error(error) from error
+
+
+def build_workload(sections: Sections) -> Workload:
+    """Modules with the batch and the item counts of the workload section."""
+    model, items = sections.model, sections.workload.items_per_sample
+    unknown = sorted(set(items) - set(model.modules))
+    if unknown:
+        raise ConfigError(
+            f"workload.items_per_sample.{unknown[0]}",
+            got=unknown[0],
+            expected=f"one of {list(model.modules)}",
+            fix="name a module of the model",
+        )
+    modules = []
+    for name, section in model.modules.items():
+        sizes = section.model_dump()
+        if name in items:
+            sizes["items_per_sample"] = items[name]
+        modules.append(ModuleConfig(name=name, **sizes))
+    return Workload(
+        name=model.name,
+        modules=tuple(modules),
+        edges=tuple(Edge(**edge.model_dump()) for edge in model.edges),
+        global_batch_size=sections.workload.global_batch_size,
+    )
+
+
+def _gpu_cluster(section: GpuClusterSection) -> Cluster:
+    return Cluster(
+        name=section.name,
+        gpu=load_gpu_type(section.gpu),
+        num_nodes=section.num_nodes,
+        gpus_per_node=section.gpus_per_node,
+        intra=Link(**section.intra.model_dump()),
+        inter=Link(**section.inter.model_dump()),
+    )
+
+
+def _validate_override(override: str) -> None:
+    if "=" not in override:
+        raise ConfigError(
+            f"override {override!r}", got="no =", expected="key=value, e.g. search.max_tp=8", fix="write key=value"
+        )
+    match = _GROUP_OVERRIDE.fullmatch(override)
+    if match and match[2] not in group_options(match[1]):
+        raise ConfigError(
+            f"override {override!r}",
+            got=match[2] or "nothing",
+            expected=f"one of {list(group_options(match[1]))}",
+            fix=f"choose one, or add conf/{match[1]}/{match[2] or 'NAME'}.yaml",
+        )
+
+
+def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
+    # Hydra costs 0.2 s to import: only who composes pays.
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("megatron_mosaic.conf", version_base="1.3"):
+            data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = " ".join(str(error).split("\n")[0].split())
+        where = next((f"override {o!r}" for o in overrides if o in str(error)), "overrides")
+        if where == "overrides" and (key := re.search(r"override '([^']*)'", str(error))):
+            where = next((f"override {o!r}" for o in overrides if o.lstrip("+~").startswith(key[1])), where)
+        raise ConfigError(
+            where,
+            got=message,
+            expected=f"keys of the groups {', '.join(GROUPS)}, e.g. search.max_tp=8",
+            fix="correct the key or the value",
+        ) from error
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def _schema_error(error: ValidationError) -> ConfigError:
+    """The first violation in full, the others by path."""
+    first, *rest = error.errors()
+    path = ".".join(str(part) for part in first["loc"] if part not in ("gpu", "local"))
+    fix = "correct the value"
+    expected, got = first["msg"], repr(first["input"])
+    if first["type"] == "extra_forbidden":
+        expected, fix = "a key of this group", "remove the key or correct its spelling"
+    elif first["type"] == "missing":
+        expected, got, fix = "this key to be present", "nothing", f"add {path}"
+    if rest:
+        fix += "; also wrong: " + ", ".join(".".join(map(str, e["loc"])) for e in rest[:5])
+    return ConfigError(path, got=got, expected=expected, fix=fix)

@@ -1,0 +1,73 @@
+"""GPU types from `gpu_types/*.yaml`, and the cluster that a profile describes."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+import yaml
+
+from megatron_mosaic.cluster import Cluster, GpuType, Link
+from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile
+from megatron_mosaic.errors import ConfigError, ProfileError
+
+
+def gpu_type_names() -> tuple[str, ...]:
+    """Names of the GPU types that have a file."""
+    folder = files(__package__) / "gpu_types"
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+@cache
+def load_gpu_type(name: str) -> GpuType:
+    """The GPU type of `gpu_types/<name>.yaml`. ConfigError lists the known names."""
+    if name not in gpu_type_names():
+        raise ConfigError(
+            "cluster.gpu",
+            got=name,
+            expected=f"one of {list(gpu_type_names())}",
+            fix=f"add cost_model/gpu_types/{name}.yaml with sources",
+        )
+    data = yaml.safe_load((files(__package__) / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
+    try:
+        return GpuType(name=name, **data)
+    except TypeError as error:
+        raise ConfigError(
+            f"gpu_types/{name}.yaml", got=str(error), expected="the fields of GpuType", fix="correct the file"
+        ) from error
+
+
+def local_cluster(profile: Profile, num_ranks: int) -> Cluster:
+    """This machine: `num_ranks` processes that share its cores and its memory evenly.
+
+    An SM is a core, granted one at a time. Links are the measured rank-to-rank line.
+    """
+    source = profile.title
+    machine = profile.machine
+    line = FittedProfile(profile).collective(Operation.p2p, 2)
+    if not line.slope_s > 0 or not line.intercept_s > 0:
+        raise ProfileError(
+            line.where, got=f"{line.intercept_s} s + {line.slope_s} s/byte", expected="both above 0", fix=CALIBRATE
+        )
+    link = Link(name="processes", bytes_per_s=1 / line.slope_s, latency_s=line.intercept_s, source=source)
+    keys = ("num_sms", "sm_granularity", "memory_bytes", "flops_per_s", "memory_bytes_per_s", "gemm_efficiency_frac")
+    gpu = GpuType(
+        name="cpu",
+        num_sms=machine.cores,
+        sm_granularity=1,
+        memory_bytes=machine.memory_bytes / num_ranks,
+        flops_per_s=machine.flops_per_s,
+        memory_bytes_per_s=machine.memory_bytes_per_s,
+        gemm_efficiency_frac=1.0,  # flops_per_s is measured on matrix products already
+        sources=dict.fromkeys(keys, source),
+    )
+    return Cluster(
+        name="local",
+        gpu=gpu,
+        num_nodes=1,
+        gpus_per_node=num_ranks,
+        intra=link,
+        inter=link,
+        shared_cores=machine.cores,
+    )

@@ -1,0 +1,188 @@
+"""Time and memory of a plan's pieces: what the simulator adds up. Deterministic, no I/O.
+
+Workload --sizes--> FLOPs, bytes --+
+GpuType  --------- compute --------+--> ActionCost (compute, tp communication), transfers, step tail, bytes
+Profile  --------- comm -----------+
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mosaic.cluster import Cluster
+from megatron_mosaic.cost_model.comm import CommModel, MeasuredComm, RingComm
+from megatron_mosaic.cost_model.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
+from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.memory import (
+    ANALYTIC,
+    BF16,
+    FP32,
+    estimate_activation_bytes,
+    estimate_static_bytes,
+    items_of_action,
+    stage_parameters,
+)
+from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile, require_finite
+from megatron_mosaic.errors import ProfileError
+from megatron_mosaic.plan import Plan, Recompute
+from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionCost:
+    """Seconds that one action keeps its ranks busy, by cause. `threads`: cores it computes on, per rank."""
+
+    compute_s: float
+    tp_comm_s: float
+    threads: int
+
+    @property
+    def busy_s(self) -> float:
+        return self.compute_s + self.tp_comm_s
+
+
+class CostModel:
+    """Predicts with a profile where the cluster shares its cores (this machine), analytically elsewhere."""
+
+    def __init__(self, workload: Workload, cluster: Cluster, profile: Profile | None = None) -> None:
+        self.workload, self.cluster, self.profile = workload, cluster, profile
+        self.compute: ComputeModel
+        self.comm: CommModel
+        if cluster.shared_cores:
+            if profile is None:
+                raise ProfileError(
+                    f"cluster {cluster.name!r}", got="no profile", expected="a profile of this machine", fix=CALIBRATE
+                )
+            if profile.workload != workload.name or profile.digest != workload.digest:
+                raise ProfileError(
+                    "profile: digest",
+                    got=f"{profile.workload} {profile.digest}",
+                    expected=f"{workload.name} {workload.digest}, the workload to plan",
+                    fix=f"{CALIBRATE} for this model",
+                )
+            fitted = FittedProfile(profile)
+            self.compute, self.comm, self.precision = MeasuredCompute(fitted), MeasuredComm(fitted), FP32
+            self._optimizer = fitted.optimizer()
+        else:
+            self.compute, self.comm, self.precision = AnalyticCompute(cluster.gpu), RingComm(cluster), BF16
+        self._actions: dict[tuple[object, ...], ActionCost] = {}
+        self.lane_costs: dict[tuple[object, ...], Any] = {}  # memory of price.py
+
+    @property
+    def name(self) -> str:
+        """For `predicted.cost_model`."""
+        measured = self.profile is not None and self.cluster.shared_cores
+        return self.profile.title if self.profile and measured else f"{self.cluster.gpu.name}, {ANALYTIC}"
+
+    def items_of_action(self, plan: Plan, module: str) -> int:
+        """Items that the busiest DP lane of a module takes in one full unit."""
+        return items_of_action(plan, self.workload, module)
+
+    def action_cost(self, plan: Plan, module: str, stage: int, *, backward: bool) -> ActionCost:
+        """Cost of one full unit of a stage, forward or backward."""
+        placed = plan.modules[module]
+        layout, items = placed.layout, self.items_of_action(plan, module)
+        first, last = stage == 0, stage == layout.pp - 1
+        tp_ranks = self._tp_ranks(plan, module, stage)
+        crosses = self.cluster.link_between(tp_ranks) is not self.cluster.intra
+        share, recompute = placed.quota.share, placed.recompute
+        key = (module, layout.tp, layout.pp, items, first, last, backward, share, recompute, crosses)
+        if key not in self._actions:
+            config = self.workload.by_name[module]
+            work = StageWork(
+                module=config,
+                tp=layout.tp,
+                layers=config.num_layers // layout.pp,
+                first=first,
+                last=last,
+                items=items,
+                backward=backward,
+                recompute=recompute,
+                share=share,
+            )
+            compute_s = require_finite(f"{module}.{stage}", self.compute.estimate(work))
+            self._actions[key] = ActionCost(
+                compute_s=compute_s, tp_comm_s=self._tp_comm_s(work, tp_ranks), threads=self.compute.threads(share)
+            )
+        return self._actions[key]
+
+    def transfer_s(self, plan: Plan, source: tuple[str, int], target: tuple[str, int]) -> float:
+        """Seconds from the end of an action to the start of the one that needs its result, on other ranks.
+
+        (module, stage) of both ends. Inside a module: a stage's output [tokens, items, hidden] per DP lane. Between
+        modules: the edge's rows; the lane that handles the most sends or receives them one after the other.
+        """
+        ranks = tuple(stage_ranks(plan, *source)), tuple(stage_ranks(plan, *target))
+        if source[0] == target[0]:
+            module = self.workload.by_name[source[0]]
+            width = module.tokens_per_item * module.hidden_size
+            hidden_bytes = self.items_of_action(plan, source[0]) * width * self.precision.value_bytes
+            return self.comm.estimate(Operation.p2p, (ranks[0][0], ranks[1][0]), hidden_bytes)
+        layouts = plan.modules[source[0]].layout, plan.modules[target[0]].layout
+        if ranks[0] == ranks[1] and (layouts[0].tp, layouts[0].dp) == (layouts[1].tp, layouts[1].dp):
+            return 0.0  # every lane already holds its rows
+        edge = next(e for e in self.workload.edges if {e.source, e.target} == {source[0], target[0]})
+        carrier = self.workload.items_of(edge)
+        items = self.items_of_action(plan, carrier) * plan.modules[carrier].layout.dp / min(x.dp for x in layouts)
+        num_bytes = items * edge.rows_per_item * edge.width * self.precision.value_bytes
+        everyone = tuple(sorted({*ranks[0], *ranks[1]}))
+        far = next((r for r in everyone if self.cluster.node_of(r) != self.cluster.node_of(everyone[0])), everyone[-1])
+        return self.comm.estimate(Operation.p2p, (everyone[0], far), num_bytes) if len(everyone) > 1 else 0.0
+
+    def gradient_sync_s(self, plan: Plan, module: str, stage: int) -> float:
+        """Seconds to all-reduce a stage's gradients over its DP group, after its last backward."""
+        config, placed = self.workload.by_name[module], plan.modules[module]
+        if config.frozen:
+            return 0.0
+        num_bytes = self.precision.gradient_bytes * stage_parameters(config, placed, stage)
+        group = tuple(stage_ranks(plan, module, stage)[:: placed.layout.tp])
+        return self.comm.estimate(Operation.all_reduce, group, num_bytes)
+
+    def optimizer_s(self, num_parameters: float) -> float:
+        """Seconds of an optimizer step over a rank's trained parameters: measured, else its memory traffic.
+
+        Analytic: Adam reads gradient, fp32 copy and both moments and writes all but the gradient, and the bf16
+        parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
+        """
+        if self.cluster.shared_cores:
+            return self._optimizer.at(num_parameters)
+        return 30 * num_parameters / self.cluster.gpu.memory_bytes_per_s
+
+    def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
+        config = self.workload.by_name[module]
+        return 0.0 if config.frozen else stage_parameters(config, plan.modules[module], stage)
+
+    def static_bytes(self, plan: Plan, module: str, stage: int) -> float:
+        return estimate_static_bytes(self.workload.by_name[module], plan.modules[module], stage, self.precision)
+
+    def activation_bytes(self, plan: Plan, module: str, stage: int) -> float:
+        """Bytes of one live unit of a stage on one rank."""
+        items = self.items_of_action(plan, module)
+        return estimate_activation_bytes(
+            self.workload.by_name[module], plan.modules[module], stage, items, self.precision
+        )
+
+    def _tp_ranks(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
+        """The tp group that crosses nodes if any does, else the first one."""
+        ranks, tp = stage_ranks(plan, module, stage), plan.modules[module].layout.tp
+        groups = [ranks[start : start + tp] for start in range(0, len(ranks), tp)]
+        node_of = self.cluster.node_of
+        return next((group for group in groups if node_of(group[0]) != node_of(group[-1])), groups[0])
+
+    def _tp_comm_s(self, work: StageWork, ranks: tuple[int, ...]) -> float:
+        """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).
+
+        Measured compute has them inside already.
+        """
+        if self.cluster.shared_cores or len(ranks) == 1:
+            return 0.0
+        num_bytes = work.items * work.module.tokens_per_item * work.module.hidden_size * self.precision.value_bytes
+        repeats = 2 if work.backward and work.recompute is Recompute.full else 1
+        return repeats * 2 * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
+
+
+def memory_limit_bytes(cluster: Cluster, memory_frac: float) -> float:
+    """What a rank may use of its device."""
+    return memory_frac * cluster.gpu.memory_bytes

@@ -1,0 +1,138 @@
+"""What a plan's lanes cost, before anything is put in order: enough for lower bounds, and cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.schedules.chain import Chain
+from megatron_mosaic.schedules.program import stage_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneCost:
+    """Seconds of one lane's actions and of its tail, and what each of its ranks holds."""
+
+    forward_s: float
+    backward_s: float
+    num_units: int
+    threads: int  # at work on all ranks of the stage together
+    gradients_s: float
+    trained_parameters: float
+    static_bytes: float
+    unit_bytes: float
+    min_live_units: int  # at some moment at least so many units are alive
+    ranks: tuple[int, ...]
+
+    @property
+    def busy_s(self) -> float:
+        """Of all units, forward and backward."""
+        return self.num_units * (self.forward_s + self.backward_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPrice:
+    """Costs per lane and per class of ranks (ranks with the same lanes), and bounds that need no clock."""
+
+    plan: Plan
+    model: CostModel
+    lane_map: LaneMap
+    costs: tuple[LaneCost, ...]  # by lane
+
+    @property
+    def lanes_of_class(self) -> Mapping[int, tuple[int, ...]]:
+        return self.lane_map.lanes_of_class
+
+    @property
+    def shared_cores(self) -> int:
+        return self.model.cluster.shared_cores
+
+    @cached_property
+    def gradients_s(self) -> dict[int, float]:
+        """Per class: the all-reduces of its modules, one after the other."""
+        return {name: sum(self.costs[i].gradients_s for i in lanes) for name, lanes in self.lanes_of_class.items()}
+
+    @cached_property
+    def optimizer_s(self) -> dict[int, float]:
+        """Per class. On shared cores all ranks compute at once."""
+        ranks = {rank for cost in self.costs for rank in cost.ranks}
+        slow = max(1.0, len(ranks) / self.shared_cores) if self.shared_cores else 1.0
+        return {
+            name: slow * self.model.optimizer_s(sum(self.costs[i].trained_parameters for i in lanes))
+            for name, lanes in self.lanes_of_class.items()
+        }
+
+    @property
+    def step_overhead_s(self) -> float:
+        profile = self.model.profile
+        return profile.overheads.step_s if profile and self.shared_cores else 0.0
+
+    @cached_property
+    def lower_bound_s(self) -> float:
+        """No step is faster: the busiest rank's work, and the way to each lane's first action before its work."""
+        gradients_s = self.gradients_s
+        bounds = [
+            sum(self.costs[i].busy_s for i in lanes) + gradients_s[name] for name, lanes in self.lanes_of_class.items()
+        ]
+        if self.shared_cores:
+            bounds.append(sum(cost.busy_s * cost.threads for cost in self.costs) / self.shared_cores)
+        lanes, chain = self.lane_map.lanes, self.lane_map.chain
+        position = {lane: i for i, lane in enumerate(lanes)}
+        before: dict[Lane, float] = {}
+        for module, stage in lanes:  # modules stand in topological order
+            sources = [(module, stage - 1)] if stage else []
+            if not stage:
+                sources = [(a, chain.num_stages[a] - 1) for a, b in chain.edges if b == module]
+            before[module, stage] = max((before[s] + self.costs[position[s]].forward_s for s in sources), default=0.0)
+            cost = self.costs[position[module, stage]]
+            bounds.append(before[module, stage] + cost.busy_s + cost.gradients_s)
+        return max(bounds) + max(self.optimizer_s.values()) + self.step_overhead_s
+
+    @cached_property
+    def lower_bound_bytes(self) -> float:
+        """No schedule needs less on the fullest rank: its parameters, and the units of its hungriest lane."""
+        return max(
+            sum(self.costs[i].static_bytes for i in lanes)
+            + max(self.costs[i].min_live_units * self.costs[i].unit_bytes for i in lanes)
+            for lanes in self.lanes_of_class.values()
+        )
+
+
+def price_plan(plan: Plan, model: CostModel) -> PlanPrice:
+    """Costs of all lanes of a plan. ProfileError where a measurement is missing."""
+    lane_map = map_lanes(plan, model.workload)
+    return PlanPrice(
+        plan=plan,
+        model=model,
+        lane_map=lane_map,
+        costs=tuple(_price_lane(plan, model, lane_map.chain, module, stage) for module, stage in lane_map.lanes),
+    )
+
+
+def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: int) -> LaneCost:
+    num_units = -(-chain.num_microbatches // chain.units[module])
+    # 1F1B warms up with a unit for each stage behind it; other schedules may keep fewer
+    min_live_units = min(num_units, chain.stages_after(module, stage) + 1) if plan.schedule == "1f1b" else 1
+    items = model.items_of_action(plan, module)
+    key = (module, stage, plan.modules[module], items, num_units, min_live_units)
+    if key not in model.lane_costs:
+        forward, backward = (model.action_cost(plan, module, stage, backward=b) for b in (False, True))
+        ranks = stage_ranks(plan, module, stage)
+        model.lane_costs[key] = LaneCost(
+            forward_s=forward.busy_s,
+            backward_s=backward.busy_s,
+            num_units=num_units,
+            threads=forward.threads * len(ranks),
+            gradients_s=model.gradient_sync_s(plan, module, stage),
+            trained_parameters=model.trained_parameters(plan, module, stage),
+            static_bytes=model.static_bytes(plan, module, stage),
+            unit_bytes=model.activation_bytes(plan, module, stage),
+            min_live_units=min_live_units,
+            ranks=ranks,
+        )
+    cost: LaneCost = model.lane_costs[key]
+    return cost

@@ -1,0 +1,215 @@
+"""Measured tables of one machine: what `mosaic calibrate` writes and the cost model of `cluster=local` reads.
+
+mosaic_profile: 1
+provenance: {cpu_model: "...", date: "2026-11-20", versions: {torch: "2.13.0", ...}}
+machine: {cores: 2, memory_bytes: 8.0e+9, flops_per_s: 1.0e+11, memory_bytes_per_s: 1.0e+10}
+workload: any2any-digits
+digest: 0123456789ab
+modules: {vision: {1: {2: [{part: layer, items: 4, forward_s: 1.0e-3, backward_s: 2.0e-3}, ...]}}}    # tp, threads
+collectives: {all_reduce: {2: [{bytes: 4096, seconds: 1.0e-4}, ...]}}                                 # ranks
+optimizer: [{params: 100000, seconds: 1.0e-3}, ...]
+overheads: {action_s: 0.0, step_s: 0.0}
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_mosaic.errors import ProfileError
+
+FORMAT_VERSION = 1
+CALIBRATE = "run `mosaic calibrate`"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Degree = Annotated[int, Field(ge=1)]  # a key of a mapping: JSON knows text keys only, so "2" is 2
+
+
+class Part(StrEnum):
+    """What a module point measures: one transformer layer, what comes before the first, or after the last."""
+
+    pre = "pre"
+    layer = "layer"
+    post = "post"
+
+
+class Operation(StrEnum):
+    """Collectives that are measured. `p2p`: one rank sends, another receives."""
+
+    all_reduce = "all_reduce"
+    all_gather = "all_gather"
+    reduce_scatter = "reduce_scatter"
+    p2p = "p2p"
+
+
+def _ascending[Row](key: Callable[[Row], Any], what: str) -> Callable[[Sequence[Row]], Sequence[Row]]:
+    def check(rows: Sequence[Row]) -> Sequence[Row]:
+        for before, after in pairwise(rows):
+            if not key(before) < key(after):
+                raise ValueError(f"points must ascend by {what}: {key(before)} stands before {key(after)}")
+        return rows
+
+    return check
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Provenance(_Strict):
+    """Where, when and with which software the numbers were measured."""
+
+    cpu_model: str = Field(min_length=1)
+    date: str = Field(min_length=1)
+    versions: Mapping[str, str]
+
+
+class Machine(_Strict):
+    """The whole host: `flops_per_s` of a large fp32 matrix product, `memory_bytes_per_s` of a large copy, all cores."""
+
+    cores: Count
+    memory_bytes: Positive
+    flops_per_s: Positive
+    memory_bytes_per_s: Positive
+
+
+class ModulePoint(_Strict):
+    """Seconds of one part for `items` items on one rank, while all `tp` ranks of the group run it.
+
+    Communication inside the tp group is included. `pre` and `post` exclude the layers.
+    """
+
+    part: Part
+    items: Count
+    forward_s: NonNegative
+    backward_s: NonNegative
+
+
+class CollectivePoint(_Strict):
+    """Seconds of one operation. `bytes`: of the full tensor (all_reduce: the buffer; all_gather: the gathered result;
+    reduce_scatter: the input; p2p: the message)."""
+
+    bytes: Count
+    seconds: Positive
+
+
+class OptimizerPoint(_Strict):
+    """Seconds of one optimizer step of one rank over this many parameters of its own."""
+
+    params: Count
+    seconds: Positive
+
+
+class Overheads(_Strict):
+    """Seconds that each action and each step cost beyond their parts. Zero: not seen in the measurement."""
+
+    action_s: NonNegative = 0.0
+    step_s: NonNegative = 0.0
+
+
+ModulePoints = Annotated[
+    tuple[ModulePoint, ...],
+    Field(min_length=1),
+    AfterValidator(_ascending(lambda p: (list(Part).index(p.part), p.items), "part (pre, layer, post), then items")),
+]
+CollectivePoints = Annotated[
+    tuple[CollectivePoint, ...], Field(min_length=2), AfterValidator(_ascending(lambda p: p.bytes, "bytes"))
+]
+OptimizerPoints = Annotated[
+    tuple[OptimizerPoint, ...], Field(min_length=1), AfterValidator(_ascending(lambda p: p.params, "params"))
+]
+
+
+class Profile(_Strict):
+    """A measured table. Constructor: known keys, finite numbers, ascending points."""
+
+    mosaic_profile: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    provenance: Provenance
+    machine: Machine
+    workload: str
+    digest: str
+    modules: Mapping[str, Mapping[Degree, Mapping[Degree, ModulePoints]]]  # name -> tp -> threads -> points
+    collectives: Mapping[Operation, Mapping[Degree, CollectivePoints]]  # operation -> ranks -> points
+    optimizer: OptimizerPoints
+    overheads: Overheads = Overheads()
+
+    @property
+    def title(self) -> str:
+        """Short name for `predicted.cost_model` in a plan."""
+        return f"profile of {self.provenance.cpu_model}, {self.provenance.date}"
+
+
+def default_profile_path() -> Path:
+    """`$MOSAIC_PROFILE`, else `profile.yaml` in the user's cache directory."""
+    if chosen := os.environ.get("MOSAIC_PROFILE"):
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "megatron_mosaic" / "profile.yaml"
+
+
+def load_profile(path: str | Path) -> Profile:
+    """The profile in a YAML (or JSON) file. ProfileError names the file and the key."""
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_FastLoader)
+    except FileNotFoundError as error:
+        raise ProfileError(
+            str(path), got="no such file", expected="a profile of this machine", fix=f"{CALIBRATE}, or give --profile"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+        raise ProfileError(str(path), got=message, expected="a readable YAML file", fix=CALIBRATE) from error
+    if not isinstance(data, dict):
+        raise ProfileError(
+            str(path), got=type(data).__name__, expected="a mapping with mosaic_profile: 1", fix=CALIBRATE
+        )
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ProfileError(
+            f"{path}: {key}", got=repr(first["input"])[:200], expected=first["msg"], fix=f"{CALIBRATE} again"
+        ) from error
+
+
+def save_profile(profile: Profile, path: str | Path) -> None:
+    """Write the profile; missing directories are made, since the default place is a cache."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(format_profile(profile), encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(str(path), got=str(error), expected="a writable path", fix="choose another --out") from error
+
+
+def format_profile(profile: Profile) -> str:
+    """YAML text of the profile, one point a line."""
+    data = _with_int_keys(profile.model_dump(mode="json"))
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=160)
+
+
+def _with_int_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {int(key) if key.isdigit() else key: _with_int_keys(inner) for key, inner in value.items()}
+    return [_with_int_keys(inner) for inner in value] if isinstance(value, list) else value
+
+
+def require_finite(where: str, value: float) -> float:
+    """The value, or ProfileError when a computation left the range of numbers."""
+    if not math.isfinite(value):
+        raise ProfileError(where, got=value, expected="a finite number of seconds", fix=f"{CALIBRATE} again")
+    return value
+
+
+_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

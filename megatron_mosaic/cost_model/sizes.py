@@ -1,0 +1,78 @@
+"""What a module weighs: parameters, FLOPs, activation bytes of its parts. Closed forms, no hardware.
+
+Shapes follow Megatron's layer: QKV [h, h + 2 kv], projection [h, h], MLP [h, f] (twice when gated) and [f, h].
+A gated module is taken to be LLaMA-like (RMSNorm, no biases), any other GPT-like (LayerNorm, biases).
+"""
+
+from __future__ import annotations
+
+from megatron_mosaic.cost_model.profile import Part
+from megatron_mosaic.workload import ModuleConfig
+
+
+def _kv_size(module: ModuleConfig) -> int:
+    return module.head_size * module.query_groups
+
+
+def count_parameters(module: ModuleConfig, part: Part, tp: int = 1) -> float:
+    """Parameters of one part (for `layer`: of one layer) on one rank of a tp group."""
+    h, f, kv = module.hidden_size, module.ffn_hidden_size, _kv_size(module)
+    norm = h if module.gated else 2 * h
+    bias = 0 if module.gated else 1
+    if part is Part.layer:
+        column = (h + bias) * (h + 2 * kv) + (h + bias) * f * (2 if module.gated else 1)  # split with their biases
+        row = h * h + f * h  # split; their biases and the norms are replicated
+        return (column + row) / tp + bias * 2 * h + 2 * norm
+    if part is Part.pre:
+        # A learnt position table where the module has no rotary embedding (not gated)
+        embedding = module.vocab_size * h / tp + (0 if module.gated else module.tokens_per_item * h)
+        return embedding + (module.input_size + 1) * h * (module.input_size > 0)
+    head = (h + 1) * module.output_size * (module.output_size > 0)
+    return norm + head  # logits share the embedding's weights (Megatron's default)
+
+
+def count_flops(module: ModuleConfig, part: Part) -> float:
+    """Forward FLOPs of one part for one item, over the whole tp group. A multiply-add is 2.
+
+    Matrix products 2*m*n*k; attention scores and values 4*s*s*h, half of it under a causal mask
+    (Narayanan et al. 2021, appendix, which counts the full square).
+    """
+    s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
+    if part is Part.layer:
+        linear = 2 * s * (h * (h + 2 * _kv_size(module)) + h * h + h * f * (3 if module.gated else 2))
+        return linear + count_attention_flops(module)
+    if part is Part.pre:
+        return 2.0 * s * module.input_size * h
+    return 2.0 * s * h * (module.vocab_size + module.output_size)
+
+
+def count_attention_flops(module: ModuleConfig) -> float:
+    """Forward FLOPs of one layer's attention core for one item."""
+    return 4.0 * module.tokens_per_item**2 * module.hidden_size * (0.5 if module.causal else 1.0)
+
+
+def count_activation_bytes(
+    module: ModuleConfig, part: Part, tp: int, *, value_bytes: int, fused_attention: bool
+) -> float:
+    """Bytes that the forward of one part keeps for the backward, per item and rank, without sequence parallelism.
+
+    Korthikanti et al. 2022, section 4.2: s*b*h*(10 + 24/t + 5*a*s/(h*t)) for f = 4h in 2-byte values; the last term is
+    the attention matrix, which a fused kernel does not keep. The 24 is 8 (Q, K, V, attention output) + 4*f/h here.
+    """
+    s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
+    scale = value_bytes / 2
+    if part is Part.layer:
+        split = 4.0 * h + 4.0 * _kv_size(module) + 2.0 * f * (3 if module.gated else 2)
+        matrix = 0.0 if fused_attention else 5.0 * module.num_heads * s
+        return scale * s * (10.0 * h + (split + matrix) / tp)
+    if part is Part.pre:
+        return scale * s * 2.0 * module.input_size
+    # input of the final norm and of the head; logits once in training precision and once in fp32 (their softmax)
+    return scale * s * 4.0 * h + s * module.vocab_size * (value_bytes + 4.0) / tp * (module.vocab_size > 0)
+
+
+def module_parameters(module: ModuleConfig) -> float:
+    """Parameters of the whole module."""
+    return module.num_layers * count_parameters(module, Part.layer) + sum(
+        count_parameters(module, part) for part in (Part.pre, Part.post)
+    )

@@ -1,0 +1,118 @@
+"""One Megatron optimizer per module, one gradient norm over all of them, one decision whether to step.
+
+    module a: Megatron optimizer in a's groups --norm^2--+
+    module b: Megatron optimizer in b's groups --norm^2--+--MAX over the world--> sqrt(sum) --> clip all, step all
+                                      found_inf ---------+--MAX over the world--> skip all
+
+MAX, because every rank of a module holds the same value and all others hold 0: each module counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mosaic.parallel_state_ext.cpu import device
+
+
+class ModuleOptimizers(ChainedOptimizer):
+    """The optimizers of this rank's modules, stepped as one.
+
+    `names` are all modules of the plan, also those of other ranks. Collective: `step` is called by every rank of
+    `world`, ranks without a module included.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], by_module: Mapping[str, MegatronOptimizer], config: OptimizerConfig, world: dist.ProcessGroup
+    ) -> None:
+        super().__init__(list(by_module.values()))
+        self.config = config
+        self.by_module = dict(by_module)
+        self._names, self._world = names, world
+        self.before_step: list[Callable[[], None]] = []  # observers of the finished gradients
+        self.after_step: list[Callable[[], None]] = []
+        self.run_step: Callable[[Callable[[], object]], object] = lambda work: work()
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN."""
+        result = self.run_step(self._step_all)
+        for observe in self.after_step:
+            observe()
+        return result  # type: ignore[return-value]
+
+    def _step_all(self) -> tuple[bool, float | None, int | None]:
+        for observe in self.before_step:
+            observe()
+        statistics = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device())
+        for name, optimizer in self.by_module.items():
+            if optimizer.prepare_grads():
+                statistics[-1] = 1.0
+            statistics[self._names.index(name)] = float(optimizer.get_grad_norm()) ** 2
+        dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
+        if statistics[-1] > 0:
+            return False, None, None
+        norm = math.sqrt(float(statistics[:-1].sum()))
+        stepped = True
+        for optimizer in self.by_module.values():
+            parameters = optimizer.get_parameters()
+            if self.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
+            stepped &= optimizer.step_with_ready_grads()
+        return stepped, norm, None
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, **kwargs: Any
+    ) -> ShardedStateDict:
+        """State per module, every key under the module's name, so that modules never collide in a checkpoint."""
+        states = {}
+        for name, optimizer in self.by_module.items():
+            prefix = f"{name}."
+            own = {key: value for key, value in model_sharded_state_dict.items() if key.startswith(prefix)}
+            states[name] = optimizer.sharded_state_dict(own, is_loading, **kwargs)
+            add_prefix_for_sharding(states[name], f"{name}.optimizer.")
+        return states
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for name, optimizer in self.by_module.items():
+            optimizer.load_state_dict(state_dict[name])
+
+
+def build_optimizer(
+    names: tuple[str, ...],
+    modules: Mapping[str, DistributedDataParallel],
+    collections: Mapping[str, ProcessGroupCollection],
+    absent: DistributedDataParallel,
+    world: dist.ProcessGroup,
+    config: OptimizerConfig,
+    config_overrides: Any = None,
+) -> ModuleOptimizers:
+    """A Megatron optimizer for each of this rank's modules, in that module's own groups.
+
+    Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
+    ranks that do not run a module take part with `absent`, a stage without parameters.
+    """
+    by_module = {}
+    for name in names:
+        stage = modules.get(name, absent)
+        optimizer = get_megatron_optimizer(
+            config,
+            [stage],
+            config_overrides=config_overrides,
+            use_gloo_process_groups=False,
+            pg_collection=collections[name] if name in modules else absent.module.pg_collection,
+        )
+        if name in modules:
+            by_module[name] = optimizer
+    return ModuleOptimizers(names, by_module, config, world)

@@ -1,0 +1,179 @@
+"""Plan files: YAML in and out, checked against one pydantic schema whose errors name the path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute
+
+FORMAT_VERSION = 1
+SCHEMA_FILE = Path(__file__).parent / "conf" / "plan.schema.json"
+
+Degree = Annotated[int, Field(strict=True, ge=1)]
+# YAML reads a bare `ranks: 0` as an integer; a single rank is fine without quotes
+RankText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LayoutFile(_Strict):
+    tp: Degree = 1
+    cp: Degree = 1
+    pp: Degree = 1
+    vpp: Degree = 1
+    dp: Degree = 1
+    ep: Degree = 1
+    etp: Degree = 1
+
+
+class ModuleFile(_Strict):
+    ranks: RankText = Field(description='global ranks, e.g. "0-3,8-11"')
+    layout: LayoutFile = LayoutFile()
+    quota: float = Field(default=1.0, gt=0, le=1, description="share of the GPU's SMs; omitted = whole GPU")
+    unit: Degree | None = Field(default=None, description="backbone microbatches covered by one action")
+    recompute: Recompute = Recompute.none
+
+
+class PredictedFile(_Strict):
+    step_s: float
+    peak_bytes: float
+    cost_model: str
+
+
+class PlanFile(_Strict):
+    """Schema of a plan file, format version 1."""
+
+    mosaic_plan: int = Field(strict=True, description="format version", ge=FORMAT_VERSION, le=FORMAT_VERSION)
+    workload: str
+    digest: str = Field(default="", description="digest of the workload the plan was made for")
+    world_size: Degree
+    global_batch_size: Degree = Field(description="samples per optimizer step")
+    micro_batch_size: Degree = Field(description="samples per backbone microbatch and backbone DP lane")
+    schedule: str
+    modules: dict[str, ModuleFile]
+    predicted: PredictedFile | None = None
+
+
+def plan_schema() -> dict[str, Any]:
+    """JSON Schema of the plan file; `conf/plan.schema.json` is this, written out."""
+    return PlanFile.model_json_schema()
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in a YAML file. PlanError names the file and the key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PlanError(
+            str(path), got="no such file", expected="a plan file", fix="make one with `mosaic plan --out FILE`"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(str(path), got=str(error), expected="a readable text file", fix="check the path") from error
+    return parse_plan(text, where=str(path))
+
+
+def parse_plan(text: str, *, where: str = "plan") -> Plan:
+    """The plan written in YAML text."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(where, got=_one_line(error), expected="valid YAML", fix="correct the syntax there") from error
+    if not isinstance(data, dict):
+        raise PlanError(where, got=type(data).__name__, expected="a mapping with mosaic_plan: 1", fix="see the README")
+    try:
+        checked = PlanFile.model_validate(data)
+    except ValidationError as error:
+        raise _schema_error(where, error) from error
+    try:
+        return _to_plan(checked)
+    except PlanError as error:
+        raise PlanError(
+            f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
+
+
+def format_plan(plan: Plan) -> str:
+    """YAML text; `parse_plan(format_plan(plan)) == plan`. Values at their defaults are left out."""
+    modules: dict[str, Any] = {}
+    for name, module in plan.modules.items():
+        layout = {axis: getattr(module.layout, axis) for axis in ("tp", "cp", "pp", "dp")}
+        layout |= {axis: getattr(module.layout, axis) for axis in ("vpp", "ep", "etp") if getattr(module.layout, axis) > 1}
+        entry: dict[str, Any] = {"ranks": str(module.ranks), "layout": layout}
+        if module.quota.share != 1:
+            entry["quota"] = module.quota.share
+        if module.unit:
+            entry["unit"] = module.unit
+        if module.recompute is not Recompute.none:
+            entry["recompute"] = module.recompute.value
+        modules[name] = entry
+    data: dict[str, Any] = {"mosaic_plan": FORMAT_VERSION, "workload": plan.workload}
+    if plan.digest:
+        data["digest"] = plan.digest
+    data |= {key: getattr(plan, key) for key in ("world_size", "global_batch_size", "micro_batch_size", "schedule")}
+    data["modules"] = modules
+    if plan.predicted is not None:
+        data["predicted"] = {key: getattr(plan.predicted, key) for key in ("step_s", "peak_bytes", "cost_model")}
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write the plan; the directory must exist."""
+    try:
+        Path(path).write_text(format_plan(plan), encoding="utf-8")
+    except OSError as error:
+        raise PlanError(str(path), got=str(error), expected="a writable path", fix="create the directory") from error
+
+
+def _to_plan(checked: PlanFile) -> Plan:
+    modules = {}
+    for name, module in checked.modules.items():
+        try:
+            modules[name] = ModulePlan(
+                ranks=RankSet.parse(module.ranks),
+                layout=Layout(**module.layout.model_dump()),
+                quota=Quota(share=module.quota),
+                unit=module.unit or 0,
+                recompute=module.recompute,
+            )
+        except PlanError as error:
+            raise PlanError(
+                f"modules.{name}.{error.where}", got=error.got, expected=error.expected, fix=error.fix
+            ) from error
+    return Plan(
+        workload=checked.workload,
+        digest=checked.digest,
+        world_size=checked.world_size,
+        global_batch_size=checked.global_batch_size,
+        micro_batch_size=checked.micro_batch_size,
+        schedule=checked.schedule,
+        modules=modules,
+        predicted=Prediction(**checked.predicted.model_dump()) if checked.predicted else None,
+    )
+
+
+def _schema_error(where: str, error: ValidationError) -> PlanError:
+    """The first violation in full, the others by path."""
+    first, *rest = error.errors()
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        expected, fix = "a key of the plan format", "remove the key or correct its spelling"
+    elif first["type"] == "missing":
+        expected, fix = "this key to be present", f"add {path}"
+    else:
+        expected, fix = first["msg"], "correct the value"
+    got = "nothing" if first["type"] == "missing" else repr(first["input"])
+    if rest:
+        fix += "; also wrong: " + ", ".join(".".join(str(part) for part in e["loc"]) for e in rest[:5])
+    return PlanError(f"{where}: {path}", got=got, expected=expected, fix=fix)
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())

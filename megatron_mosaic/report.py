@@ -1,0 +1,104 @@
+"""What a run leaves behind: losses per step, the measured timeline, and (for parity checks) gradients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_mosaic.model import MosaicModel, undivided_name
+from megatron_mosaic.timeline import Span
+
+LOSSES_FILE = "losses.jsonl"
+TIMELINE_FILE = "timeline.json"
+
+
+class StepReport:
+    """Losses (rank 0, written at once) and spans (kept, gathered at the end)."""
+
+    def __init__(self, directory: str, rank: int) -> None:
+        self._directory, self._rank = Path(directory), rank
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._steps: list[list[Span]] = []
+        if rank == 0:
+            (self._directory / LOSSES_FILE).write_text("")
+
+    def add_losses(self, losses: dict[str, float]) -> None:
+        """Append one step's losses."""
+        if self._rank == 0:
+            with (self._directory / LOSSES_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(losses) + "\n")
+
+    def add_spans(self, spans: list[Span]) -> None:
+        """Keep one step's spans of this rank."""
+        self._steps.append(list(spans))
+
+    def write(self, world: dist.ProcessGroup) -> None:
+        """Collective. Rank 0 writes `timeline.json`: every step's seconds, and all spans of the median step.
+
+        The first tenth of the steps (at least one, if there are more) is warm-up and is not considered.
+        """
+        gathered: list[list[list[Span]] | None] = [None] * dist.get_world_size(world)
+        dist.all_gather_object(gathered, self._steps, group=world)
+        if self._rank != 0 or not self._steps:
+            return
+        steps = [[span for rank in gathered if rank for span in rank[i]] for i in range(len(self._steps))]
+        begins = [min(span.start_s for span in step) for step in steps]
+        seconds = [max(span.end_s for span in step) - begin for step, begin in zip(steps, begins, strict=True)]
+        warm = list(range(min(len(steps) - 1, max(1, len(steps) // 10)), len(steps)))
+        median = sorted(warm, key=seconds.__getitem__)[len(warm) // 2]
+        spans = [
+            [span.rank, span.lane, span.start_s - begins[median], span.end_s - begins[median], span.label]
+            for span in sorted(steps[median])
+        ]
+        data = {"step": median, "step_s": seconds[median], "seconds": seconds, "spans": spans}
+        (self._directory / TIMELINE_FILE).write_text(json.dumps(data), encoding="utf-8")
+
+
+class GradientDump:
+    """Writes the finished gradients of every step: one .npz per step and rank, keyed by module and whole-module name.
+
+    Sharded parameters carry `|dim` behind their name: shards of all tp ranks are concatenated along it.
+    """
+
+    def __init__(self, directory: str, model: MosaicModel, rank: int) -> None:
+        self._directory, self._model, self._rank = Path(directory), model, rank
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._step = 0
+
+    def __call__(self) -> None:
+        arrays = {}
+        for module, wrapped in self._model.stages.items():
+            stage = wrapped.module
+            groups = stage.pg_collection
+            for name, parameter in stage.named_parameters():
+                if groups.dp.rank() or not parameter.requires_grad:
+                    continue
+                sharded = getattr(parameter, "tensor_model_parallel", False) and groups.tp.size() > 1
+                if groups.tp.rank() and not sharded:
+                    continue
+                place = f"|{parameter.partition_dim}|{groups.tp.rank()}" if sharded else ""
+                arrays[f"{module}/{undivided_name(stage, name)}{place}"] = parameter.main_grad.float().cpu().numpy()
+        np.savez(self._directory / f"step-{self._step:04d}-rank-{self._rank:05d}.npz", **arrays)
+        self._step += 1
+
+
+def read_gradients(directory: str | Path, step: int) -> dict[str, np.ndarray]:
+    """`module/parameter` -> whole gradient of one step, shards put together."""
+    shards: dict[str, dict[int, tuple[int, np.ndarray]]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for path in sorted(Path(directory).glob(f"step-{step:04d}-rank-*.npz")):
+        with np.load(path, allow_pickle=False) as arrays:
+            for key, array in arrays.items():
+                name, _, place = key.partition("|")
+                if place:
+                    dim, position = map(int, place.split("|"))
+                    shards.setdefault(name, {})[position] = (dim, array)
+                else:
+                    whole[name] = array
+    for name, parts in shards.items():
+        dim = parts[0][0]
+        whole[name] = np.concatenate([parts[i][1] for i in sorted(parts)], axis=dim)
+    return whole

@@ -1,0 +1,230 @@
+"""The order of work: per lane, which action follows which. No times.
+
+Text form, one line per lane after a header, parsed strictly (`parse_schedule(format_schedule(s)) == s`):
+
+    schedule 1f1b microbatches=3 edges=vision>llm units=vision:1,llm:1
+    vision.0 | vision.0F0 vision.0F1 vision.0F2 vision.0B0 vision.0B1 vision.0B2
+    llm.0    | llm.0F0 llm.0B0 llm.0F1 llm.0B1 llm.0F2 llm.0B2
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from megatron_mosaic.errors import ScheduleError
+
+_ACTION = re.compile(r"([a-z][a-z0-9_]*)\.(\d+)(?:v([1-9]\d*))?([FBIW])(\d+)")
+_HEADER = re.compile(r"schedule (\S+) microbatches=(\d+) edges=(\S*) units=(\S+)")
+
+
+class Kind(StrEnum):
+    """What an action computes."""
+
+    F = "F"  # forward
+    B = "B"  # full backward
+    I = "I"  # backward, input gradients only
+    W = "W"  # backward, weight gradients only
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Action:
+    """One piece of work of one lane, e.g. `llm.0F3`: stage 0 of `llm`, forward, unit 3."""
+
+    module: str
+    stage: int
+    kind: Kind
+    unit: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        chunk = f"v{self.chunk}" if self.chunk else ""
+        return f"{self.module}.{self.stage}{chunk}{self.kind}{self.unit}"
+
+    @property
+    def lane(self) -> str:
+        return f"{self.module}.{self.stage}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        match = _ACTION.fullmatch(text.strip())
+        if match is None:
+            raise ScheduleError(
+                "action",
+                got=repr(text),
+                expected="<module>.<stage>[v<chunk>]<F|B|I|W><unit>, e.g. llm.0F3",
+                fix="correct it",
+            )
+        module, stage, chunk, kind, unit = match.groups()
+        return cls(module, int(stage), Kind(kind), int(unit), int(chunk or 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Orders of all lanes, with the module DAG they respect.
+
+    A lane `module.stage` is executed alike by every rank of that pipeline stage. `units[m]` backbone microbatches
+    are covered by one action of module m; the last unit may cover fewer.
+    Constructor: every lane runs each of its forwards (and backwards) once, and the orders do not deadlock.
+    """
+
+    name: str
+    num_microbatches: int
+    edges: tuple[tuple[str, str], ...]
+    units: Mapping[str, int]
+    lanes: Mapping[str, tuple[Action, ...]]
+
+    def __post_init__(self) -> None:
+        for lane, actions in self.lanes.items():
+            self._validate_lane(lane, actions)
+        self.topological_order  # noqa: B018  raises when the orders deadlock
+
+    def num_stages(self, module: str) -> int:
+        return self._num_stages[module]
+
+    @cached_property
+    def _num_stages(self) -> Counter[str]:
+        return Counter(lane.rpartition(".")[0] for lane in self.lanes)
+
+    def num_units(self, module: str) -> int:
+        return -(-self.num_microbatches // self.units[module])
+
+    def microbatches_of(self, module: str, unit: int) -> range:
+        """The backbone microbatches that a unit of the module covers."""
+        size = self.units[module]
+        return range(unit * size, min((unit + 1) * size, self.num_microbatches))
+
+    def units_covering(self, module: str, microbatches: range) -> range:
+        """The module's units that hold any of these microbatches."""
+        size = self.units[module]
+        return range(microbatches[0] // size, microbatches[-1] // size + 1)
+
+    def needs(self, action: Action) -> tuple[Action, ...]:
+        """The actions that must finish before this one may start."""
+        module, stage, unit = action.module, action.stage, action.unit
+        covered = self.microbatches_of(module, unit)
+        last = self.num_stages(module) - 1
+        if action.kind is Kind.F:
+            if stage > 0:
+                return (Action(module, stage - 1, Kind.F, unit),)
+            return tuple(
+                Action(source, self.num_stages(source) - 1, Kind.F, u)
+                for source, target in self.edges
+                if target == module
+                for u in self.units_covering(source, covered)
+            )
+        own = (Action(module, stage, Kind.F, unit),)
+        if stage < last:
+            return (*own, Action(module, stage + 1, Kind.B, unit))
+        return own + tuple(
+            Action(target, 0, Kind.B, u)
+            for source, target in self.edges
+            if source == module
+            for u in self.units_covering(target, covered)
+            if self.has_backward(target)
+        )
+
+    def has_backward(self, module: str) -> bool:
+        """False in a forward-only (evaluation) schedule."""
+        return any(action.kind is not Kind.F for action in self.lanes[f"{module}.0"])
+
+    @cached_property
+    def topological_order(self) -> tuple[Action, ...]:
+        """All actions in one order that respects every lane and every dependency."""
+        done: dict[Action, None] = {}
+        cursor = dict.fromkeys(self.lanes, 0)
+        progress = True
+        while progress:
+            progress = False
+            for lane, actions in self.lanes.items():
+                while cursor[lane] < len(actions) and all(need in done for need in self.needs(actions[cursor[lane]])):
+                    done[actions[cursor[lane]]] = None
+                    cursor[lane] += 1
+                    progress = True
+        stuck = [
+            f"{lane} at {actions[cursor[lane]]}" for lane, actions in self.lanes.items() if cursor[lane] < len(actions)
+        ]
+        if stuck:
+            raise ScheduleError(
+                f"schedule {self.name!r}",
+                got="lanes that wait for each other: " + ", ".join(stuck),
+                expected="orders without a cycle",
+                fix="reorder those lanes",
+            )
+        return tuple(done)
+
+    def _validate_lane(self, lane: str, actions: tuple[Action, ...]) -> None:
+        where = f"schedule {self.name!r}: lane {lane}"
+        module = lane.rpartition(".")[0]
+        if module not in self.units:
+            raise ScheduleError(where, got="no unit size", expected=f"units[{module!r}]", fix="declare the unit")
+        foreign = [str(action) for action in actions if action.lane != lane]
+        if foreign:
+            raise ScheduleError(where, got=foreign, expected=f"actions of {lane} only", fix="move them to their lane")
+        kinds = {action.kind for action in actions}
+        for kind in kinds - {Kind.F, Kind.B}:
+            raise ScheduleError(where, got=f"kind {kind}", expected="F or B", fix="split backwards are not built yet")
+        for kind in sorted(kinds | {Kind.F}):
+            units = sorted(action.unit for action in actions if action.kind is kind)
+            if units != list(range(self.num_units(module))):
+                raise ScheduleError(
+                    where,
+                    got=f"{kind} of units {units}",
+                    expected=f"{kind} of each unit 0..{self.num_units(module) - 1} once",
+                    fix="add the missing action, or remove the repeated one",
+                )
+
+
+def format_schedule(schedule: Schedule) -> str:
+    """The text form."""
+    edges = ",".join(f"{source}>{target}" for source, target in schedule.edges)
+    units = ",".join(f"{module}:{size}" for module, size in schedule.units.items())
+    width = max(len(lane) for lane in schedule.lanes)
+    header = f"schedule {schedule.name} microbatches={schedule.num_microbatches} edges={edges} units={units}"
+    lines = [f"{lane:<{width}} | {' '.join(map(str, actions))}" for lane, actions in schedule.lanes.items()]
+    return "\n".join([header, *lines]) + "\n"
+
+
+def parse_schedule(text: str) -> Schedule:
+    """The schedule written in text form. ScheduleError on anything else."""
+    header, *lines = text.rstrip("\n").split("\n")
+    match = _HEADER.fullmatch(header)
+    if match is None:
+        raise ScheduleError(
+            "line 1",
+            got=repr(header),
+            expected="schedule NAME microbatches=N edges=A>B,... units=A:1,...",
+            fix="correct the header",
+        )
+    name, num_microbatches, edges, units = match.groups()
+    lanes: dict[str, tuple[Action, ...]] = {}
+    for number, line in enumerate(lines, start=2):
+        lane, bar, actions = line.partition("|")
+        if not bar or not lane.strip() or lane.strip() in lanes:
+            raise ScheduleError(
+                f"line {number}", got=repr(line), expected="LANE | ACTION ACTION ..., each lane once", fix="correct it"
+            )
+        lanes[lane.strip()] = tuple(Action.parse(part) for part in actions.split())
+    try:
+        return Schedule(
+            name=name,
+            num_microbatches=int(num_microbatches),
+            edges=tuple(_pair(part, ">") for part in edges.split(",") if part),
+            units={module: int(size) for module, size in (_pair(part, ":") for part in units.split(","))},
+            lanes=lanes,
+        )
+    except KeyError as error:
+        raise ScheduleError(
+            "line 1", got=f"no lane for {error}", expected="lanes of every module", fix="add it"
+        ) from error
+
+
+def _pair(text: str, separator: str) -> tuple[str, str]:
+    left, found, right = text.partition(separator)
+    if not (left and found and right):
+        raise ScheduleError("line 1", got=repr(text), expected=f"A{separator}B", fix="correct the header")
+    return left, right

@@ -1,0 +1,49 @@
+"""1F1B (PipeDream-Flush, Narayanan et al. 2021) over the whole module DAG.
+
+A stage with d stages behind it warms up with d forwards, then alternates, then drains:
+
+    vision.0 | F0 F1 F2 B0 F3 B1 B2 B3          d = 2
+    llm.0    |    F0 F1 B0 F2 B1 F3 B2 B3       d = 1
+    llm.1    |       F0 B0 F1 B1 F2 B2 F3 B3    d = 0
+"""
+
+from __future__ import annotations
+
+from megatron_mosaic.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.chain import Chain
+
+
+def one_f_one_b(chain: Chain) -> Schedule:
+    """1F1B: at most d + 1 units of a stage are alive, whatever the batch size."""
+    lanes = {}
+    for module, num_stages in chain.num_stages.items():
+        num_units = -(-chain.num_microbatches // chain.units[module])
+        for stage in range(num_stages):
+            # A unit of k microbatches outlives k of its consumers' steps, so fewer units cover the same way.
+            ahead = -(-chain.stages_after(module, stage) // chain.units[module])
+            if chain.units[module] > 1 and chain.stages_after(module, stage):
+                ahead += 1
+            warmup = min(ahead, num_units)
+            forwards = [Action(module, stage, Kind.F, unit) for unit in range(num_units)]
+            backwards = [Action(module, stage, Kind.B, unit) for unit in range(num_units)]
+            steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
+            lanes[f"{module}.{stage}"] = (*forwards[:warmup], *steady, *backwards[num_units - warmup :])
+    return _schedule("1f1b", chain, lanes)
+
+
+def forward_only(chain: Chain) -> Schedule:
+    """Every forward in order, no backward (evaluation)."""
+    lanes = {
+        f"{module}.{stage}": tuple(
+            Action(module, stage, Kind.F, unit) for unit in range(-(-chain.num_microbatches // chain.units[module]))
+        )
+        for module, num_stages in chain.num_stages.items()
+        for stage in range(num_stages)
+    }
+    return _schedule("forward_only", chain, lanes)
+
+
+def _schedule(name: str, chain: Chain, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
+    return Schedule(
+        name=name, num_microbatches=chain.num_microbatches, edges=chain.edges, units=dict(chain.units), lanes=lanes
+    )

@@ -1,0 +1,37 @@
+"""What the runtime can execute today. One list, read by the launcher, the runtime and the planner; it may only shrink."""
+
+from __future__ import annotations
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.plan import Plan, Recompute
+from megatron_mosaic.schedules import SCHEDULES
+
+UNBUILT_AXES = ("cp", "vpp", "ep", "etp")  # legal in a plan file, refused by this runtime unless 1
+
+
+def require_supported_plan(plan: Plan) -> None:
+    """PlanError if the plan is legal but needs something this version does not execute."""
+    if plan.schedule not in SCHEDULES:
+        raise PlanError(
+            "schedule", got=plan.schedule, expected=f"one of {sorted(SCHEDULES)}", fix="set schedule: 1f1b"
+        )
+    for name, module in plan.modules.items():
+        for axis in UNBUILT_AXES:
+            if getattr(module.layout, axis) != 1:
+                raise PlanError(
+                    f"modules.{name}.layout.{axis}",
+                    got=getattr(module.layout, axis),
+                    expected=f"1: this version does not execute {axis} yet",
+                    fix=f"set {axis}: 1",
+                )
+        if module.unit > 1:
+            raise PlanError(
+                f"modules.{name}.unit", got=module.unit, expected="1: longer units are not executed yet", fix="omit unit"
+            )
+        if module.recompute is Recompute.selective:
+            raise PlanError(
+                f"modules.{name}.recompute",
+                got="selective",
+                expected="none or full: selective recomputation is not executed yet",
+                fix="use full",
+            )

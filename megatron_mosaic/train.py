@@ -1,0 +1,187 @@
+"""Plan -> Megatron's own `pretrain()`. The only driver.
+
+A script parses its arguments with `arguments.parse_and_validate_args`, describes its model as a ModelDefinition, and
+
+    runtime = Runtime(args, plan, definition)
+    pretrain(runtime.container, runtime.data_provider(make_datasets, collate), model_type, forward_step, **runtime.seams)
+    runtime.finish()
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from megatron.training import get_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.models.base import ModelBuilder, ModelConfig
+
+from megatron_mosaic.colocation.executor import Executor
+from megatron_mosaic.definition import Batch, ModelDefinition
+from megatron_mosaic.model import MosaicModel, initialize_by_name
+from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.compat import rebind_training
+from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers, build_optimizer
+from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.report import GradientDump, StepReport
+from megatron_mosaic.schedule import parse_schedule
+from megatron_mosaic.step import StepRunner
+from megatron_mosaic.supported import require_supported_plan
+
+
+class Runtime:
+    """Everything a plan needs on one rank. Collective: constructed by every rank of the plan.
+
+    Initialises torch.distributed, creates all process groups, and puts our optimizer and executor into Megatron's
+    training loop.
+    """
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition) -> None:
+        validate_plan(plan, definition.workload)
+        require_supported_plan(plan)
+        self.plan, self.definition, self._args = plan, definition, args
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        _initialize_distributed(args, timeout)
+        edges = definition.workload.edge_pairs
+        self.grids = Grids(plan, edges, timeout=timeout)
+        self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
+        self.executor = Executor(plan, edges, definition.workload.backbone.name, self.grids.rank)
+        if args.mosaic_schedule:
+            with open(args.mosaic_schedule, encoding="utf-8") as file:
+                self.executor.accept(parse_schedule(file.read()))
+        self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
+        self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
+        self._optimizer: ModuleOptimizers | None = None
+        rebind_training(
+            get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step
+        )
+
+    @property
+    def seams(self) -> dict[str, Any]:
+        """The official arguments of `pretrain()`."""
+        return {"pg_collection": self.grids.world_view(), "skip_model_parallel_init": True}
+
+    @property
+    def container(self) -> Any:
+        """Megatron's configuration container, with our model in it."""
+        return pretrain_cfg_container_from_args(self._args, MosaicModelConfig(_runtime=self))
+
+    def data_provider(
+        self,
+        make_datasets: Callable[[Sequence[int]], Sequence[Any]],
+        collate: Callable[[Sequence[Any]], Batch],
+    ) -> Callable[[Sequence[int]], Sequence[Iterator[Batch] | None]]:
+        """A provider for `pretrain()`: every rank gets the same global microbatches, in dataset order.
+
+        `make_datasets` is the script's own provider of (train, valid, test) map-style datasets.
+        """
+
+        def provider(num_samples: Sequence[int]) -> Sequence[Iterator[Batch] | None]:
+            args = get_args()
+            size = self.plan.micro_batch_size * self.plan.modules[self.executor.backbone].layout.dp
+            starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+            return tuple(
+                None if dataset is None else _microbatches(dataset, collate, start, size)
+                for dataset, start in zip(make_datasets(num_samples), starts, strict=True)
+            )
+
+        provider.is_distributed = True  # type: ignore[attr-defined]
+        return provider
+
+    def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
+        """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
+        stages = {}
+        for name, groups in self.grids.collections.items():
+            layout = self.plan.modules[name].layout
+            with self.scopes.enter(name):
+                stage_idx = coordinates_of(self.plan.modules[name], self.grids.rank).pp
+                stage = self.definition.build_stage(name, layout, stage_idx, groups)
+                stage.pg_collection = groups  # who writes what in a checkpoint, who holds which shard
+                initialize_by_name(stage, name, self._args.seed)
+                stage.to(device=cpu.device(), dtype=self._args.params_dtype)
+                stages[name] = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
+        config = core_transformer_config_from_args(self._args)
+        return MosaicModel(config, stages, ddp_config, self.grids.world_view())
+
+    def finish(self) -> None:
+        """Collective. Writes the reports and destroys the process groups."""
+        if self._report is not None:
+            self._report.write(self.grids.world)
+        self.grids.destroy()
+        dist.destroy_process_group()
+
+    def _build_optimizer(
+        self, config: Any, model_chunks: list[MosaicModel], config_overrides: Any = None, **_: Any
+    ) -> ModuleOptimizers:
+        (model,) = model_chunks
+        empty = MegatronModule(model.config)
+        empty.pg_collection = self.grids.alone_view()
+        optimizer = build_optimizer(
+            tuple(self.plan.modules),
+            dict(model.stages),
+            self.grids.collections,
+            DistributedDataParallel(model.config, model.ddp_config, empty, pg_collection=empty.pg_collection),
+            self.grids.world,
+            config,
+            config_overrides,
+        )
+        optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
+        if self._args.mosaic_dump_gradients:
+            optimizer.before_step.append(GradientDump(self._args.mosaic_dump_gradients, model, self.grids.rank))
+        if self._report is not None:
+            self.step.on_losses = self._report.add_losses
+            optimizer.after_step.append(lambda: self._report.add_spans(self.executor.spans))  # type: ignore[union-attr]
+        return optimizer
+
+
+@dataclass(kw_only=True)
+class MosaicModelConfig(ModelConfig):
+    """What `pretrain()` builds the model from: the runtime that knows the plan."""
+
+    builder: ClassVar[str] = "megatron_mosaic.train.MosaicModelBuilder"
+    _runtime: Any = None
+
+
+class MosaicModelBuilder(ModelBuilder[MosaicModel, MosaicModelConfig]):
+    """Builds the stages of this rank (official seam: `cfg_container.model`)."""
+
+    def build_model(self, *args: Any, **kwargs: Any) -> MosaicModel:
+        raise NotImplementedError("a plan's model is built whole: see build_distributed_models")
+
+    def build_distributed_models(
+        self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **_: Any
+    ) -> list[MosaicModel]:
+        return [self._model_config._runtime.build_model(ddp_config)]
+
+
+def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> None:
+    """Before `initialize_megatron`, because the groups are made from it; Megatron then finds it initialised."""
+    if dist.is_initialized():
+        return
+    if not cpu.is_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(
+        backend=args.distributed_backend, world_size=args.world_size, rank=args.rank, timeout=timeout
+    )
+
+
+def _microbatches(
+    dataset: Any, collate: Callable[[Sequence[Any]], Batch], start: int, size: int
+) -> Iterator[Batch]:
+    """Consecutive blocks of `size` samples, from sample `start` on, wrapping at the end of the dataset."""
+    while True:
+        yield collate([dataset[i % len(dataset)] for i in range(start, start + size)])
+        start += size

@@ -1,0 +1,175 @@
+"""What is trained: the DAG of modules, their sizes, and how many tokens each sample brings to each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+from megatron_mosaic.errors import ConfigError
+
+MODULE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Role(StrEnum):
+    """The part a module plays; exactly one module of a workload is the backbone."""
+
+    encoder = "encoder"
+    backbone = "backbone"
+    generator = "generator"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleConfig:
+    """Sizes of one module, a stack of transformer layers.
+
+    `tokens_per_item` is the length of one item (an image's patches; for the backbone: a sample's sequence),
+    `items_per_sample` the mean number of items a sample brings (1 for the backbone).
+    """
+
+    name: str
+    role: Role
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    tokens_per_item: int
+    items_per_sample: float = 1.0
+    num_query_groups: int = 0  # 0: as many as heads
+    vocab_size: int = 0  # 0: no token embedding and no logits
+    input_size: int = 0  # features per token that enter from the data (pixels of a patch); 0: none
+    output_size: int = 0  # features per token that leave the module (projector or pixel head); 0: none
+    gated: bool = False  # SwiGLU-like: two input matrices in the MLP
+    causal: bool = False
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"module {self.name!r}"
+        if MODULE_NAME.fullmatch(self.name) is None:
+            raise ConfigError(
+                where, got=self.name, expected="lower-case letters, digits and _", fix="rename the module"
+            )
+        for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "tokens_per_item"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{where}: {key}", got=getattr(self, key), expected="at least 1", fix=f"set {key}")
+        if self.items_per_sample <= 0:
+            raise ConfigError(
+                f"{where}: items_per_sample",
+                got=self.items_per_sample,
+                expected="a mean above 0",
+                fix="count the items of your data",
+            )
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"{where}: num_heads",
+                got=self.num_heads,
+                expected=f"a divisor of hidden_size {self.hidden_size}",
+                fix="change num_heads or hidden_size",
+            )
+        if self.query_groups < 1 or self.num_heads % self.query_groups:
+            raise ConfigError(
+                f"{where}: num_query_groups",
+                got=self.num_query_groups,
+                expected=f"a divisor of num_heads {self.num_heads}",
+                fix="change num_query_groups",
+            )
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """Rows that flow from one module to another: `rows_per_item` rows of `width` values for each item.
+
+    The items are those of whichever end is not the backbone.
+    """
+
+    source: str
+    target: str
+    rows_per_item: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for key in ("rows_per_item", "width"):
+            if getattr(self, key) < 1:
+                raise ConfigError(
+                    f"edge {self.source}->{self.target}: {key}",
+                    got=getattr(self, key),
+                    expected="at least 1",
+                    fix=f"set {key}",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A multimodal model and its batch: modules in topological order, edges between them."""
+
+    name: str
+    modules: tuple[ModuleConfig, ...]
+    edges: tuple[Edge, ...] = ()
+    global_batch_size: int = 1  # samples per optimizer step
+    by_name: Mapping[str, ModuleConfig] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        where = f"workload {self.name!r}"
+        names = [module.name for module in self.modules]
+        if len(set(names)) != len(names) or not names:
+            raise ConfigError(f"{where}: modules", got=names, expected="unique names, at least one", fix="rename one")
+        if self.global_batch_size < 1:
+            raise ConfigError(
+                f"{where}: global_batch_size", got=self.global_batch_size, expected="at least 1", fix="raise it"
+            )
+        backbones = [module.name for module in self.modules if module.role is Role.backbone]
+        if len(backbones) != 1:
+            raise ConfigError(
+                f"{where}: backbone", got=backbones, expected="exactly one", fix="set role: backbone on one"
+            )
+        for edge in self.edges:
+            for end in (edge.source, edge.target):
+                if end not in names:
+                    raise ConfigError(
+                        f"{where}: edge {edge.source}->{edge.target}",
+                        got=end,
+                        expected=f"one of {names}",
+                        fix="name an existing module",
+                    )
+            if names.index(edge.source) >= names.index(edge.target):
+                raise ConfigError(
+                    f"{where}: edge {edge.source}->{edge.target}",
+                    got="an edge that points backwards",
+                    expected="modules listed before those they feed (no cycles)",
+                    fix="reorder the modules, or remove the cycle",
+                )
+        object.__setattr__(self, "by_name", {module.name: module for module in self.modules})
+
+    @property
+    def backbone(self) -> ModuleConfig:
+        return next(module for module in self.modules if module.role is Role.backbone)
+
+    @property
+    def edge_pairs(self) -> tuple[tuple[str, str], ...]:
+        """(source, target) of every edge, as the schedule wants them."""
+        return tuple((edge.source, edge.target) for edge in self.edges)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits over modules and edges: two workloads with the same digest accept the same plans.
+
+        Batch size and item statistics are left out: they change the best plan, not its legality.
+        """
+        modules = [{k: v for k, v in asdict(m).items() if k != "items_per_sample"} for m in self.modules]
+        text = json.dumps([self.name, modules, [asdict(e) for e in self.edges]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def items_of(self, edge: Edge) -> str:
+        """The module whose items the edge carries: the end that is not the backbone (else the source)."""
+        return edge.target if edge.source == self.backbone.name else edge.source

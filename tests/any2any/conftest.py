@@ -1,0 +1,119 @@
+"""One process as its own gloo world, Megatron's arguments for the default model, and helpers to run it there."""
+
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments
+from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.plan import Layout
+
+
+@pytest.fixture(scope="package")
+def one_rank():
+    """A world of one rank; Megatron's own parallel_state stays uninitialised."""
+    cpu.install()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    parallel_state._set_global_memory_buffer()
+    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+    yield
+    assert not parallel_state.is_initialized()
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    dist.destroy_process_group()
+
+
+def parse_default_args():
+    """Megatron's arguments as a script with the any2any defaults would have them, for one rank."""
+
+    def add_arguments(parser):
+        add_any2any_arguments(parser)
+        parser.set_defaults(**MEGATRON_DEFAULTS, **(cpu.ARGUMENT_DEFAULTS if cpu.is_cpu() else {}))
+        return parser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain"])
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        return validate_args(parse_args(add_arguments))
+
+
+@pytest.fixture(scope="package")
+def args(one_rank):
+    return parse_default_args()
+
+
+@pytest.fixture(scope="package")
+def model(args):
+    return Any2Any.from_args(args)
+
+
+def groups_of(group, stage: int = 0) -> ProcessGroupCollection:
+    """Every group is `group`, except that the rank in pp is `stage`."""
+    groups = ProcessGroupCollection(**{f.name: group for f in fields(ProcessGroupCollection)})
+    groups.pp = SimpleNamespace(rank=lambda: stage, size=lambda: 1)
+    return groups
+
+
+@pytest.fixture
+def build_stages(model):
+    """build_stages(pp=...) -> module -> its stages, all in this process."""
+
+    def build(**pp):
+        return {
+            name: [
+                model.build_stage(name, Layout(pp=pp.get(name, 1)), stage, groups_of(dist.group.WORLD, stage))
+                for stage in range(pp.get(name, 1))
+            ]
+            for name in model.workload.by_name
+        }
+
+    return build
+
+
+def forward_all(model, stages, batch):
+    """module -> output of its last stage (None without items), in one process, every sample on the one lane."""
+    outputs = {}
+    for name in model.workload.by_name:
+        imports = {source: outputs[source] for source, target in model.workload.edge_pairs if target == name}
+        imports = {source: output.exports[name] for source, output in imports.items() if output is not None}
+        outputs[name] = _forward_module(model, stages[name], name, batch, imports)
+    return outputs
+
+
+def _forward_module(model, stages, name, batch, imports):
+    items = list(range(sum(model.count_items(batch)[name])))
+    if not items:
+        return None
+    inputs = model.select_inputs(name, batch, items)
+    output = stages[0](inputs, None, imports)
+    for stage in stages[1:]:
+        output = stage(inputs, output.hidden, {})
+    return output
+
+
+def mean_loss(outputs) -> torch.Tensor:
+    """The one loss: every loss token of the batch counts the same."""
+    with_loss = [output for output in outputs.values() if output is not None and output.loss is not None]
+    return sum(output.loss for output in with_loss) / sum(output.num_tokens for output in with_loss)
+
+
+@pytest.fixture
+def run_model(model):
+    """run_model(stages, batch) -> (loss, report)."""
+
+    def run(stages, batch):
+        outputs = forward_all(model, stages, batch)
+        report = {}
+        for output in outputs.values():
+            report |= {} if output is None else output.report
+        return mean_loss(outputs), {name: (total / count).item() for name, (total, count) in report.items()}
+
+    return run

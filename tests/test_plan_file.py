@@ -1,0 +1,134 @@
+"""Plan files: a written plan reads back equal; a wrong file is refused with the path of what is wrong in it."""
+
+import json
+
+import pytest
+import yaml
+from tests.cases import WORKLOAD, make_plan, plans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.plan import Layout, Plan, Prediction, Quota, Recompute
+from megatron_mosaic.plan_file import SCHEMA_FILE, format_plan, load_plan, parse_plan, plan_schema, save_plan
+
+TEXT = """\
+mosaic_plan: 1
+workload: toy
+world_size: 4
+global_batch_size: 16
+micro_batch_size: 2
+schedule: 1f1b
+modules:
+  vision: {ranks: 0-3, layout: {dp: 4}, quota: 0.33, unit: 2, recompute: full}
+  llm: {ranks: "0-1,3", layout: {tp: 3}}
+  generator: {ranks: 2}
+"""
+
+
+@st.composite
+def decorated_plans(draw):
+    """Plans with every optional key present or absent."""
+    plan = draw(plans(world_size=8))
+    modules = {
+        name: type(m)(
+            ranks=m.ranks,
+            layout=m.layout,
+            quota=Quota(share=draw(st.sampled_from([1.0, 0.5, 0.333333]))),
+            unit=draw(st.integers(0, 4)),
+            recompute=draw(st.sampled_from(list(Recompute))),
+        )
+        for name, m in plan.modules.items()
+    }
+    predicted = draw(st.none() | st.builds(Prediction, step_s=st.floats(1e-6, 1e3), peak_bytes=st.floats(1, 1e12),
+                                           cost_model=st.text("abc ,:#'\"", max_size=8)))
+    return Plan(
+        workload=plan.workload, digest=draw(st.sampled_from(["", WORKLOAD.digest])), world_size=plan.world_size,
+        global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size,
+        schedule=draw(st.sampled_from(["1f1b", "nested"])), modules=modules, predicted=predicted,
+    )
+
+
+@given(decorated_plans())
+def test_round_trip(plan):
+    assert parse_plan(format_plan(plan)) == plan
+
+
+@settings(max_examples=20)
+@given(decorated_plans())
+def test_schema_accepts_what_is_written(plan):
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(yaml.safe_load(format_plan(plan)), plan_schema())
+
+
+def test_reads_every_key():
+    plan = parse_plan(TEXT)
+    vision = plan.modules["vision"]
+    assert (str(vision.ranks), vision.layout, vision.quota.share, vision.unit) == ("0-3", Layout(dp=4), 0.33, 2)
+    assert vision.recompute is Recompute.full
+    assert plan.modules["llm"].ranks.ranks == (0, 1, 3)
+    assert plan.modules["generator"].layout == Layout()  # everything defaults to 1; a bare rank needs no quotes
+    assert plan.predicted is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "expected"),
+    [
+        ("mosaic_plan: 1", "mosaic_plan: 2", "mosaic_plan", "less than or equal to 1"),
+        ("mosaic_plan: 1\n", "", "mosaic_plan", "this key to be present"),
+        ("schedule: 1f1b", "schedule: 1f1b\nshedule: x", "shedule", "a key of the plan format"),
+        ("{dp: 4}", "{dp: 4, xp: 1}", "modules.vision.layout.xp", "a key of the plan format"),
+        ("{dp: 4}", "{dp: 0}", "modules.vision.layout.dp", "greater than or equal to 1"),
+        ("{dp: 4}", "{dp: 4.0}", "modules.vision.layout.dp", "valid integer"),
+        ("{dp: 4}", "{dp: 2}", "modules.vision.ranks", "2 ranks for layout dp2"),
+        ("ranks: 0-3", "ranks: 3-0", "modules.vision.ranks", "ascending"),
+        ("ranks: 0-3", "ranks: [0, 1]", "modules.vision.ranks", "valid string"),
+        ("quota: 0.33", "quota: 0", "modules.vision.quota", "greater than 0"),
+        ("quota: 0.33", "quota: 1.5", "modules.vision.quota", "less than or equal to 1"),
+        ("unit: 2", "unit: 0", "modules.vision.unit", "greater than or equal to 1"),
+        ("recompute: full", "recompute: some", "modules.vision.recompute", "'none', 'selective' or 'full'"),
+        ("world_size: 4", "world_size: 3", "modules.vision.ranks", "ranks below world_size 3"),
+        ("world_size: 4", "world_size: true", "world_size", "valid integer"),
+        ("workload: toy", "workload: [toy", "plan", "valid YAML"),
+    ],
+)
+def test_refuses(old, new, where, expected):
+    assert old in TEXT
+    with pytest.raises(PlanError) as caught:
+        parse_plan(TEXT.replace(old, new, 1), where="plan")
+    assert caught.value.where.removeprefix("plan: ") == where
+    assert expected in caught.value.expected
+    assert caught.value.fix
+
+
+def test_refuses_what_is_no_mapping():
+    with pytest.raises(PlanError, match="list"):
+        parse_plan("- 1")
+
+
+def test_lists_the_other_violations():
+    wrong = TEXT.replace("micro_batch_size: 2", "micro_batch_size: x").replace("{tp: 3}", "{tp: y}")
+    with pytest.raises(PlanError, match=r"also wrong: modules\.llm\.layout\.tp"):
+        parse_plan(wrong)
+
+
+def test_files(tmp_path):
+    plan = make_plan({"llm": ("0-3", Layout(dp=4))})
+    path = tmp_path / "plan.yaml"
+    save_plan(plan, path)
+    assert load_plan(path) == plan
+    with pytest.raises(PlanError, match="no such file"):
+        load_plan(tmp_path / "other.yaml")
+    with pytest.raises(PlanError, match="readable text"):
+        load_plan(tmp_path)
+    with pytest.raises(PlanError, match="create the directory"):
+        save_plan(plan, tmp_path / "missing" / "plan.yaml")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="readable text"):
+        load_plan(path)
+
+
+def test_schema_file_is_the_schema():
+    # To write it again: python -c "import json; from megatron_mosaic.plan_file import *; SCHEMA_FILE.write_text(
+    #   json.dumps(plan_schema(), indent=2) + '\n')"
+    assert json.loads(SCHEMA_FILE.read_text()) == plan_schema()

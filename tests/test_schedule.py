@@ -1,0 +1,158 @@
+"""Schedules: text round trip, refusals, and what 1F1B promises (order, few live units, no deadlock)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.schedule import Action, Kind, Schedule, format_schedule, parse_schedule
+from megatron_mosaic.schedules import PLANNED, SCHEDULES, build_forward_only, build_schedule
+from megatron_mosaic.schedules.chain import Chain
+from tests.cases import WORKLOAD, make_plan, plans
+from tests.goldens import assert_golden
+
+EDGES = (("vision", "llm"), ("llm", "generator"))
+ONE = """\
+schedule 1f1b microbatches=2 edges=vision>llm units=vision:1,llm:1
+vision.0 | vision.0F0 vision.0F1 vision.0B0 vision.0B1
+llm.0    | llm.0F0 llm.0B0 llm.0F1 llm.0B1
+"""
+chains = st.builds(
+    Chain,
+    num_stages=st.fixed_dictionaries({name: st.integers(1, 4) for name in ("vision", "llm", "generator")}),
+    edges=st.sampled_from([EDGES, EDGES[:1], (), (*EDGES, ("vision", "generator"))]),
+    units=st.fixed_dictionaries({"vision": st.integers(1, 3), "llm": st.just(1), "generator": st.integers(1, 3)}),
+    num_microbatches=st.integers(1, 9),
+)
+
+
+@given(chains, st.sampled_from(sorted(SCHEDULES)))
+def test_text_round_trips_and_nothing_deadlocks(chain, name):
+    schedule = SCHEDULES[name](chain)  # the constructor refuses deadlocks
+    assert parse_schedule(format_schedule(schedule)) == schedule
+    order = {action: i for i, action in enumerate(schedule.topological_order)}
+    assert len(order) == sum(map(len, schedule.lanes.values()))
+    assert all(order[need] < order[action] for action in order for need in schedule.needs(action))
+
+
+@given(chains)
+def test_1f1b_keeps_few_units_alive(chain):
+    # One unit per stage behind and itself; a longer unit may straddle one more (Narayanan et al. 2021, section 2.2).
+    for lane, actions in SCHEDULES["1f1b"](chain).lanes.items():
+        module, _, stage = lane.rpartition(".")
+        live = most = 0
+        for action in actions:
+            live += 1 if action.kind is Kind.F else -1
+            most = max(most, live)
+        size = chain.units[module]
+        assert most <= -(-chain.stages_after(module, int(stage)) // size) + 1 + (size > 1)
+        assert live == 0
+
+
+def test_parses_and_knows_its_needs():
+    schedule = parse_schedule(ONE)
+    assert format_schedule(schedule) == ONE
+    needs = {str(a): [str(n) for n in schedule.needs(a)] for a in schedule.topological_order}
+    assert needs["vision.0F1"] == []
+    assert needs["llm.0F1"] == ["vision.0F1"]
+    assert needs["llm.0B0"] == ["llm.0F0"]
+    assert needs["vision.0B1"] == ["vision.0F1", "llm.0B1"]
+
+
+def test_a_longer_unit_waits_for_all_it_covers():
+    schedule = SCHEDULES["1f1b"](
+        Chain(num_stages={"vision": 1, "llm": 2}, edges=EDGES[:1], units={"vision": 2, "llm": 1}, num_microbatches=3)
+    )
+    assert [schedule.microbatches_of("vision", u) for u in range(schedule.num_units("vision"))] == [
+        range(0, 2), range(2, 3)
+    ]  # fmt: skip
+    assert [str(n) for n in schedule.needs(Action.parse("vision.0B0"))] == ["vision.0F0", "llm.0B0", "llm.0B1"]
+    assert [str(n) for n in schedule.needs(Action.parse("llm.0F1"))] == ["vision.0F0"]
+
+
+@pytest.mark.parametrize("text", ["0F3", "llm.0F", "llm.F3", "Llm.0F3", "llm.0F3x", "llm.0X3", "llm.0v0F3", "llm.0F-1"])
+def test_action_refuses(text):
+    with pytest.raises(ScheduleError, match="llm.0F3"):
+        Action.parse(text)
+
+
+def test_action_text():
+    action = Action("llm", 1, Kind.B, 3, chunk=2)
+    assert (str(action), action.lane, Action.parse("llm.1v2B3")) == ("llm.1v2B3", "llm.1", action)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("schedule 1f1b", "shedule 1f1b", "line 1"),
+        ("microbatches=2", "microbatches=x", "line 1"),
+        ("units=vision:1,llm:1", "units=vision:1", "no unit size"),
+        ("edges=vision>llm", "edges=vision-llm", "line 1"),
+        ("edges=vision>llm", "edges=audio>llm", "line 1"),
+        ("llm.0    |", "llm.0     ", "line 3"),
+        ("llm.0    |", "vision.0 |", "line 3"),
+        ("llm.0B0 ", "", "B of each unit"),
+        ("llm.0B0 ", "llm.0B0 llm.0B0 ", "B of each unit"),
+        ("llm.0B0 ", "llm.0W0 ", "not built yet"),
+        ("llm.0B0 ", "vision.0B0 ", "actions of llm.0 only"),
+        ("llm.0F0 llm.0B0", "llm.0B0 llm.0F0", "wait for each other"),
+        ("vision.0F0 vision.0F1 vision.0B0", "vision.0F1 vision.0B0 vision.0F0", "wait for each other"),
+    ],
+)
+def test_parse_refuses(old, new, message):
+    assert old in ONE
+    with pytest.raises(ScheduleError, match=message):
+        parse_schedule(ONE.replace(old, new, 1))
+
+
+def _plan(**layouts):
+    starts = {"vision": 0, "llm": 0, "generator": 0}
+    return make_plan({n: (f"{starts[n]}-{x.num_ranks - 1}", x) for n, x in layouts.items()}, global_batch_size=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        ("1f1b_colocated", {"vision": Layout(dp=4), "llm": Layout(dp=2, tp=2), "generator": Layout(dp=4)}),
+        ("1f1b_llm_pp2", {"vision": Layout(dp=4), "llm": Layout(tp=2, pp=2), "generator": Layout(dp=4)}),
+        ("1f1b_llm_pp4", {"vision": Layout(pp=2, dp=2), "llm": Layout(pp=4), "generator": Layout(dp=4)}),
+    ],
+)
+def test_1f1b_golden(name, layouts):
+    plan = _plan(**layouts)
+    assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, EDGES, "llm")))
+
+
+def test_forward_only():
+    plan = _plan(vision=Layout(dp=4), llm=Layout(pp=2, dp=2), generator=Layout(dp=4))
+    schedule = build_forward_only(plan, EDGES, 3)
+    assert schedule.name == "forward_only"
+    assert not schedule.has_backward("llm")
+    assert [str(a) for a in schedule.lanes["llm.1"]] == ["llm.1F0", "llm.1F1", "llm.1F2"]
+
+
+@pytest.mark.parametrize("name", [*PLANNED, "magic"])
+def test_refuses_schedules_by_name(name):
+    plan = _plan(vision=Layout(dp=4), llm=Layout(dp=4), generator=Layout(dp=4))
+    plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "schedule": name})
+    with pytest.raises(ScheduleError) as caught:
+        build_schedule(plan, EDGES, "llm")
+    assert name in caught.value.got
+    assert ("not built yet" in caught.value.got) == (name in PLANNED)
+    assert "1f1b" in caught.value.expected
+
+
+def test_refuses_virtual_stages():
+    plan = make_plan({"llm": ("0-1", Layout(pp=2))})
+    wide = ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(pp=2, vpp=2))
+    plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "modules": {"llm": wide}})
+    with pytest.raises(ScheduleError, match=r"modules\.llm\.layout\.vpp"):
+        build_schedule(plan, (), "llm")
+
+
+@given(plans())
+def test_every_plan_has_a_schedule(plan):
+    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    assert isinstance(schedule, Schedule)
+    assert schedule.num_microbatches == plan.num_microbatches("llm")

@@ -1,0 +1,79 @@
+"""Timelines: what the constructor refuses, the numbers derived from spans, and the two ways they are shown."""
+
+import json
+
+import pytest
+
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from tests.goldens import assert_golden
+
+SPANS = (
+    Span(0, "vision.0", 0.0, 0.1, "vision.0F0"),
+    Span(0, "llm.0", 0.1, 0.3, "llm.0F0"),
+    Span(0, "llm.0", 0.3, 0.7, "llm.0B0"),
+    Span(1, "llm.1", 0.3, 0.5, "llm.1F0"),
+    Span(1, "llm.1", 0.5, 0.9, "llm.1B0"),
+    Span(0, "~grads", 0.9, 1.0, "~grads"),
+)
+TIMELINE = Timeline(SPANS)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        (Span(0, "llm.0", 0.2, 0.1, "llm.0F0"),),
+        (Span(0, "llm.0", 0.0, 0.2, "llm.0F0"), Span(0, "llm.0", 0.1, 0.3, "llm.0F1")),
+    ],
+)
+def test_refuses_overlap_and_time_travel(spans):
+    with pytest.raises(ScheduleError, match="rank 0 lane llm.0"):
+        Timeline(spans)
+
+
+def test_other_lanes_and_touching_spans_may_meet():
+    Timeline((Span(0, "a.0", 0, 1, "a.0F0"), Span(0, "b.0", 0, 1, "b.0F0"), Span(0, "a.0", 1, 2, "a.0F1")))
+
+
+def test_numbers():
+    assert TIMELINE.end_s == 1.0
+    assert TIMELINE.rows == ((0, "vision.0"), (0, "llm.0"), (0, "~grads"), (1, "llm.1"))
+    assert TIMELINE.busy_s(0) == pytest.approx(0.8)
+    assert TIMELINE.busy_s(1) == pytest.approx(0.6)
+    assert TIMELINE.bubble_frac == pytest.approx(0.3)  # (0.2 + 0.4) of 2 rank-seconds
+    assert TIMELINE.seconds_by_module() == pytest.approx({"vision": 0.1, "llm": 0.6, "~grads": 0.1})
+
+
+def test_busy_counts_concurrent_lanes_once():
+    timeline = Timeline((Span(0, "a.0", 0, 2, "a.0F0"), Span(0, "b.0", 1, 3, "b.0F0"), Span(0, "b.0", 5, 6, "b.0B0")))
+    assert timeline.busy_s(0) == 4
+
+
+def test_empty():
+    empty = Timeline(())
+    assert (empty.end_s, empty.bubble_frac, empty.rows, empty.seconds_by_module()) == (0.0, 0.0, (), {})
+    assert render_text(empty) == "(empty timeline)"
+
+
+def test_render_golden():
+    other = render_text(TIMELINE, width=40, end_s=2.0)
+    assert_golden("timeline", render_text(TIMELINE, width=40) + "\n\n" + other + "\n")
+
+
+def test_chrome_trace():
+    events = json.loads(to_chrome_trace([("predicted", TIMELINE), ("measured", TIMELINE)]))["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X"]
+    assert len(slices) == 2 * len(SPANS)
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {f"{t} rank {r}" for t in ("predicted", "measured") for r in (0, 1)}
+    first = next(e for e in slices if e["name"] == "llm.0B0")
+    assert (first["ts"], first["dur"]) == pytest.approx((0.3e6, 0.4e6))
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert all(threads[e["pid"], e["tid"]] == e["cat"] for e in slices)
+
+
+def test_diff():
+    slower = Timeline(tuple(Span(s.rank, s.lane, 2 * s.start_s, 2 * s.end_s, s.label) for s in SPANS[:5]))
+    rows = {row.lane: (row.predicted_s, row.measured_s) for row in diff(TIMELINE, slower)}
+    assert rows["llm.0"] == pytest.approx((0.6, 1.2))
+    assert rows["~grads"] == pytest.approx((0.1, 0.0))
