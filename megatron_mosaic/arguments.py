@@ -45,6 +45,7 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--mosaic-schedule", metavar="FILE", help="schedule text that must equal the plan's own")
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
     group.add_argument("--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)")
+    group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser
 
 

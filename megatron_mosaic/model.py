@@ -132,14 +132,16 @@ def undivided_name(stage: nn.Module, parameter: str) -> str:
 def initialize_by_name(stage: MegatronModule, module: str, seed: int) -> None:
     """Draw every matrix of the stage from a stream named after (seed, module, parameter).
 
-    So the weights do not depend on the layout: each rank draws the whole matrix and keeps its shard. Vectors (biases,
-    norms) keep the constants they were built with. Standard deviations follow Megatron: `init_method_std`, divided by
+    So the weights do not depend on the layout: each rank draws the whole matrix and keeps its shard. Biases are 0;
+    other vectors (norms) keep the constants they were built with. Standard deviations follow Megatron: `init_method_std`, divided by
     sqrt(2 * num_layers) at the outputs of residual branches.
     """
     config = stage.config
     shards = stage.pg_collection.tp
     for name, parameter in stage.named_parameters():
         if parameter.dim() < 2:
+            if name.endswith("bias"):
+                parameter.zero_()
             continue
         std = config.init_method_std
         if name.endswith(_SCALED):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from megatron_mosaic.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"
 TIMELINE_FILE = "timeline.json"
+MEASURES_FILE = "measures.json"
 
 
 class StepReport:
@@ -35,16 +38,25 @@ class StepReport:
         """Keep one step's spans of this rank."""
         self._steps.append(list(spans))
 
-    def write(self, world: dist.ProcessGroup) -> None:
-        """Collective. Rank 0 writes `timeline.json`: every step's seconds, and all spans of the median step.
+    def write(self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, int]]) -> None:
+        """Collective. Rank 0 writes both files.
 
-        The first tenth of the steps (at least one, if there are more) is warm-up and is not considered.
+        `timeline.json`: every step's seconds, and all spans of the median step. The first tenth of the steps (at
+        least one, if there are more) is warm-up and is not considered.
+        `measures.json`: `measures` of all ranks; for each module the largest value.
         """
-        gathered: list[list[list[Span]] | None] = [None] * dist.get_world_size(world)
-        dist.all_gather_object(gathered, self._steps, group=world)
+        gathered: list[Any] = [None] * dist.get_world_size(world)
+        dist.all_gather_object(gathered, (self._steps, measures), group=world)
         if self._rank != 0 or not self._steps:
             return
-        steps = [[span for rank in gathered if rank for span in rank[i]] for i in range(len(self._steps))]
+        largest: dict[str, dict[str, int]] = {}
+        for _, one in gathered:
+            for key, by_module in one.items():
+                into = largest.setdefault(key, {})
+                for module, value in by_module.items():
+                    into[module] = max(into.get(module, 0), value)
+        (self._directory / MEASURES_FILE).write_text(json.dumps(largest), encoding="utf-8")
+        steps = [[span for spans, _ in gathered for span in spans[i]] for i in range(len(self._steps))]
         begins = [min(span.start_s for span in step) for step in steps]
         seconds = [max(span.end_s for span in step) - begin for step, begin in zip(steps, begins, strict=True)]
         warm = list(range(min(len(steps) - 1, max(1, len(steps) // 10)), len(steps)))

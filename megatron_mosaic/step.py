@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_mosaic.batch import Assignment, assign_items
+from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Clock, Executor
 from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
 from megatron_mosaic.model import MosaicModel, StageCall
@@ -78,6 +80,7 @@ class StepRunner:
         self._outbox: list[tuple[dist.Work, Tensor]] = []
         self._routes: dict[tuple[Any, ...], tuple[Transfer, ...]] = {}
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
+        self.meter: ActivationMeter | None = None
         self.empty_units: dict[str, int] = dict.fromkeys(plan.modules, 0)  # units without items, on this rank's lanes
 
     # -- what Megatron calls -------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ class StepRunner:
         }
         call = StageCall(module, inputs, hidden, imports)
         start_s = clock()
-        with self._scopes.enter(module):
+        with self._scopes.enter(module), self._metered(module, action.unit):
             output, loss_func = self._forward_step(iter([call]), self._model)
             loss = self._account_loss(module, output, loss_func)
         end_s = clock()
@@ -173,6 +176,8 @@ class StepRunner:
         with self._scopes.enter(module):  # recomputation runs forward code here
             torch.autograd.backward(tensors, gradients)
         end_s = clock()
+        if self.meter is not None:
+            self.meter.backward(module, action.unit)
         if live.hidden is not None:
             assert live.hidden.grad is not None
             self._send_hidden(module, live.hidden.grad, towards=-1)
@@ -183,6 +188,11 @@ class StepRunner:
                 route = self._route(edge, microbatch, backward=True)
                 self._backward[edge.source, edge.target].send(action.unit, route, gradient)
         return start_s, end_s
+
+    def _metered(self, module: str, unit: int) -> contextlib.AbstractContextManager[None]:
+        if self.meter is None or self._forward_only:
+            return contextlib.nullcontext()
+        return self.meter.forward(module, unit)
 
     def _receive_inputs(
         self, action: Action, microbatch: _Microbatch, items: Sequence[int]

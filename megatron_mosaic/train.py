@@ -26,6 +26,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
 
+from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
 from megatron_mosaic.model import MosaicModel, initialize_by_name
@@ -113,13 +114,20 @@ class Runtime:
                 initialize_by_name(stage, name, self._args.seed)
                 stage.to(device=cpu.device(), dtype=self._args.params_dtype)
                 stages[name] = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
+        if self._args.mosaic_measure_activations:
+            self.step.meter = ActivationMeter()
+            for wrapped in stages.values():
+                self.step.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
         return MosaicModel(config, stages, ddp_config, self.grids.world_view())
 
     def finish(self) -> None:
         """Collective. Writes the reports and destroys the process groups."""
         if self._report is not None:
-            self._report.write(self.grids.world)
+            meter = self.step.meter
+            peaks = dict.fromkeys(self.plan.modules, 0) | (meter.peak_bytes if meter else {})
+            measures = {"peak_activation_bytes_by_module": peaks, "empty_units_by_module": self.step.empty_units}
+            self._report.write(self.grids.world, measures)
         self.grids.destroy()
         dist.destroy_process_group()
 

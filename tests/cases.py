@@ -88,7 +88,7 @@ def make_profile(workload: Workload = WORKLOAD, *, cores: int = 2, tps: tuple[in
             op: {n: curve for n in ((2,) if op == "p2p" else range(2, 9))}
             for op in ("all_reduce", "all_gather", "reduce_scatter", "p2p")
         },
-        "optimizer": [{"params": 100_000, "seconds": 1e-3}],
+        "optimizer": [{"params": 10_000, "seconds": 1e-3}, {"params": 1_000_000, "seconds": 1e-2}],
     }
     return Profile.model_validate(data)
 

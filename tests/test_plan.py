@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from tests.cases import LLM, WORKLOAD, make_cluster, make_plan, plans
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, validate_plan
+from tests.cases import LLM, WORKLOAD, make_cluster, make_plan, plans
 
 EVERYONE = Layout(dp=4)
 GOOD = make_plan({"vision": ("0-3", EVERYONE), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("2,3", Layout(dp=2))})
@@ -116,7 +116,9 @@ def test_validate_refuses_another_workload():
 
 def test_validate_refuses_unknown_and_missing_modules():
     _refused(
-        replace(GOOD, modules={**GOOD.modules, "audio": GOOD.modules["llm"]}), "modules.audio", "one of ['vision', 'llm'"
+        replace(GOOD, modules={**GOOD.modules, "audio": GOOD.modules["llm"]}),
+        "modules.audio",
+        "one of ['vision', 'llm'",
     )
     _refused(replace(GOOD, modules={"llm": GOOD.modules["llm"]}), "modules", "an entry for 'vision'")
 
@@ -131,7 +133,9 @@ def test_validate_refuses_unknown_and_missing_modules():
     ],
 )
 def test_validate_refuses_degrees_that_do_not_divide(layout, axis, size):
-    wide = replace(GOOD, world_size=8, modules={**GOOD.modules, "llm": ModulePlan(ranks=RankSet.parse("0-7"), layout=layout)})
+    wide = replace(
+        GOOD, world_size=8, modules={**GOOD.modules, "llm": ModulePlan(ranks=RankSet.parse("0-7"), layout=layout)}
+    )
     if axis == "cp":
         validate_plan(wide, WORKLOAD)  # 64 tokens: 2 x 8 divides them
         return

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import yaml
-from tests.cases import WORKLOAD, make_plan, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, Plan, Prediction, Quota, Recompute
 from megatron_mosaic.plan_file import SCHEMA_FILE, format_plan, load_plan, parse_plan, plan_schema, save_plan
+from tests.cases import WORKLOAD, make_plan, plans
 
 TEXT = """\
 mosaic_plan: 1
@@ -40,12 +40,24 @@ def decorated_plans(draw):
         )
         for name, m in plan.modules.items()
     }
-    predicted = draw(st.none() | st.builds(Prediction, step_s=st.floats(1e-6, 1e3), peak_bytes=st.floats(1, 1e12),
-                                           cost_model=st.text("abc ,:#'\"", max_size=8)))
+    predicted = draw(
+        st.none()
+        | st.builds(
+            Prediction,
+            step_s=st.floats(1e-6, 1e3),
+            peak_bytes=st.floats(1, 1e12),
+            cost_model=st.text("abc ,:#'\"", max_size=8),
+        )
+    )
     return Plan(
-        workload=plan.workload, digest=draw(st.sampled_from(["", WORKLOAD.digest])), world_size=plan.world_size,
-        global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size,
-        schedule=draw(st.sampled_from(["1f1b", "nested"])), modules=modules, predicted=predicted,
+        workload=plan.workload,
+        digest=draw(st.sampled_from(["", WORKLOAD.digest])),
+        world_size=plan.world_size,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        schedule=draw(st.sampled_from(["1f1b", "nested"])),
+        modules=modules,
+        predicted=predicted,
     )
 
 

@@ -27,7 +27,7 @@ TIMELINE = Timeline(SPANS)
     ],
 )
 def test_refuses_overlap_and_time_travel(spans):
-    with pytest.raises(ScheduleError, match="rank 0 lane llm.0"):
+    with pytest.raises(ScheduleError, match=r"rank 0 lane llm\.0"):
         Timeline(spans)
 
 

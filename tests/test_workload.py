@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from tests.cases import EDGES, GENERATOR, LLM, VISION, WORKLOAD
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.workload import Edge, Role, Workload
+from tests.cases import EDGES, GENERATOR, LLM, VISION, WORKLOAD
 
 
 @pytest.mark.parametrize(

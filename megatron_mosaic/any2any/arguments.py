@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
-from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes
+from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes, workload
+from megatron_mosaic.workload import Workload
 
 SIZES = Any2AnySizes()
 MIX = DigitsMix()
@@ -82,6 +84,15 @@ def mix_from_args(args: Namespace) -> DigitsMix:
         two_image_frac=args.digits_two_image_frac,
         generate_frac=args.digits_generate_frac,
     )
+
+
+def workload_of_command_line(arguments: Sequence[str]) -> Workload:
+    """The workload that these command-line arguments describe, without importing Megatron: to check a plan early."""
+    parser = add_any2any_arguments(ArgumentParser(allow_abbrev=False))
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "vocab_size"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=MEGATRON_DEFAULTS[name])
+    args, _ = parser.parse_known_args(list(arguments))
+    return workload(sizes_from_args(args), 1, mix_from_args(args))
 
 
 def _stack_from_args(args: Namespace, prefix: str) -> StackSizes:

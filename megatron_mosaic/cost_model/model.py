@@ -146,6 +146,8 @@ class CostModel:
         Analytic: Adam reads gradient, fp32 copy and both moments and writes all but the gradient, and the bf16
         parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
         """
+        if not num_parameters:
+            return 0.0
         if self.cluster.shared_cores:
             return self._optimizer.at(num_parameters)
         return 30 * num_parameters / self.cluster.gpu.memory_bytes_per_s

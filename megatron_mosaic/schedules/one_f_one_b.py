@@ -9,12 +9,21 @@ A stage with d stages behind it warms up with d forwards, then alternates, then 
 
 from __future__ import annotations
 
+from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.schedule import Action, Kind, Schedule
 from megatron_mosaic.schedules.chain import Chain
 
 
 def one_f_one_b(chain: Chain) -> Schedule:
     """1F1B: at most d + 1 units of a stage are alive, whatever the batch size."""
+    for source, target in chain.edges:
+        if chain.units[target] > chain.units[source]:
+            raise ScheduleError(
+                f"modules.{target}.unit",
+                got=chain.units[target],
+                expected=f"at most {chain.units[source]}, the unit of {source} before it, with schedule 1f1b",
+                fix=f"omit the unit of {target}",
+            )
     lanes = {}
     for module, num_stages in chain.num_stages.items():
         num_units = -(-chain.num_microbatches // chain.units[module])

@@ -45,7 +45,12 @@ def test_programs_hold_each_lane_in_its_order(plan):
     schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
     order = merge_lanes(plan, schedule)
     for rank, program in rank_programs(plan, schedule).items():
-        lanes = [f"{m}.{s}" for m in plan.modules for s in range(plan.modules[m].layout.pp) if rank in stage_ranks(plan, m, s)]
+        lanes = [
+            f"{m}.{s}"
+            for m in plan.modules
+            for s in range(plan.modules[m].layout.pp)
+            if rank in stage_ranks(plan, m, s)
+        ]
         assert sorted({a.lane for a in program}) == sorted(lanes)
         for lane in lanes:
             assert tuple(a for a in program if a.lane == lane) == schedule.lanes[lane]

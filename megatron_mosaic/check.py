@@ -1,0 +1,127 @@
+"""`mosaic check`: does this plan compute what one process computes?
+
+The plan runs through Megatron's `pretrain()` on local CPU processes; the reference runs in one. Same weights, same
+batches; every step's losses and every parameter's gradient are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mosaic.any2any.arguments import workload_of_command_line
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.launch import run_forked
+from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.supported import require_supported_plan
+
+TOLERANCE = 1e-5  # relative, fp32
+# A gradient much smaller than its module's is compared on the module's scale: below this share it is rounding.
+_NOISE_FRAC = 1e-6
+# No warm-up and no decay: the reference has one learning rate. A large eps, because Adam's first step is otherwise the
+# *sign* of the gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
+_STEADY = "--lr-decay-style constant --lr-warmup-fraction 0.0 --adam-eps 1e-3 --eval-iters 0".split()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """Outcome of a check. Errors are relative; a gradient's is |ours - reference| / |reference|, in the 2-norm."""
+
+    steps: int
+    loss_rel_err: float
+    grad_rel_err_by_module: dict[str, float]
+    worst_parameter: str
+    peak_activation_bytes_by_module: dict[str, int]
+    empty_units_by_module: dict[str, int]
+
+    @property
+    def grad_rel_err_max(self) -> float:
+        return max(self.grad_rel_err_by_module.values())
+
+    @property
+    def ok(self) -> bool:
+        return self.loss_rel_err <= TOLERANCE and self.grad_rel_err_max <= TOLERANCE
+
+    def as_dict(self) -> dict[str, object]:
+        """Keys of `mosaic check --json`."""
+        return {
+            "ok": self.ok,
+            "loss_rel_err": self.loss_rel_err,
+            "grad_rel_err_max": self.grad_rel_err_max,
+            "grad_rel_err_by_module": self.grad_rel_err_by_module,
+            "worst_parameter": self.worst_parameter,
+            "peak_activation_bytes_by_module": self.peak_activation_bytes_by_module,
+            "empty_units_by_module": self.empty_units_by_module,
+            "steps": self.steps,
+            "tolerance": TOLERANCE,
+        }
+
+
+def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] = ()) -> Parity:
+    """Run plan and reference and compare them. RankFailure if a rank fails; PlanError if the plan cannot run."""
+    plan = load_plan(plan_path)
+    validate_plan(plan, workload_of_command_line(megatron_args))
+    require_supported_plan(plan)
+    from megatron_mosaic.any2any import pretrain, reference_run  # heavy: only once the plan is known to be sound
+    from megatron_mosaic.parallel_state_ext import cpu
+
+    cpu.install()
+    arguments = [*_STEADY, "--train-iters", str(steps), "--log-interval", "1000", *megatron_args]
+    with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
+        ours = [*arguments, "--mosaic-plan", plan_path, "--mosaic-report", directory]
+        ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
+        run_forked(plan.world_size, _with_command_line, ours, pretrain.main)
+        reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
+        run_forked(1, _with_command_line, reference, reference_run.main, directory)
+        return _compare(plan, steps, Path(directory))
+
+
+def _with_command_line(arguments: list[str], main: Callable[..., int], *args: str) -> int:
+    sys.argv = [sys.argv[0], *arguments]
+    return main(*args)
+
+
+def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
+    from megatron_mosaic.report import LOSSES_FILE, MEASURES_FILE, read_gradients
+
+    losses = [json.loads(line) for line in (directory / LOSSES_FILE).read_text().splitlines()]
+    if len(losses) != steps:
+        raise ConfigError("check", got=f"{len(losses)} steps", expected=f"{steps} steps", fix="report this")
+    loss_error, worst = 0.0, ("", 0.0)
+    by_module = dict.fromkeys(plan.modules, 0.0)
+    for step in range(steps):
+        with np.load(directory / f"reference-{step:04d}.npz", allow_pickle=False) as file:
+            expected = dict(file)
+        ours = read_gradients(directory, step)
+        for name, value in expected.items():
+            if name.startswith("loss/"):
+                loss_error = max(loss_error, float(abs(losses[step][name.removeprefix("loss/")] - value) / abs(value)))
+        gradients = {name: value for name, value in expected.items() if not name.startswith("loss/")}
+        if gradients.keys() != ours.keys():
+            differing = sorted(gradients.keys() ^ ours.keys())
+            raise ConfigError("check", got=differing, expected="the reference's parameters", fix="report this")
+        for module in plan.modules:
+            names = [name for name in gradients if name.startswith(f"{module}/")]
+            scale = float(np.sqrt(sum(float(np.square(gradients[name], dtype=np.float64).sum()) for name in names)))
+            for name in names:
+                error = float(np.linalg.norm((ours[name] - gradients[name]).astype(np.float64)))
+                size = max(float(np.linalg.norm(gradients[name].astype(np.float64))), _NOISE_FRAC * scale)
+                relative = error / size if size else error
+                by_module[module] = max(by_module[module], relative)
+                worst = max(worst, (f"{name} in step {step}", relative), key=lambda pair: pair[1])
+    measures = json.loads((directory / MEASURES_FILE).read_text())
+    return Parity(
+        steps=steps,
+        loss_rel_err=loss_error,
+        grad_rel_err_by_module=by_module,
+        worst_parameter=worst[0],
+        peak_activation_bytes_by_module=measures["peak_activation_bytes_by_module"],
+        empty_units_by_module=measures["empty_units_by_module"],
+    )

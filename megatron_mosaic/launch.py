@@ -1,0 +1,138 @@
+"""Starts the ranks of a plan on this machine and says which one failed, where.
+
+    run_forked   imports once, forks one process per rank: parity checks, calibration, tests (seconds to start)
+    run_torchrun torchrun as a user would call it: training
+Both give every rank a flight file, so that even a killed rank's lane and action can be named.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
+from megatron_mosaic.errors import RankFailure
+
+_LOG_TAIL_LINES = 30
+
+
+def run_forked(
+    world_size: int, target: Callable[..., object], *args: Any, timeout_s: float = 600.0, env: Mapping[str, str] | None = None
+) -> None:
+    """Run `target(*args)` in `world_size` forked processes with torchrun's environment variables.
+
+    Import what `target` needs before the call: children inherit it. RankFailure names the rank that failed first,
+    with its last lane and action and the end of its output; the others are stopped.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
+        shared = {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            DIRECTORY_VARIABLE: directory,
+            **(env or {}),
+        }
+        ranks = [
+            context.Process(target=_enter_rank, args=(rank, shared, directory, target, args)) for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(process.is_alive() for process in ranks):
+                failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+                if failed or time.monotonic() > deadline:
+                    break
+                time.sleep(0.02)
+            codes = [process.exitcode for process in ranks]
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            rank = _first_cause(failed, codes)
+            raise rank_failure(rank, f"exit code {codes[rank]}", directory, _log_tail(directory, rank))
+        if any(code is None for code in codes):
+            slow = codes.index(None)
+            raise rank_failure(slow, f"still running after {timeout_s:.0f} s", directory, _log_tail(directory, slow))
+
+
+def run_torchrun(world_size: int, arguments: Sequence[str], *, to_stderr: bool = False) -> None:
+    """Run `python ARGUMENTS` under torchrun on this machine. RankFailure if a worker fails."""
+    with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(world_size), *arguments]
+        env = os.environ | {DIRECTORY_VARIABLE: directory}
+        env.setdefault("OMP_NUM_THREADS", "1")
+        result = subprocess.run(command, env=env, stdout=sys.stderr if to_stderr else None, check=False)
+        if result.returncode:
+            flights = read_flights(directory)
+            stopped = [rank for rank, line in flights.items() if "failed" in line] or sorted(flights)
+            where = stopped[0] if stopped else 0
+            raise rank_failure(where, f"torchrun exit code {result.returncode}", directory, all_ranks=True)
+
+
+def rank_failure(rank: int, got: str, directory: str, log: str = "", *, all_ranks: bool = False) -> RankFailure:
+    """The error that names a failed rank's lane and action; with `all_ranks`, everybody's."""
+    flights = read_flights(directory)
+    if all_ranks:
+        log = "\n".join(f"  rank {r}: {line}" for r, line in sorted(flights.items()))
+    return RankFailure(
+        f"rank {rank}, {flights.get(rank, 'before start-up')}",
+        got=got + (f"\n{log}" if log else ""),
+        expected="every rank to finish",
+        fix="look for the first traceback above; ranks whose connection closed are followers",
+    )
+
+
+def _enter_rank(
+    rank: int, shared: Mapping[str, str], directory: str, target: Callable[..., object], args: Sequence[Any]
+) -> None:
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
+    log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        result = target(*args)
+        code = result if isinstance(result, int) else 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:  # noqa: BLE001  the process ends here; its log carries the traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no interpreter shutdown: a peer may be gone and its sockets half open
+
+
+def _first_cause(failed: Sequence[int], codes: Sequence[int | None]) -> int:
+    """A killed rank (negative code) before ranks that raised: those may only have lost their peer."""
+    return min(failed, key=lambda rank: (codes[rank] or 0) >= 0)
+
+
+def _log_path(directory: str, rank: int) -> str:
+    return str(Path(directory) / f"log-{rank:05d}")
+
+
+def _log_tail(directory: str, rank: int) -> str:
+    lines = Path(_log_path(directory, rank)).read_text(errors="replace").splitlines()
+    return "\n".join("  | " + line for line in lines[-_LOG_TAIL_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,217 @@
+"""The `mosaic` command: keys of --json, exit statuses, messages without tracebacks, and no torch in the planner."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mosaic.cli.main import COMMANDS, main
+from megatron_mosaic.config import load_workload
+from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan_file import load_plan, save_plan
+from tests.cases import make_profile
+from tests.goldens import assert_golden
+
+DIGITS = load_workload(["model=any2any-digits"])
+VLM = ["model=vlm_7b", "cluster=h100_1x8", "workload.global_batch_size=32"]
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "profile.yaml"
+    save_profile(make_profile(DIGITS), path)
+    monkeypatch.setenv("MOSAIC_PROFILE", str(path))
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    modules = {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("2-3", Layout(dp=2))}
+    path = tmp_path / "plan.yaml"
+    save_plan(
+        Plan(
+            workload=DIGITS.name,
+            digest=DIGITS.digest,
+            world_size=4,
+            global_batch_size=8,
+            micro_batch_size=2,
+            schedule="1f1b",
+            modules={n: ModulePlan(ranks=RankSet.parse(r), layout=x) for n, (r, x) in modules.items()},
+        ),
+        path,
+    )
+    return path
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    status = main(list(map(str, words)))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def run_json(capsys, *words) -> dict:
+    status, out, err = run(capsys, *words, "--json")
+    assert status == 0, err
+    assert err == ""
+    return json.loads(out)
+
+
+def test_plan(capsys, profile, tmp_path):
+    out = tmp_path / "out.yaml"
+    result = run_json(capsys, "plan", "model=any2any-digits", "--out", out, "cluster=local", "search.max_tp=2")
+    assert set(result) >= {"plan", "predicted", "steps", "search_s", "evaluated"}
+    assert set(result["predicted"]) >= {"step_s", "bubble_frac", "peak_bytes", "samples_per_s"}
+    assert set(result["steps"][0]) >= {"step_s", "reason"}
+    written = load_plan(out)
+    assert written.digest == DIGITS.digest
+    assert written.predicted is not None
+    assert written.predicted.step_s == result["predicted"]["step_s"] == min(s["step_s"] for s in result["steps"])
+    assert result["plan"]["modules"].keys() == {"vision", "llm", "generator"}
+    assert all(m.layout.tp <= 2 for m in written.modules.values())
+    assert run(capsys, "show", out)[0] == 0
+    simulated = run_json(capsys, "simulate", out)
+    assert simulated["step_s"] == pytest.approx(result["predicted"]["step_s"])
+
+
+def test_plan_for_people(capsys, tmp_path):
+    status, out, _ = run(capsys, "plan", *VLM)
+    assert status == 0
+    assert "start: best homogeneous plan" in out
+    assert "mosaic_plan: 1" in out
+    status, out, _ = run(capsys, "plan", *VLM, "--out", tmp_path / "p.yaml")
+    assert "plan written to" in out
+    assert "mosaic_plan" not in out
+
+
+def test_compare(capsys):
+    rows = run_json(capsys, "compare", *VLM)["rows"]
+    assert rows[0]["name"] == "mosaic"
+    for row in rows:
+        assert set(row) >= {"name", "step_s", "peak_bytes", "feasible", "speedup"}
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["homogeneous"]["speedup"] == 1.0
+    assert by_name["mosaic"]["speedup"] == pytest.approx(by_name["homogeneous"]["step_s"] / by_name["mosaic"]["step_s"])
+    assert by_name["mosaic"]["step_s"] <= min(row["step_s"] for row in rows if row["feasible"])
+    status, out, _ = run(capsys, "compare", *VLM)
+    assert status == 0
+    assert "homogeneous" in out
+
+
+def test_show(capsys, plan):
+    result = run_json(capsys, "show", plan)
+    assert set(result) >= {"modules", "rank_map", "schedule"}
+    assert result["rank_map"] == {
+        "0": ["vision", "llm"], "1": ["vision", "llm"], "2": ["llm", "generator"], "3": ["llm", "generator"]
+    }  # fmt: skip
+    assert result["modules"]["llm"]["layout"]["tp"] == 2
+    assert result["schedule"].startswith("schedule 1f1b microbatches=4")
+    status, out, _ = run(capsys, "show", plan)
+    assert status == 0
+    assert_golden("show", "".join(line.rstrip() + "\n" for line in out.splitlines()))
+
+
+def test_simulate(capsys, plan, profile, tmp_path):
+    trace, page = tmp_path / "trace.json", tmp_path / "page.html"
+    result = run_json(capsys, "simulate", plan, "--trace", trace, "--html", page)
+    assert set(result) >= {"step_s", "bubble_frac", "peak_bytes", "by_module"}
+    assert set(result["by_module"]) >= {"vision", "llm", "generator"}
+    assert 0 < result["bubble_frac"] < 1
+    assert json.loads(trace.read_text())["traceEvents"]
+    text = page.read_text()
+    assert text.count("<rect") == 2 * 4 * (2 * 2 + 2 * 2) + 2 * 4  # actions of all ranks, and two tail spans a rank
+    assert "http" not in text
+    status, out, _ = run(capsys, "simulate", plan)
+    assert status == 0
+    assert "rank 0 vision.0" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["plan", "cluster=b200"], "override 'cluster=b200'"),
+        (["plan", "+search.max_tq=1", "cluster=h100_1x8"], "search.max_tq"),
+        (["plan", "cluster=local"], "profile.yaml"),
+        (["plan", "--frob"], "mosaic: arguments"),
+        (["plan", *VLM, "--out", "missing/plan.yaml"], "missing/plan.yaml"),
+        (["show"], "mosaic show: arguments"),
+        (["show", "missing.yaml"], "missing.yaml"),
+        (["simulate", "missing.yaml"], "missing.yaml"),
+        (["fly"], "mosaic: arguments"),
+        ([], "mosaic: arguments"),
+    ],
+)
+def test_wrong_input(capsys, words, where, monkeypatch, tmp_path):
+    monkeypatch.delenv("MOSAIC_PROFILE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert out == ""
+    assert where in err.splitlines()[0]
+    assert all(part in err for part in ("got:", "expected:", "fix:"))
+    assert "Traceback" not in err
+    status, out, _ = run(capsys, *words, "--json")
+    assert status == 2
+    assert set(json.loads(out)) == {"error", "where", "got", "expected", "fix"}
+
+
+def test_no_feasible_plan_is_an_answer(capsys):
+    status, out, err = run(capsys, "plan", *VLM, "search.memory_frac=0.01", "--json")
+    assert status == 1
+    assert json.loads(out)["error"] == "NoFeasiblePlan"
+    assert "search: memory" in err
+
+
+def test_a_plan_for_another_model_is_refused(capsys, plan, profile):
+    text = plan.read_text().replace(DIGITS.digest, "f" * 12)
+    plan.write_text(text)
+    status, _, err = run(capsys, "simulate", plan)
+    assert status == 2
+    assert err.startswith("mosaic: digest")
+    assert run(capsys, "show", plan)[0] == 2
+
+
+def test_unbuilt_schedule_is_refused_by_name(capsys, plan, profile):
+    plan.write_text(plan.read_text().replace("schedule: 1f1b", "schedule: nested"))
+    for command in ("show", "simulate"):
+        status, _, err = run(capsys, command, plan)
+        assert status == 2
+        assert "nested (a name of the plan format that is not built yet)" in err
+
+
+def test_validate_is_refused_by_name(capsys):
+    status, _, err = run(capsys, "validate")
+    assert status == 2
+    assert "mosaic validate" in err
+    assert "not built yet" in err
+
+
+def test_train_hands_unknown_words_on(monkeypatch):
+    from megatron_mosaic.cli.main import parse_arguments
+
+    arguments = parse_arguments(["train", "plan.yaml", "--train-iters", "5", "--json", "--lr", "1e-3"])
+    assert arguments.megatron_args == ["--train-iters", "5", "--lr", "1e-3"]
+    assert arguments.json
+    assert arguments.plan == "plan.yaml"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_planner_starts_without_torch():
+    code = (
+        "import sys; from megatron_mosaic.cli import main; status = main(sys.argv[1:]);"
+        "print(*sorted({'torch', 'megatron', 'scipy'} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "plan", *VLM, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["predicted"]["step_s"] > 0
+    assert done.stderr.split() == []

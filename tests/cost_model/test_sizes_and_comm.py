@@ -1,0 +1,128 @@
+"""Closed forms against hand counts and published numbers: parameters, FLOPs, activation bytes, ring collectives."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mosaic.config import load_workload
+from megatron_mosaic.cost_model.comm import MeasuredComm, RingComm
+from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.memory import BF16, FP32, estimate_static_bytes, stage_parameters
+from megatron_mosaic.cost_model.profile import Operation, Part
+from megatron_mosaic.cost_model.sizes import (
+    count_activation_bytes,
+    count_flops,
+    count_parameters,
+    module_parameters,
+)
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.workload import ModuleConfig, Role
+from tests.cases import LLM, VISION, make_cluster, make_profile
+
+GPT3 = ModuleConfig(
+    name="gpt3", role=Role.backbone, num_layers=96, hidden_size=12288, num_heads=96, ffn_hidden_size=4 * 12288,
+    tokens_per_item=2048, vocab_size=51200,
+)  # fmt: skip
+
+
+def test_parameters_of_a_small_layer_by_hand():
+    # h 64, f 256: QKV 64*192 + 192, projection 64*64 + 64, MLP 64*256 + 256 and 256*64 + 64, two norms of 2*64
+    assert count_parameters(LLM, Part.layer) == 12480 + 4160 + 16640 + 16448 + 256
+    assert count_parameters(LLM, Part.pre) == 128 * 64 + 64 * 64  # tokens, positions
+    assert count_parameters(LLM, Part.post) == 128  # the final norm; logits share the embedding
+    assert count_parameters(VISION, Part.pre) == 16 * 64 + 5 * 64  # positions; 4 inputs and a bias
+    assert count_parameters(VISION, Part.post) == 128 + 65 * 64
+
+
+def test_tp_splits_matrices_and_keeps_norms():
+    # columns 12480 + 16640 and rows 4096 + 16384 are halved; row biases 2*64 and norms 256 are on both ranks
+    assert count_parameters(LLM, Part.layer, 2) == (12480 + 16640 + 4096 + 16384) / 2 + 128 + 256
+
+
+def test_parameters_of_published_models():
+    # LLaMA-2-7B has 6.738e9 parameters with a separate output matrix of 32000*4096; here logits share the embedding
+    llama = load_workload(["model=vlm_7b"]).by_name["llm"]
+    assert module_parameters(llama) + 32000 * 4096 == pytest.approx(6.738e9, rel=1e-3)
+    assert module_parameters(GPT3) == pytest.approx(174.6e9, rel=2e-3)  # Narayanan et al. 2021, eq. 2: 174.6e9
+    vit = load_workload(["model=vlm_7b"]).by_name["vision"]
+    assert module_parameters(vit) == pytest.approx(632e6, rel=0.01)  # ViT-H/14, Dosovitskiy et al. 2021
+
+
+def test_flops_follow_the_published_formula():
+    # Narayanan et al. 2021, eq. 3 without recomputation: forward and backward are 72 B s l h^2 (1 + s/6h + V/12lh)
+    s, layers, h, v = GPT3.tokens_per_item, GPT3.num_layers, GPT3.hidden_size, GPT3.vocab_size
+    expected = 72 * s * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h))
+    forward = layers * count_flops(GPT3, Part.layer) + count_flops(GPT3, Part.pre) + count_flops(GPT3, Part.post)
+    assert 3 * forward == pytest.approx(expected, rel=1e-12)
+
+
+def test_causal_attention_is_half():
+    full, causal = (count_flops(replace(GPT3, causal=c), Part.layer) for c in (False, True))
+    assert full - causal == pytest.approx(2 * 2048**2 * 12288)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_activation_bytes_follow_the_published_formula(tp):
+    # Korthikanti et al. 2022, table 2, "tensor parallel (no sequence parallel)": sbh (10 + 24/t + 5as/ht)
+    s, h, a = 2048, 12288, 96
+    expected = s * h * (10 + 24 / tp + 5 * a * s / (h * tp))
+    assert count_activation_bytes(GPT3, Part.layer, tp, value_bytes=2, fused_attention=False) == pytest.approx(expected)
+    fused = count_activation_bytes(GPT3, Part.layer, tp, value_bytes=2, fused_attention=True)
+    assert fused == pytest.approx(s * h * (10 + 24 / tp))
+
+
+def test_static_bytes_are_megatrons_bytes_per_parameter():
+    placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
+    parameters = module_parameters(LLM)
+    assert estimate_static_bytes(LLM, placed, 0, BF16) == 18 * parameters
+    assert estimate_static_bytes(LLM, placed, 0, FP32) == 16 * parameters
+    assert estimate_static_bytes(replace(LLM, frozen=True), placed, 0, BF16) == 2 * parameters
+
+
+def test_stages_share_the_module_but_for_tied_embeddings():
+    placed = ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(pp=2))
+    both = sum(stage_parameters(LLM, placed, stage) for stage in (0, 1))
+    assert both == module_parameters(LLM) + 128 * 64
+    assert sum(stage_parameters(VISION, placed, stage) for stage in (0, 1)) == module_parameters(VISION)
+
+
+def test_ring_formulas_by_hand():
+    comm = RingComm(make_cluster(4))  # 100 GB/s, 1 us
+    one_mb = 1e6
+    assert comm.estimate(Operation.all_reduce, (0, 1, 2, 3), one_mb) == pytest.approx(6e-6 + 1.5e-5)
+    assert comm.estimate(Operation.all_gather, (0, 1, 2, 3), one_mb) == pytest.approx(3e-6 + 0.75e-5)
+    assert comm.estimate(Operation.reduce_scatter, (0, 1), one_mb) == pytest.approx(1e-6 + 0.5e-5)
+    assert comm.estimate(Operation.p2p, (0, 3), one_mb) == pytest.approx(1e-6 + 1e-5)
+
+
+def test_nodes_are_joined_by_the_slow_link_times_their_ports():
+    comm = RingComm(make_cluster(8, gpus_per_node=4))  # 10 GB/s and 5 us between the two nodes
+    assert comm.estimate(Operation.p2p, (0, 4), 1e6) == pytest.approx(5e-6 + 1e-4)
+    assert comm.estimate(Operation.all_reduce, (0, 4), 1e6) == pytest.approx(2 * (5e-6 + 0.5e-4))
+    # four ranks a node drive four ports
+    assert comm.estimate(Operation.all_reduce, tuple(range(8)), 1e6) == pytest.approx(2 * (35e-6 + 7 / 8 * 1e6 / 40e9))
+
+
+@given(st.sampled_from(list(Operation)), st.integers(1, 8), st.floats(0, 1e9), st.floats(0, 1e9))
+def test_comm_grows_with_bytes_and_is_free_alone(operation, n, a, b):
+    comm = RingComm(make_cluster(8))
+    low, high = (comm.estimate(operation, tuple(range(n)), size) for size in sorted((a, b)))
+    assert low <= high
+    if n == 1:
+        assert high == 0
+
+
+def test_all_reduce_is_a_reduce_scatter_and_an_all_gather():
+    comm = RingComm(make_cluster(4))
+    everyone, size = (0, 1, 2, 3), 12345.0
+    parts = [comm.estimate(op, everyone, size) for op in (Operation.reduce_scatter, Operation.all_gather)]
+    assert comm.estimate(Operation.all_reduce, everyone, size) == pytest.approx(sum(parts))
+
+
+def test_measured_comm_reads_the_lines():
+    comm = MeasuredComm(FittedProfile(make_profile()))
+    assert comm.estimate(Operation.all_reduce, (0, 2, 3), 1_000_000) == pytest.approx(1.1e-3)
+    assert comm.estimate(Operation.p2p, (0, 3), 1000) == pytest.approx(1.1e-4)
+    assert comm.estimate(Operation.all_reduce, (0,), 1000) == 0

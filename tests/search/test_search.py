@@ -1,0 +1,228 @@
+"""The space, the baselines, and the greedy search against brute force on tiny clusters."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from megatron_mosaic.cost_model.hardware import local_cluster
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.errors import ConfigError, ProfileError
+from megatron_mosaic.plan import Layout, Quota, RankSet, validate_plan
+from megatron_mosaic.search.baselines import (
+    BASELINES,
+    best_baseline,
+    disaggregated_plans,
+    homogeneous_plans,
+    rank_splits,
+)
+from megatron_mosaic.search.evaluate import Evaluator
+from megatron_mosaic.search.exhaustive import search_exhaustive
+from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
+from megatron_mosaic.search.run import find_plan
+from megatron_mosaic.search.space import SearchConfig, Space, divisors
+from megatron_mosaic.supported import require_supported_plan
+from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_profile
+
+GREEDY_GAP = 0.10  # the factor over the optimum that the search promises on tiny clusters
+
+
+def _space(workload=WORKLOAD, num_ranks=4, **config) -> Space:
+    return Space(workload=workload, cluster=make_cluster(num_ranks), config=SearchConfig(**config))
+
+
+def _evaluator(space: Space) -> Evaluator:
+    model = CostModel(space.workload, space.cluster)
+    return Evaluator(model=model, memory_frac=space.config.memory_frac)
+
+
+def random_workload(seed: int, num_modules: int = 0) -> Workload:
+    """One to three modules of random sizes, in a chain around the backbone."""
+    draw = random.Random(seed)
+    num_modules = num_modules or draw.choice([1, 2, 2, 2, 3])
+
+    def module(name: str, role: Role) -> ModuleConfig:
+        width = draw.choice([128, 512, 2048])
+        return ModuleConfig(
+            name=name,
+            role=role,
+            num_layers=draw.choice([2, 4, 6]),
+            hidden_size=width,
+            num_heads=draw.choice([2, 4, 8]),
+            ffn_hidden_size=4 * width,
+            tokens_per_item=draw.choice([16, 256, 1024]),
+            items_per_sample=1.0 if role is Role.backbone else draw.choice([0.25, 1.0, 4.0]),
+        )
+
+    modules = [module("llm", Role.backbone)]
+    edges = []
+    if num_modules > 1:
+        modules.insert(0, module("vision", Role.encoder))
+        edges.append(Edge(source="vision", target="llm", rows_per_item=16, width=128))
+    if num_modules > 2:
+        modules.append(module("generator", Role.generator))
+        edges.append(Edge(source="llm", target="generator", rows_per_item=16, width=128))
+    return Workload(
+        name="random", modules=tuple(modules), edges=tuple(edges), global_batch_size=draw.choice([4, 8, 16])
+    )
+
+
+def gap_to_optimum(workload: Workload, num_ranks: int) -> float:
+    """(greedy - best) / best; the best of the whole space by brute force."""
+    space = _space(workload, num_ranks, max_micro_batch_size=2, min_gain_frac=0.0)
+    best = search_exhaustive(space, _evaluator(space))
+    assert best is not None
+    *_, last = search_greedy(space, _evaluator(space))
+    assert last.step_s >= best.step_s * (1 - 1e-9), "brute force missed a plan that the search found"
+    return last.step_s / best.step_s - 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_greedy_is_close_to_the_optimum(seed):
+    workload = random_workload(seed)
+    assert gap_to_optimum(workload, 2 if len(workload.modules) == 3 else 4) <= GREEDY_GAP
+
+
+@pytest.mark.slow
+def test_gap_distribution(capsys):
+    # Three modules on four ranks: 16 placements each, far more than the pairs that the search tries
+    gaps = sorted(gap_to_optimum(random_workload(seed, 3), 4) for seed in range(100, 140))
+    with capsys.disabled():
+        print(f"\ngreedy gap over {len(gaps)} workloads: median {gaps[20]:.2%}, p90 {gaps[36]:.2%}, max {gaps[-1]:.2%}")
+    assert gaps[-1] <= GREEDY_GAP
+
+
+def test_layouts_by_hand():
+    space = _space()
+    assert [str(x) for x in space.layouts(LLM, 4)] == ["dp4", "pp2 dp2", "pp4", "tp2 dp2", "tp2 pp2", "tp4"]
+    assert [str(x) for x in _space(max_tp=2, max_pp=1).layouts(LLM, 4)] == ["dp4", "tp2 dp2"]
+    assert space.layouts(LLM, 3) == ()  # dp 3 does not divide 16 samples, 3 stages do not divide 4 layers
+    assert space.layouts(replace(LLM, num_query_groups=2), 4)[-1] == Layout(tp=2, pp=2)
+    few = replace(VISION, items_per_sample=0.1)  # 1.6 items a step
+    assert all(x.dp == 1 for x in space.layouts(few, 4))
+
+
+def test_tp_stays_on_a_node():
+    space = Space(workload=WORKLOAD, cluster=make_cluster(8, gpus_per_node=2), config=SearchConfig())
+    assert max(x.tp for x in space.layouts(LLM, 8)) == 2
+
+
+def test_rank_sets_are_aligned_blocks():
+    assert [str(r) for r in _space(num_ranks=4).rank_sets()] == ["0-3", "0-1", "2-3", "0", "1", "2", "3"]
+    assert len(_space(num_ranks=6).rank_sets()) == 1 + 2 + 3 + 6
+    assert divisors(12) == (1, 2, 3, 4, 6, 12)
+
+
+def test_micro_batches_and_shares():
+    assert _space(max_micro_batch_size=4).micro_batch_sizes(2) == (1, 2, 4)
+    assert _space().quotas() == (Quota(),)  # the runtime does not put modules beside each other on a GPU yet
+    profile = make_profile()
+    local = Space(workload=WORKLOAD, cluster=local_cluster(profile, 4), config=SearchConfig())
+    assert [q.share for q in local.quotas()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_tp", 0), ("max_pp", -1), ("max_micro_batch_size", 0), ("memory_frac", 0.0), ("min_gain_frac", 1.0)],
+)
+def test_config_refuses(key, value):
+    with pytest.raises(ConfigError, match=rf"search\.{key}"):
+        SearchConfig(**{key: value})
+
+
+def test_baselines_are_what_they_say():
+    space = _space()
+    for plan in homogeneous_plans(space):
+        validate_plan(plan, WORKLOAD, space.cluster)
+        require_supported_plan(plan)
+        assert len({(m.ranks, m.layout) for m in plan.modules.values()}) == 1
+        assert plan.modules["llm"].ranks == RankSet.parse("0-3")
+    found = list(disaggregated_plans(space))
+    assert found
+    for plan in found:
+        validate_plan(plan, WORKLOAD, space.cluster)
+        ranks = [r for m in plan.modules.values() for r in m.ranks.ranks]
+        assert sorted(ranks) == [0, 1, 2, 3]
+    assert list(disaggregated_plans(_space(num_ranks=2))) == []  # three modules
+    assert list(rank_splits(4, 2)) == [(1, 3), (2, 2), (3, 1)]
+
+
+def test_every_step_is_better_than_the_one_before_and_explained():
+    space = _space(random_workload(3))
+    evaluator = _evaluator(space)
+    steps = list(search_greedy(space, evaluator))
+    starts = [i for i, step in enumerate(steps) if step.reason.startswith("start: best ")]
+    assert len(starts) == len([n for n in BASELINES if best_baseline(n, space, evaluator)])
+    for i, step in enumerate(steps):
+        validate_plan(step.plan, space.workload, space.cluster)
+        require_supported_plan(step.plan)
+        assert evaluator.simulate(step.plan).step_s == pytest.approx(step.step_s)
+        if i not in starts and "the better of the ends" not in step.reason:
+            assert step.step_s < steps[i - 1].step_s
+            assert "(was " in step.reason
+    assert steps[-1].step_s == min(step.step_s for step in steps)
+
+
+def test_search_is_deterministic():
+    space = _space(random_workload(5))
+    assert list(search_greedy(space, _evaluator(space))) == list(search_greedy(space, _evaluator(space)))
+
+
+def test_never_worse_than_the_best_baseline():
+    for seed in range(20, 26):
+        space = _space(random_workload(seed), 8)
+        *_, last = search_greedy(space, _evaluator(space))
+        for name in BASELINES:
+            if base := best_baseline(name, space, _evaluator(space)):
+                assert last.step_s <= base.step_s
+
+
+def test_memory_limit_is_respected_or_the_answer_is_no():
+    roomy = make_cluster(4)
+    peak_bytes = find_plan(CostModel(WORKLOAD, roomy), SearchConfig()).simulation.peak_bytes
+    tight = replace(roomy, gpu=replace(roomy.gpu, memory_bytes=0.97 * peak_bytes))
+    config = SearchConfig(memory_frac=1.0)
+    assert find_plan(CostModel(WORKLOAD, tight), config).simulation.peak_bytes <= 0.97 * peak_bytes
+    tiny = replace(tight, gpu=replace(tight.gpu, memory_bytes=1e5))
+    with pytest.raises(NoFeasiblePlan) as caught:
+        find_plan(CostModel(WORKLOAD, tiny), SearchConfig())
+    assert "on a rank" in caught.value.got
+    assert caught.value.expected.startswith("at most 90.00 kB")
+
+
+def test_no_layout_is_an_answer():
+    odd = replace(
+        WORKLOAD, global_batch_size=1, modules=tuple(replace(m, num_layers=1, num_heads=1) for m in WORKLOAD.modules)
+    )
+    with pytest.raises(NoFeasiblePlan, match="no layout of all modules on 2 ranks"):
+        find_plan(CostModel(odd, make_cluster(2)), SearchConfig())
+
+
+def test_local_search_uses_what_the_profile_has():
+    profile = make_profile(tps=(1,))  # no tp 2 was measured
+    result = find_plan(CostModel(WORKLOAD, local_cluster(profile, 4), profile), SearchConfig())
+    assert all(m.layout.tp == 1 for m in result.plan.modules.values())
+    assert result.plan.predicted is not None
+    assert result.plan.predicted.cost_model == profile.title
+    assert result.evaluated > 10
+    none = make_profile(tps=())
+    with pytest.raises(ProfileError, match="no points"):
+        find_plan(CostModel(WORKLOAD, local_cluster(none, 4), none), SearchConfig())
+
+
+def test_search_takes_a_share_when_threads_scale_badly():
+    data = make_profile().model_dump()
+    for module in data["modules"].values():
+        for threads in module.values():
+            for point, alone in zip(threads[2], threads[1], strict=True):  # a second thread does harm
+                point |= {key: 1.5 * alone[key] for key in ("forward_s", "backward_s")}
+    profile = type(make_profile()).model_validate(data)
+    result = find_plan(CostModel(WORKLOAD, local_cluster(profile, 4), profile), SearchConfig())
+    assert {m.quota.share for m in result.plan.modules.values()} == {0.5}
+
+
+def test_exhaustive_refuses_large_spaces():
+    space = _space(num_ranks=64)
+    with pytest.raises(ConfigError, match="greedy search"):
+        search_exhaustive(space, _evaluator(space))

@@ -1,0 +1,92 @@
+"""Overrides -> task: good words compose, typos are refused with the place, the choices and a way out."""
+
+import pytest
+
+from megatron_mosaic.any2any.sizes import Any2AnySizes
+from megatron_mosaic.any2any.sizes import workload as any2any_workload
+from megatron_mosaic.config import GROUPS, compose_sections, group_options, load_task, load_workload
+from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.errors import ConfigError, ProfileError
+from tests.cases import make_profile
+
+H100 = "cluster=h100_8x8"
+
+
+def test_any2any_agrees_with_the_model_that_is_trained():
+    ours = load_workload(["model=any2any-digits"])
+    theirs = any2any_workload(Any2AnySizes(), 32)
+    assert ours.modules == theirs.modules or [m.items_per_sample for m in ours.modules] == pytest.approx(
+        [m.items_per_sample for m in theirs.modules]
+    )
+    assert ours.digest == theirs.digest
+    assert ours.global_batch_size == 32
+
+
+@pytest.mark.parametrize("model", group_options("model"))
+@pytest.mark.parametrize("cluster", [c for c in group_options("cluster") if c != "local"])
+def test_every_file_of_conf_loads(model, cluster):
+    task = load_task([f"model={model}", f"cluster={cluster}"])
+    assert (task.workload.name, task.cluster.name) == (model, cluster)
+    assert task.profile is None
+
+
+def test_overrides_reach_the_task():
+    words = ["model=vlm_7b", "cluster=h100_8x8", "workload.global_batch_size=64", "search.max_tp=4"]
+    words += ["+workload.items_per_sample.vision=3.5", "model.modules.llm.num_layers=16", "cluster.num_nodes=2"]
+    task = load_task(words)
+    assert task.workload.global_batch_size == 64
+    assert task.search.max_tp == 4
+    assert task.workload.by_name["vision"].items_per_sample == 3.5
+    assert task.workload.by_name["llm"].num_layers == 16
+    assert task.cluster.num_ranks == 16
+
+
+def test_local_takes_the_profile(tmp_path, monkeypatch):
+    workload = load_workload(["model=any2any-digits"])
+    path = tmp_path / "profile.yaml"
+    save_profile(make_profile(workload), path)
+    task = load_task(["cluster=local", "cluster.num_ranks=2"], profile_path=path)
+    assert (task.cluster.num_ranks, task.cluster.shared_cores) == (2, 2)
+    assert task.cost_model().name == "profile of made up, 2026-11-20"
+    monkeypatch.setenv("MOSAIC_PROFILE", str(path))
+    assert load_task([]).cluster.num_ranks == 4
+    monkeypatch.setenv("MOSAIC_PROFILE", str(tmp_path / "none"))
+    with pytest.raises(ProfileError, match="mosaic calibrate"):
+        load_task([])
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "expected"),
+    [
+        (["cluster=b200"], "override 'cluster=b200'", "one of ['h100_1x8', 'h100_8x8', 'local']"),
+        (["model="], "override 'model='", "any2any-digits"),
+        (["vlm_7b"], "override 'vlm_7b'", "key=value"),
+        (["search.max_tq=4"], "override 'search.max_tq=4'", "keys of the groups"),
+        (["+search.max_tq=4"], "search.max_tq", "a key of this group"),
+        (["+serch.max_tp=4"], "serch", "a key of this group"),
+        (["++model.modules.vision.hiden_size=4"], "model.modules.vision.hiden_size", "a key of this group"),
+        (["+cluster.gpuz=4"], "cluster.gpuz", "a key of this group"),
+        (["search.max_tp=four"], "search.max_tp", "valid integer"),
+        (["search.max_tp=0"], "search.max_tp", "greater than or equal to 1"),
+        (["search.memory_frac=2"], "search.memory_frac", "in (0, 1]"),
+        (["~search.max_tp"], "override '~search.max_tp'", "key=value"),
+        (["search.max_tp=["], "", "keys of the groups"),
+        (["model.modules.vision.role=chef"], "model.modules.vision.role", "'encoder', 'backbone' or 'generator'"),
+        (["model.modules.llm.num_heads=5"], "module 'llm': num_heads", "a divisor of hidden_size"),
+        (["+workload.items_per_sample.audio=2"], "workload.items_per_sample.audio", "one of ['vision', 'llm'"),
+        (["cluster.gpu=v100"], "cluster.gpu", "h100_sxm"),
+        (["workload=tiny"], "override 'workload=tiny'", "one of ['default']"),
+    ],
+)
+def test_refuses(words, where, expected):
+    given = [] if any(w.startswith("cluster=") for w in words) else [H100]
+    with pytest.raises(ConfigError) as caught:
+        load_task([*given, *words])
+    assert caught.value.where.startswith(where)
+    assert expected in caught.value.expected
+    assert caught.value.got and caught.value.fix
+
+
+def test_sections_cover_the_groups():
+    sections = compose_sections([H100])
+    assert set(type(sections).model_fields) == set(GROUPS)
