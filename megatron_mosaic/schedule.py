@@ -105,6 +105,15 @@ class Schedule:
 
     def needs(self, action: Action) -> tuple[Action, ...]:
         """The actions that must finish before this one may start."""
+        if action not in self._known_needs:
+            self._known_needs[action] = self._find_needs(action)
+        return self._known_needs[action]
+
+    @cached_property
+    def _known_needs(self) -> dict[Action, tuple[Action, ...]]:
+        return {}
+
+    def _find_needs(self, action: Action) -> tuple[Action, ...]:
         module, stage, unit = action.module, action.stage, action.unit
         covered = self.microbatches_of(module, unit)
         last = self.num_stages(module) - 1

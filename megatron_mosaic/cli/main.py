@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from megatron_mosaic.errors import ConfigError, MosaicError
+from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 
 DONE, NO, WRONG_INPUT = 0, 1, 2
 
@@ -96,7 +96,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"mosaic: {error}", file=sys.stderr)
         if "--json" in words:
             print(json.dumps(error.as_dict()))
-        return NO if getattr(error, "is_answer", False) else WRONG_INPUT
+        is_answer = isinstance(error, RankFailure) or getattr(error, "is_answer", False)
+        return NO if is_answer else WRONG_INPUT
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, e.g. `mosaic show | head`
         return DONE
@@ -105,11 +106,14 @@ def main(words: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     module = COMMANDS[name]
     try:
-        command: Callable[[argparse.Namespace], int] = importlib.import_module(module).main
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
+        found = None
+    command: Callable[[argparse.Namespace], int] | None = getattr(found, "main", None)
+    if command is None:
         raise ConfigError(
             f"mosaic {name}", got="a command that is not built yet", expected="a built command", fix="see mosaic --help"
-        ) from error
+        )
     return command

@@ -27,7 +27,8 @@ from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
 from megatron_mosaic.workload import ModuleConfig
 
-MAX_PAIRS = 400  # plans of one pair of modules that are priced in phase 6
+MAX_PAIRS = 1000  # placements of one pair of modules in phase 6; above it, each has few layouts on a set
+FEW_LAYOUTS = 2
 
 
 class NoFeasiblePlan(PlanError):
@@ -170,9 +171,9 @@ def _share_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
 def _pair_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
     """Two modules at once: what one gives up the other takes."""
     for pair in combinations(_by_work(space), 2):
-        choices = [tuple(space.placements(module)) for module in pair]
+        choices = [_end_blocks(space, module, math.inf) for module in pair]
         if math.prod(map(len, choices)) > MAX_PAIRS:
-            continue
+            choices = [_end_blocks(space, module, FEW_LAYOUTS) for module in pair]
         yield [
             other
             for chosen in product(*choices)
@@ -183,6 +184,20 @@ def _pair_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
             )
             if other != plan
         ]
+
+
+def _end_blocks(space: Space, module: ModuleConfig, most: float) -> list[ModulePlan]:
+    """The blocks of each size at either end of the cluster: two of them are nested, equal or as disjoint as can be.
+
+    With the `most` layouts of least communication: lowest tp x pp first.
+    """
+    n = space.cluster.num_ranks
+    found = []
+    for ranks in space.rank_sets():
+        if ranks.ranks[0] == 0 or ranks.ranks[-1] == n - 1:
+            layouts = sorted(space.layouts(module, len(ranks)), key=lambda x: (x.tp * x.pp, x.pp))
+            found += [ModulePlan(ranks=ranks, layout=x) for i, x in enumerate(layouts) if i < most]
+    return found
 
 
 def _difference(before: Plan, after: Plan) -> str:

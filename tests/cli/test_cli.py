@@ -10,6 +10,7 @@ import pytest
 from megatron_mosaic.cli.main import COMMANDS, main
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan_file import load_plan, save_plan
 from tests.cases import make_profile
@@ -187,6 +188,16 @@ def test_validate_is_refused_by_name(capsys):
     assert status == 2
     assert "mosaic validate" in err
     assert "not built yet" in err
+
+
+def test_a_failed_rank_is_an_answer(capsys, monkeypatch):
+    def fail(_):
+        raise RankFailure("rank 3", got="killed", expected="exit status 0", fix="see its log")
+
+    monkeypatch.setattr("megatron_mosaic.cli.show.main", fail)
+    status, _, err = run(capsys, "show", "plan.yaml")
+    assert status == 1
+    assert err.startswith("mosaic: rank 3")
 
 
 def test_train_hands_unknown_words_on(monkeypatch):

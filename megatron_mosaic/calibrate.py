@@ -1,0 +1,342 @@
+"""`mosaic calibrate`: measures this machine into a Profile, with the real modules and real gloo collectives.
+
+    module time   pre / layer / post of every module, over items, tp and threads  (forward, backward)
+    collectives   all_reduce, all_gather, reduce_scatter, p2p over bytes and ranks
+    optimizer     one Megatron optimizer step over parameters
+    overhead      what an action of a real single-rank `pretrain()` run costs beyond its module code
+
+Times are those of a rank that has the cores it uses to itself: a group of more ranks than cores is measured slower
+than that by ranks / cores, and divided by it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from megatron_mosaic.any2any import pretrain
+from megatron_mosaic.any2any.arguments import workload_of_command_line
+from megatron_mosaic.any2any.data import collate
+from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.arguments import parse_and_validate_args
+from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Operation, Part, Profile
+from megatron_mosaic.launch import run_forked
+from megatron_mosaic.model import initialize_by_name
+from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan_file import save_plan
+from megatron_mosaic.report import TIMELINE_FILE
+
+MAX_RANKS = 4
+ITEMS = (1, 2, 4, 8, 16)
+MESSAGE_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
+REPEATS = 5
+_PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
+
+
+def calibrate(*, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None) -> Profile:
+    """The profile of this machine. Forks up to 4 ranks; takes less than a minute on two cores."""
+    workload = workload_of_command_line(megatron_args)
+    cores = psutil.cpu_count(logical=True) or 1
+    with tempfile.TemporaryDirectory(prefix="mosaic-calibrate-") as directory:
+        progress("modules, collectives, optimizer")
+        command = [*megatron_args, "--global-batch-size", str(4 * MAX_RANKS), "--micro-batch-size", "4"]
+        run_forked(MAX_RANKS, _measure_rank, command, directory, cores)
+        data = json.loads((Path(directory) / "measured.json").read_text())
+        progress("overhead of an action")
+        action_s = _measure_overhead(workload.name, [m.name for m in workload.modules], megatron_args, directory)
+    return Profile.model_validate(
+        {
+            "mosaic_profile": FORMAT_VERSION,
+            "provenance": {
+                "cpu_model": _cpu_model(),
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-mosaic")},
+            },
+            "machine": data["machine"],
+            "workload": workload.name,
+            "digest": workload.digest,
+            "modules": data["modules"],
+            "collectives": data["collectives"],
+            "optimizer": data["optimizer"],
+            "overheads": {"action_s": action_s},
+        }
+    )
+
+
+def _measure_rank(command: list[str], directory: str, cores: int) -> None:
+    """Collective over MAX_RANKS ranks. Rank 0 writes `measured.json`."""
+    sys.argv = [sys.argv[0], *command]
+    args, _ = parse_and_validate_args(
+        lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
+    )
+    dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
+    definition = Any2Any.from_args(args)
+    samples = pretrain.make_datasets(args)((256, 1, 1))[0]
+    batch = collate([samples[i] for i in range(4 * max(ITEMS))])
+    modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
+    optimizer: dict[int, float] = {}
+    for tp in (1, 2, 4):
+        for name in definition.workload.by_name:
+            bench = _ModuleBench(args, definition, name, tp)
+            for threads in (1, cores) if tp == 1 and cores > 1 else (1,):
+                points = bench.measure(batch, threads, slowdown=max(1.0, tp / cores))
+                modules.setdefault(name, {}).setdefault(tp, {})[threads] = points
+            if tp == 1:
+                optimizer.update(bench.measure_optimizer())
+            bench.close()
+    collectives = _measure_collectives()
+    if dist.get_rank() == 0:
+        measured = {
+            "machine": _measure_machine(cores),
+            "modules": modules,
+            "collectives": collectives,
+            "optimizer": [{"params": params, "seconds": seconds} for params, seconds in sorted(optimizer.items())],
+        }
+        (Path(directory) / "measured.json").write_text(json.dumps(measured))
+    dist.barrier()
+
+
+class _PipelinePlace:
+    """Stands for a pipeline group when a stage is built alone: only its rank and size are asked for."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return _PIPELINE
+
+
+class _ModuleBench:
+    """First, inner and last stage of one module on ranks 0..tp-1, ready to be timed. Collective over all ranks."""
+
+    def __init__(self, args: Any, definition: Any2Any, name: str, tp: int) -> None:
+        self._definition, self._name = definition, name
+        self._sizes = definition.workload.by_name[name]
+        plan = Plan(
+            workload=definition.workload.name,
+            world_size=dist.get_world_size(),
+            global_batch_size=1,
+            micro_batch_size=1,
+            schedule="1f1b",
+            modules={name: ModulePlan(ranks=RankSet.of(range(tp)), layout=Layout(tp=tp))},
+        )
+        self._grids = Grids(plan, (), timeout=timedelta(minutes=2))
+        self._takes_part = name in self._grids.collections
+        self._stages: dict[str, DistributedDataParallel] = {}
+        if not self._takes_part:
+            return
+        groups = self._grids.collections[name]
+        self._scopes = Scopes(args.seed, self._grids.collections, (name,))
+        own_pipeline = groups.pp
+        for place, stage_idx in (("first", 0), ("inner", 1), ("last", _PIPELINE - 1)):
+            groups.pp = _PipelinePlace(stage_idx)
+            stage = definition.build_stage(name, Layout(tp=tp, pp=_PIPELINE), stage_idx, groups)
+            groups.pp = own_pipeline
+            stage.pg_collection = groups
+            initialize_by_name(stage, name, args.seed)
+            self._stages[place] = DistributedDataParallel(
+                stage.config, DistributedDataParallelConfig(), stage, pg_collection=groups
+            )
+
+    def measure(self, batch: Any, threads: int, *, slowdown: float) -> list[dict[str, Any]]:
+        """Points of all parts, on rank 0 (others return what they saw too)."""
+        points: dict[Part, list[dict[str, Any]]] = {part: [] for part in Part}
+        torch.set_num_threads(threads)
+        for num_items in ITEMS if self._takes_part else ():
+            seconds = {place: self._time(place, batch, num_items) for place in self._stages}
+            inner = seconds["inner"]
+            for part, place in ((Part.pre, "first"), (Part.layer, "inner"), (Part.post, "last")):
+                extra = [s if part is Part.layer else max(0.0, s - i) for s, i in zip(seconds[place], inner, strict=True)]
+                forward_s, backward_s = (value / slowdown for value in extra)
+                points[part].append(
+                    {"part": part.value, "items": num_items, "forward_s": forward_s, "backward_s": backward_s}
+                )
+        torch.set_num_threads(1)
+        dist.barrier()
+        return [point for part in Part for point in points[part]]
+
+    def _time(self, place: str, batch: Any, num_items: int) -> tuple[float, float]:
+        """Median seconds of forward and backward."""
+        forwards, backwards = [], []
+        for _ in range(REPEATS + 1):
+            hidden, inputs, imports = self._inputs(place, batch, num_items)
+            started = time.perf_counter()
+            with self._scopes.enter(self._name):
+                output = self._stages[place](inputs, hidden, imports)
+            forwards.append(time.perf_counter() - started)
+            ends = [t for t in (output.hidden, output.loss, *output.exports.values()) if t is not None and t.numel()]
+            gradients = [torch.ones_like(t) for t in ends]
+            started = time.perf_counter()
+            with self._scopes.enter(self._name):
+                torch.autograd.backward(ends, gradients)
+            backwards.append(time.perf_counter() - started)
+        return statistics.median(forwards[1:]), statistics.median(backwards[1:])
+
+    def _inputs(self, place: str, batch: Any, num_items: int) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+        inputs = self._definition.select_inputs(self._name, batch, range(num_items))
+        if place != "first":
+            shape = (self._sizes.tokens_per_item, num_items, self._sizes.hidden_size)
+            return torch.randn(shape, requires_grad=True), inputs, {}
+        imports = {}
+        counts = self._definition.count_items(batch)
+        for edge in self._definition.workload.edges:
+            if edge.target == self._name:
+                carried = self._definition.workload.items_of(edge)
+                items = num_items if carried == self._name else sum(counts[carried][:num_items])
+                imports[edge.source] = torch.randn(items * edge.rows_per_item, edge.width, requires_grad=True)
+        return None, inputs, imports
+
+    def measure_optimizer(self) -> dict[int, float]:
+        """Parameters -> seconds of one step, for the first stage and for all three together."""
+        timings: dict[int, float] = {}
+        config = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.01)
+        groups = self._grids.collections.get(self._name) or self._grids.alone_view()
+        for chunks in (list(self._stages.values())[:1], list(self._stages.values())):
+            # Megatron gathers parameter groups over the world, so every rank builds; only rank 0 has stages
+            built = get_megatron_optimizer(
+                config, chunks or [_empty_stage(groups)], use_gloo_process_groups=False, pg_collection=groups
+            )
+            if chunks:
+                seconds = []
+                for _ in range(REPEATS + 1):
+                    started = time.perf_counter()
+                    built.step()
+                    seconds.append(time.perf_counter() - started)
+                timings[sum(p.numel() for p in built.get_parameters())] = statistics.median(seconds[1:])
+        return timings
+
+    def close(self) -> None:
+        self._grids.destroy()
+
+
+def _empty_stage(groups: Any) -> DistributedDataParallel:
+    from megatron.core.transformer import MegatronModule, TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+    return DistributedDataParallel(config, DistributedDataParallelConfig(), MegatronModule(config), pg_collection=groups)
+
+
+def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:
+    """operation -> ranks -> points. Collective over all ranks."""
+    table: dict[str, dict[int, list[dict[str, float]]]] = {operation.value: {} for operation in Operation}
+    for num_ranks in (2, 4):
+        members = list(range(num_ranks))
+        group = dist.new_group(members)
+        if dist.get_rank() < num_ranks:
+            for operation in Operation:
+                if operation is Operation.p2p and num_ranks > 2:
+                    continue
+                table[operation][num_ranks] = [
+                    {"bytes": size, "seconds": _time_collective(operation, size, group, num_ranks)}
+                    for size in MESSAGE_BYTES
+                ]
+        dist.barrier()
+        if dist.get_rank() < num_ranks:
+            dist.destroy_process_group(group)
+    return table
+
+
+def _time_collective(operation: Operation, size: int, group: dist.ProcessGroup, num_ranks: int) -> float:
+    whole = torch.ones(size // 4)
+    part = torch.ones(size // 4 // num_ranks)
+
+    def exchange() -> None:
+        if operation is Operation.all_reduce:
+            dist.all_reduce(whole, group=group)
+        elif operation is Operation.all_gather:
+            dist.all_gather_into_tensor(whole, part, group=group)
+        elif operation is Operation.reduce_scatter:
+            dist.reduce_scatter_tensor(part, whole, group=group)
+        elif dist.get_rank() == 0:
+            dist.send(whole, 1, group=group)
+        else:
+            dist.recv(whole, 0, group=group)
+
+    exchange()
+    seconds = []
+    for _ in range(2 * REPEATS):
+        started = time.perf_counter()
+        exchange()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _measure_machine(cores: int) -> dict[str, float]:
+    """Rates of the whole host, with all cores."""
+    torch.set_num_threads(cores)
+    size = 1024
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    source, target = torch.randn(1 << 24), torch.empty(1 << 24)
+    gemm_s = min(_repeat(lambda: torch.mm(a, b)))
+    copy_s = min(_repeat(lambda: target.copy_(source)))
+    torch.set_num_threads(1)
+    return {
+        "cores": cores,
+        "memory_bytes": float(psutil.virtual_memory().total),
+        "flops_per_s": 2.0 * size**3 / gemm_s,
+        "memory_bytes_per_s": 2.0 * source.numel() * source.element_size() / copy_s,
+    }
+
+
+def _repeat(work: Callable[[], object]) -> Iterator[float]:
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        yield time.perf_counter() - started
+
+
+def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequence[str], directory: str) -> float:
+    """Seconds between two actions of a rank that waits for nobody, in a real run with every module on one rank."""
+    alone = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
+    plan = Plan(
+        workload=workload,
+        world_size=1,
+        global_batch_size=16,
+        micro_batch_size=4,
+        schedule="1f1b",
+        modules=dict.fromkeys(modules, alone),
+    )
+    path = f"{directory}/one-rank.yaml"
+    save_plan(plan, path)
+    command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
+    command += ["--eval-iters", "0", "--log-interval", "1000"]
+    run_forked(1, _pretrain, command)
+    spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
+    spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
+    gaps = [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
+    return max(0.0, statistics.median(gaps))
+
+
+def _pretrain(command: list[str]) -> int:
+    sys.argv = [sys.argv[0], *command]
+    return pretrain.main()
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
