@@ -41,10 +41,14 @@ DECIDED_BY_PLAN = (
 def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The plugin's own arguments."""
     group = parser.add_argument_group("mosaic", "layouts and placement of modules")
-    group.add_argument("--mosaic-plan", metavar="FILE", help=f"plan file; default ${PLAN_VARIABLE}, else every module dp")
+    group.add_argument(
+        "--mosaic-plan", metavar="FILE", help=f"plan file; default ${PLAN_VARIABLE}, else every module dp"
+    )
     group.add_argument("--mosaic-schedule", metavar="FILE", help="schedule text that must equal the plan's own")
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
-    group.add_argument("--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)")
+    group.add_argument(
+        "--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)"
+    )
     group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser
 

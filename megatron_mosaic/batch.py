@@ -1,7 +1,7 @@
 """Which item goes to which lane of which module. Pure integers, computed alike on every rank from counts alone.
 
-    global microbatch: samples 0 1 | 2 3        backbone lanes own samples in blocks of micro_batch_size
-    images             0   1 2 |   3            other modules share out their items evenly, whoever owns the sample
+global microbatch: samples 0 1 | 2 3        backbone lanes own samples in blocks of micro_batch_size
+images             0   1 2 |   3            other modules share out their items evenly, whoever owns the sample
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
     optimizer     one Megatron optimizer step over parameters
     overhead      what an action of a real single-rank `pretrain()` run costs beyond its module code
 
-Times are those of a rank that has the cores it uses to itself: a group of more ranks than cores is measured slower
-than that by ranks / cores, and divided by it.
+A group of more ranks than cores slows itself down while it is measured; the cost model takes that factor out.
 """
 
 from __future__ import annotations
@@ -96,9 +95,8 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     for tp in (1, 2, 4):
         for name in definition.workload.by_name:
             bench = _ModuleBench(args, definition, name, tp)
-            for threads in (1, cores) if tp == 1 and cores > 1 else (1,):
-                points = bench.measure(batch, threads, slowdown=max(1.0, tp / cores))
-                modules.setdefault(name, {}).setdefault(tp, {})[threads] = points
+            for threads in _thread_counts(cores // tp):
+                modules.setdefault(name, {}).setdefault(tp, {})[threads] = bench.measure(batch, threads)
             if tp == 1:
                 optimizer.update(bench.measure_optimizer())
             bench.close()
@@ -112,6 +110,11 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
         }
         (Path(directory) / "measured.json").write_text(json.dumps(measured))
     dist.barrier()
+
+
+def _thread_counts(cores_per_rank: int) -> list[int]:
+    """1, 2, 4, ... up to the cores that one of the ranks can have."""
+    return [1 << i for i in range(max(1, cores_per_rank).bit_length())]
 
 
 class _PipelinePlace:
@@ -159,7 +162,7 @@ class _ModuleBench:
                 stage.config, DistributedDataParallelConfig(), stage, pg_collection=groups
             )
 
-    def measure(self, batch: Any, threads: int, *, slowdown: float) -> list[dict[str, Any]]:
+    def measure(self, batch: Any, threads: int) -> list[dict[str, Any]]:
         """Points of all parts, on rank 0 (others return what they saw too)."""
         points: dict[Part, list[dict[str, Any]]] = {part: [] for part in Part}
         torch.set_num_threads(threads)
@@ -167,8 +170,10 @@ class _ModuleBench:
             seconds = {place: self._time(place, batch, num_items) for place in self._stages}
             inner = seconds["inner"]
             for part, place in ((Part.pre, "first"), (Part.layer, "inner"), (Part.post, "last")):
-                extra = [s if part is Part.layer else max(0.0, s - i) for s, i in zip(seconds[place], inner, strict=True)]
-                forward_s, backward_s = (value / slowdown for value in extra)
+                extra = [
+                    s if part is Part.layer else max(0.0, s - i) for s, i in zip(seconds[place], inner, strict=True)
+                ]
+                forward_s, backward_s = extra
                 points[part].append(
                     {"part": part.value, "items": num_items, "forward_s": forward_s, "backward_s": backward_s}
                 )
@@ -193,7 +198,9 @@ class _ModuleBench:
             backwards.append(time.perf_counter() - started)
         return statistics.median(forwards[1:]), statistics.median(backwards[1:])
 
-    def _inputs(self, place: str, batch: Any, num_items: int) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+    def _inputs(
+        self, place: str, batch: Any, num_items: int
+    ) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         inputs = self._definition.select_inputs(self._name, batch, range(num_items))
         if place != "first":
             shape = (self._sizes.tokens_per_item, num_items, self._sizes.hidden_size)
@@ -234,7 +241,9 @@ def _empty_stage(groups: Any) -> DistributedDataParallel:
     from megatron.core.transformer import MegatronModule, TransformerConfig
 
     config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-    return DistributedDataParallel(config, DistributedDataParallelConfig(), MegatronModule(config), pg_collection=groups)
+    return DistributedDataParallel(
+        config, DistributedDataParallelConfig(), MegatronModule(config), pg_collection=groups
+    )
 
 
 def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:

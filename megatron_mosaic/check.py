@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # relative, fp32
 _NOISE_FRAC = 1e-6
 # No warm-up and no decay: the reference has one learning rate. A large eps, because Adam's first step is otherwise the
 # *sign* of the gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
-_STEADY = "--lr-decay-style constant --lr-warmup-fraction 0.0 --adam-eps 1e-3 --eval-iters 0".split()
+_STEADY = ["--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--adam-eps", "1e-3", "--eval-iters", "0"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,9 @@ class Link:
     def __post_init__(self) -> None:
         _require_positive(f"link {self.name!r}", {"bytes_per_s": self.bytes_per_s, "latency_s": self.latency_s})
         if not self.source.strip():
-            raise ConfigError(f"link {self.name!r}: source", got="''", expected="where the numbers come from", fix="say")
+            raise ConfigError(
+                f"link {self.name!r}: source", got="''", expected="where the numbers come from", fix="say"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,7 @@ class Cluster:
     shared_cores: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(
-            f"cluster {self.name!r}", {"num_nodes": self.num_nodes, "gpus_per_node": self.gpus_per_node}
-        )
+        _require_positive(f"cluster {self.name!r}", {"num_nodes": self.num_nodes, "gpus_per_node": self.gpus_per_node})
         if self.shared_cores < 0:
             raise ConfigError(
                 f"cluster {self.name!r}: shared_cores", got=self.shared_cores, expected="0 or more", fix="set it"

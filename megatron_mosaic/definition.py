@@ -44,7 +44,9 @@ class StageOutput:
 class Stage(Protocol):
     """A MegatronModule whose forward is this. Never called with zero items."""
 
-    def forward(self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]) -> StageOutput:
+    def forward(
+        self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]
+    ) -> StageOutput:
         """`inputs`: `select_inputs` of this lane's items. `hidden`: from the previous stage, None on stage 0.
         `imports`: producer module -> rows for this lane's items (stage 0 only), gradients flow back through them."""
 

@@ -26,7 +26,11 @@ _LOG_TAIL_LINES = 30
 
 
 def run_forked(
-    world_size: int, target: Callable[..., object], *args: Any, timeout_s: float = 600.0, env: Mapping[str, str] | None = None
+    world_size: int,
+    target: Callable[..., object],
+    *args: Any,
+    timeout_s: float = 600.0,
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Run `target(*args)` in `world_size` forked processes with torchrun's environment variables.
 
@@ -43,7 +47,8 @@ def run_forked(
             **(env or {}),
         }
         ranks = [
-            context.Process(target=_enter_rank, args=(rank, shared, directory, target, args)) for rank in range(world_size)
+            context.Process(target=_enter_rank, args=(rank, shared, directory, target, args))
+            for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
@@ -62,7 +67,7 @@ def run_forked(
                 process.join()
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            rank = _first_cause(failed, codes)
+            rank = _first_cause(failed, codes, directory)
             raise rank_failure(rank, f"exit code {codes[rank]}", directory, _log_tail(directory, rank))
         if any(code is None for code in codes):
             slow = codes.index(None)
@@ -104,13 +109,15 @@ def _enter_rank(
     log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # a test runner may have replaced them
     code = 1
     try:
         result = target(*args)
         code = result if isinstance(result, int) else 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # noqa: BLE001  the process ends here; its log carries the traceback
+    except BaseException:
+        _failure_path(directory, rank).write_text(str(time.monotonic_ns()))  # before peers can notice
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -118,9 +125,18 @@ def _enter_rank(
         os._exit(code)  # no interpreter shutdown: a peer may be gone and its sockets half open
 
 
-def _first_cause(failed: Sequence[int], codes: Sequence[int | None]) -> int:
-    """A killed rank (negative code) before ranks that raised: those may only have lost their peer."""
-    return min(failed, key=lambda rank: (codes[rank] or 0) >= 0)
+def _first_cause(failed: Sequence[int], codes: Sequence[int | None], directory: str) -> int:
+    """A killed rank (negative code) before ranks that raised, and of those the first: the others lost their peer."""
+
+    def failed_at(rank: int) -> float:
+        path = _failure_path(directory, rank)
+        return float(path.read_text()) if path.exists() else float("inf")
+
+    return min(failed, key=lambda rank: ((codes[rank] or 0) >= 0, failed_at(rank)))
+
+
+def _failure_path(directory: str, rank: int) -> Path:
+    return Path(directory) / f"failed-{rank:05d}"
 
 
 def _log_path(directory: str, rank: int) -> str:

@@ -95,9 +95,7 @@ def parse_plan(text: str, *, where: str = "plan") -> Plan:
     try:
         return _to_plan(checked)
     except PlanError as error:
-        raise PlanError(
-            f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
-        ) from error
+        raise PlanError(f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
 
 
 def format_plan(plan: Plan) -> str:
@@ -105,7 +103,9 @@ def format_plan(plan: Plan) -> str:
     modules: dict[str, Any] = {}
     for name, module in plan.modules.items():
         layout = {axis: getattr(module.layout, axis) for axis in ("tp", "cp", "pp", "dp")}
-        layout |= {axis: getattr(module.layout, axis) for axis in ("vpp", "ep", "etp") if getattr(module.layout, axis) > 1}
+        layout |= {
+            axis: getattr(module.layout, axis) for axis in ("vpp", "ep", "etp") if getattr(module.layout, axis) > 1
+        }
         entry: dict[str, Any] = {"ranks": str(module.ranks), "layout": layout}
         if module.quota.share != 1:
             entry["quota"] = module.quota.share

@@ -94,4 +94,3 @@ class Reference:
                 report |= dict(output.report)
         assert total is not None, "a workload without a loss"
         return total, num_tokens, report
-

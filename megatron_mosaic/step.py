@@ -1,9 +1,9 @@
 """One training (or evaluation) step under a plan: what Megatron's loop calls as `forward_backward_func`.
 
-    data_iterator --global microbatches--> assign_items --> this rank's lanes
-    Executor --action--> F: receive rows/hidden, run the stage through the script's forward_step, send what it exports
-                         B: receive gradients, autograd, send what its inputs got
-    then: gradients summed inside each module's groups, divided once by the global number of loss tokens
+data_iterator --global microbatches--> assign_items --> this rank's lanes
+Executor --action--> F: receive rows/hidden, run the stage through the script's forward_step, send what it exports
+                     B: receive gradients, autograd, send what its inputs got
+then: gradients summed inside each module's groups, divided once by the global number of loss tokens
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_mosaic.batch import Assignment, assign_items
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
+from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Clock, Executor
 from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
 from megatron_mosaic.model import MosaicModel, StageCall
@@ -80,6 +81,7 @@ class StepRunner:
         self._outbox: list[tuple[dist.Work, Tensor]] = []
         self._routes: dict[tuple[Any, ...], tuple[Transfer, ...]] = {}
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
+        self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._coordinates})
         self.meter: ActivationMeter | None = None
         self.empty_units: dict[str, int] = dict.fromkeys(plan.modules, 0)  # units without items, on this rank's lanes
 
@@ -100,7 +102,8 @@ class StepRunner:
         self._forward_step, self._forward_only = forward_step_func, forward_only
         self._microbatches = [self._next_microbatch(data_iterator) for _ in range(num_microbatches)]
         self._live: dict[tuple[str, int], _Live] = {}
-        self._totals = torch.zeros(1 + 2 * len(self.definition.loss_names), dtype=torch.float64)
+        # loss tokens, the weighted sum that is trained, then (sum, count) of every named loss
+        self._totals = torch.zeros(2 + 2 * len(self.definition.loss_names), dtype=torch.float64)
         with torch.set_grad_enabled(not forward_only):
             self.executor.run(num_microbatches, self._perform, forward_only=forward_only)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
@@ -130,10 +133,12 @@ class StepRunner:
         module = action.module
         hidden, imports = self._receive_inputs(action, microbatch, items)
         inputs = {
-            key: value.to(device()) for key, value in self.definition.select_inputs(module, microbatch.batch, items).items()
+            key: value.to(device())
+            for key, value in self.definition.select_inputs(module, microbatch.batch, items).items()
         }
         call = StageCall(module, inputs, hidden, imports)
         start_s = clock()
+        self._cores.grant(module)
         with self._scopes.enter(module), self._metered(module, action.unit):
             output, loss_func = self._forward_step(iter([call]), self._model)
             loss = self._account_loss(module, output, loss_func)
@@ -173,6 +178,7 @@ class StepRunner:
             tensors.append(live.loss)
             gradients.append(None)
         start_s = clock()
+        self._cores.grant(module)
         with self._scopes.enter(module):  # recomputation runs forward code here
             torch.autograd.backward(tensors, gradients)
         end_s = clock()
@@ -217,9 +223,10 @@ class StepRunner:
         loss, num_tokens, report = loss_func(output)
         if self._coordinates[module].tp == 0:
             self._totals[0] += float(num_tokens)
+            self._totals[1] += loss.detach().double().cpu()
             for index, name in enumerate(self.definition.loss_names):
                 if name in report:
-                    self._totals[1 + 2 * index : 3 + 2 * index] += report[name].detach().double().cpu()
+                    self._totals[2 + 2 * index : 4 + 2 * index] += report[name].detach().double().cpu()
         scale = self._model.config.grad_scale_func
         return scale(loss) if scale is not None and not self._forward_only else loss
 
@@ -241,11 +248,12 @@ class StepRunner:
             work.wait()
         self._outbox.clear()
 
-    def _report(self) -> list[Any] | dict[str, Tensor]:
+    def _report(self) -> dict[str, Tensor]:
         """The global sums on rank 0 and zeros elsewhere: the loop adds them up over the world."""
-        losses, values = {}, {}
+        losses = {}
+        values = {"loss": float(self._totals[1]) / max(1.0, float(self._totals[0]))}
         for index, name in enumerate(self.definition.loss_names):
-            total, count = self._totals[1 + 2 * index : 3 + 2 * index].tolist()
+            total, count = self._totals[2 + 2 * index : 4 + 2 * index].tolist()
             count = max(count, 1.0)
             values[name] = total / count
             mine = (total, count) if self._grids.rank == 0 else (0.0, 0.0)

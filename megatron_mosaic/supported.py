@@ -12,9 +12,7 @@ UNBUILT_AXES = ("cp", "vpp", "ep", "etp")  # legal in a plan file, refused by th
 def require_supported_plan(plan: Plan) -> None:
     """PlanError if the plan is legal but needs something this version does not execute."""
     if plan.schedule not in SCHEDULES:
-        raise PlanError(
-            "schedule", got=plan.schedule, expected=f"one of {sorted(SCHEDULES)}", fix="set schedule: 1f1b"
-        )
+        raise PlanError("schedule", got=plan.schedule, expected=f"one of {sorted(SCHEDULES)}", fix="set schedule: 1f1b")
     for name, module in plan.modules.items():
         for axis in UNBUILT_AXES:
             if getattr(module.layout, axis) != 1:
@@ -26,7 +24,10 @@ def require_supported_plan(plan: Plan) -> None:
                 )
         if module.unit > 1:
             raise PlanError(
-                f"modules.{name}.unit", got=module.unit, expected="1: longer units are not executed yet", fix="omit unit"
+                f"modules.{name}.unit",
+                got=module.unit,
+                expected="1: longer units are not executed yet",
+                fix="omit unit",
             )
         if module.recompute is Recompute.selective:
             raise PlanError(

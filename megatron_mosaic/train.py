@@ -66,9 +66,7 @@ class Runtime:
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
         self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
         self._optimizer: ModuleOptimizers | None = None
-        rebind_training(
-            get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step
-        )
+        rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
     @property
     def seams(self) -> dict[str, Any]:
@@ -186,9 +184,7 @@ def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> Non
     )
 
 
-def _microbatches(
-    dataset: Any, collate: Callable[[Sequence[Any]], Batch], start: int, size: int
-) -> Iterator[Batch]:
+def _microbatches(dataset: Any, collate: Callable[[Sequence[Any]], Batch], start: int, size: int) -> Iterator[Batch]:
     """Consecutive blocks of `size` samples, from sample `start` on, wrapping at the end of the dataset."""
     while True:
         yield collate([dataset[i % len(dataset)] for i in range(start, start + size)])

@@ -19,9 +19,9 @@ COMMANDS = {
     "compare": "megatron_mosaic.cli.compare",
     "show": "megatron_mosaic.cli.show",
     "simulate": "megatron_mosaic.cli.simulate",
-    "calibrate": "megatron_mosaic.calibrate",
-    "check": "megatron_mosaic.check",
-    "train": "megatron_mosaic.launch",
+    "calibrate": "megatron_mosaic.cli.calibrate",
+    "check": "megatron_mosaic.cli.check",
+    "train": "megatron_mosaic.cli.train",
     "validate": "megatron_mosaic.cli.validate",
 }
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate = add("calibrate", "measure this machine and write its profile")
     calibrate.add_argument("--out", metavar="FILE", help="profile to write (default: $MOSAIC_PROFILE, else the cache)")
     check = add("check", "run a plan on local CPU processes and compare with a single process")
-    check.add_argument("--steps", type=int, default=2, metavar="N", help="training steps (default 2)")
+    check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
     check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")
     train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
     validate = add("validate", "the cost model against published measurements")
@@ -66,16 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, simulate, calibrate):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
-    for command in (plan, compare, simulate):
+    train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
+    for command in (plan, compare, simulate, train):
         command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
     return parser
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Parsed words. Overrides may stand between options; `train` hands unknown words on as `megatron_args`."""
+    """Parsed words. Overrides may stand between options; `train` and `check` hand unknown words on to Megatron."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
-    if arguments.command == "train":
+    if arguments.command in ("train", "check"):
         arguments.megatron_args = rest
         return arguments
     if hasattr(arguments, "overrides"):

@@ -8,6 +8,7 @@ What an action does (tensors, collectives) is the caller's; the executor owns or
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -49,17 +50,22 @@ class Executor:
         planned = self.planned(schedule.num_microbatches, forward_only=forward_only)
         if schedule != planned:
             got, expected = format_schedule(schedule).splitlines(), format_schedule(planned).splitlines()
-            first = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), -1)
+            lines = enumerate(itertools.zip_longest(got, expected, fillvalue="no such line"), start=1)
+            number, (ours, planned_line) = next((n, pair) for n, pair in lines if pair[0] != pair[1])
             raise ScheduleError(
-                f"schedule of the run, line {first + 1}",
-                got=got[first],
-                expected=f"the plan's own: {expected[first]}",
+                f"schedule of the run, line {number}",
+                got=ours,
+                expected=f"the plan's own: {planned_line}",
                 fix="run the schedule that the plan names, or make a plan with the one you want",
             )
         self._programs[schedule.num_microbatches, forward_only] = rank_programs(self.plan, schedule)[self.rank]
 
     def run(
-        self, num_microbatches: int, perform: Callable[[Action, Clock], tuple[float, float]], *, forward_only: bool = False
+        self,
+        num_microbatches: int,
+        perform: Callable[[Action, Clock], tuple[float, float]],
+        *,
+        forward_only: bool = False,
     ) -> None:
         """Perform this rank's actions. `perform` returns when the action's own work began and ended.
 

@@ -99,11 +99,11 @@ class MeasuredCompute:
     because the simulator puts the slow-down of shared cores in.
     """
 
-    def __init__(self, fitted: FittedProfile) -> None:
-        self.fitted = fitted
+    def __init__(self, fitted: FittedProfile, cores_per_rank: int) -> None:
+        self.fitted, self.cores_per_rank = fitted, cores_per_rank
 
     def threads(self, share: float) -> int:
-        return grant_quota(share, self.fitted.profile.machine.cores, 1)
+        return grant_quota(share, self.cores_per_rank, 1)
 
     def estimate(self, work: StageWork) -> float:
         threads = self.threads(work.share)

@@ -54,7 +54,7 @@ def local_cluster(profile: Profile, num_ranks: int) -> Cluster:
     keys = ("num_sms", "sm_granularity", "memory_bytes", "flops_per_s", "memory_bytes_per_s", "gemm_efficiency_frac")
     gpu = GpuType(
         name="cpu",
-        num_sms=machine.cores,
+        num_sms=max(1, machine.cores // num_ranks),  # the part of the machine that one rank may call its own
         sm_granularity=1,
         memory_bytes=machine.memory_bytes / num_ranks,
         flops_per_s=machine.flops_per_s,

@@ -63,7 +63,11 @@ class CostModel:
                     fix=f"{CALIBRATE} for this model",
                 )
             fitted = FittedProfile(profile)
-            self.compute, self.comm, self.precision = MeasuredCompute(fitted), MeasuredComm(fitted), FP32
+            self.compute, self.comm, self.precision = (
+                MeasuredCompute(fitted, cluster.gpu.num_sms),
+                MeasuredComm(fitted),
+                FP32,
+            )
             self._optimizer = fitted.optimizer()
         else:
             self.compute, self.comm, self.precision = AnalyticCompute(cluster.gpu), RingComm(cluster), BF16

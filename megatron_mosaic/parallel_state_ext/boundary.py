@@ -60,9 +60,7 @@ class RowChannel:
             if transfer.is_local:
                 _put(items, transfer.to_positions, self._kept.pop(key))
             else:
-                buffer = torch.empty(
-                    len(transfer.items), *self._item_shape, dtype=self._dtype, device=self._device
-                )
+                buffer = torch.empty(len(transfer.items), *self._item_shape, dtype=self._dtype, device=self._device)
                 work = dist.irecv(buffer, src=transfer.sender, group=self._group)
                 waiting.append((work, transfer, buffer))
         for work, transfer, buffer in waiting:

@@ -34,7 +34,11 @@ class ModuleOptimizers(ChainedOptimizer):
     """
 
     def __init__(
-        self, names: tuple[str, ...], by_module: Mapping[str, MegatronOptimizer], config: OptimizerConfig, world: dist.ProcessGroup
+        self,
+        names: tuple[str, ...],
+        by_module: Mapping[str, MegatronOptimizer],
+        config: OptimizerConfig,
+        world: dist.ProcessGroup,
     ) -> None:
         super().__init__(list(by_module.values()))
         self.config = config

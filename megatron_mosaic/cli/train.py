@@ -1,0 +1,119 @@
+"""`mosaic train`: the reference model under a plan, through Megatron's own pretrain(), beside what was predicted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_mosaic.any2any.arguments import workload_of_command_line
+from megatron_mosaic.cli.output import print_json, print_table, write_text
+from megatron_mosaic.cli.simulate import complete_overrides
+from megatron_mosaic.config import load_task
+from megatron_mosaic.cost_model.profile import default_profile_path
+from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.launch import run_torchrun
+from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.supported import require_supported_plan
+from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from megatron_mosaic.units import MS, format_seconds
+
+SCRIPT = "megatron_mosaic.any2any.pretrain"
+TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Launch torchrun, then print losses, the measured timeline and, with a profile, the predicted one."""
+    plan = load_plan(arguments.plan)
+    validate_plan(plan, workload_of_command_line(arguments.megatron_args))
+    require_supported_plan(plan)
+    predicted = _predict(plan, arguments.profile)
+    with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
+        words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
+        run_torchrun(plan.world_size, [*words, *arguments.megatron_args], to_stderr=arguments.json)
+        losses = [json.loads(line) for line in (Path(directory) / "losses.jsonl").read_text().splitlines()]
+        measured = json.loads((Path(directory) / "timeline.json").read_text())
+    timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
+    if arguments.trace:
+        both = [("predicted", predicted)] if predicted else []
+        write_text(arguments.trace, to_chrome_trace([*both, ("measured", timeline)]))
+    if arguments.json:
+        print_json(_result(losses, measured, timeline, predicted))
+        return 0
+    print()
+    print(render_losses(losses))
+    print()
+    print_timelines(timeline, predicted)
+    return 0
+
+
+def _predict(plan: Plan, profile: str | None) -> Timeline | None:
+    """The predicted timeline, if this machine has a profile (or one is named)."""
+    if profile is None and not default_profile_path().exists():
+        return None
+    task = load_task(complete_overrides(plan, []), profile_path=profile)
+    return simulate(plan, task.cost_model()).timeline()
+
+
+def _result(
+    losses: list[dict[str, float]], measured: dict[str, Any], timeline: Timeline, predicted: Timeline | None
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "losses": [step[TRAINED_LOSS] for step in losses],
+        "losses_by_name": {name: [step[name] for step in losses] for name in losses[0]},
+        "step_s": measured["step_s"],
+        "measured": {
+            "step_s": measured["step_s"],
+            "bubble_frac": timeline.bubble_frac,
+            "by_module": timeline.seconds_by_module(),
+            "seconds": measured["seconds"],
+        },
+    }
+    if predicted is not None:
+        result["predicted"] = {
+            "step_s": predicted.end_s,
+            "bubble_frac": predicted.bubble_frac,
+            "by_module": predicted.seconds_by_module(),
+        }
+        result["error_frac"] = predicted.end_s / timeline.end_s - 1
+    return result
+
+
+def render_losses(losses: list[dict[str, float]], *, rows: int = 10, width: int = 50) -> str:
+    """The loss curve as text: one row per tenth of the run (its mean), a bar for the trained loss."""
+    names = list(losses[0])
+    size = max(1, len(losses) // rows)
+    blocks = [losses[i : i + size] for i in range(0, len(losses), size)]
+    means = [{name: sum(step[name] for step in block) / len(block) for name in names} for block in blocks]
+    top = max(mean[TRAINED_LOSS] for mean in means)
+    lines = ["steps     " + "".join(f"{name:>16}" for name in names)]
+    for index, mean in enumerate(means):
+        first = index * size + 1
+        last = first + len(blocks[index]) - 1
+        bar = "#" * round(width * mean[TRAINED_LOSS] / top) if top > 0 else ""
+        lines.append(f"{first:>4}-{last:<5}" + "".join(f"{mean[name]:>16.4f}" for name in names) + f"  {bar}")
+    return "\n".join(lines)
+
+
+def print_timelines(measured: Timeline, predicted: Timeline | None) -> None:
+    """Predicted above measured, on one time scale, then lane by lane."""
+    if predicted is None:
+        print(f"measured: median step {format_seconds(measured.end_s)}")
+        print(render_text(measured))
+        print("(no prediction: run `mosaic calibrate` first)")
+        return
+    end_s = max(measured.end_s, predicted.end_s)
+    print(f"predicted: step {format_seconds(predicted.end_s)}")
+    print(render_text(predicted, end_s=end_s))
+    print()
+    print(f"measured: median step {format_seconds(measured.end_s)}")
+    print(render_text(measured, end_s=end_s))
+    print()
+    print_table(
+        f"prediction error of the step: {predicted.end_s / measured.end_s - 1:+.0%}",
+        ("lane (mean over its ranks)", "predicted ms", "measured ms"),
+        [(d.lane, f"{d.predicted_s / MS:.1f}", f"{d.measured_s / MS:.1f}") for d in diff(predicted, measured)],
+    )

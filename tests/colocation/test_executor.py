@@ -1,0 +1,139 @@
+"""The executor obeys the schedule, records it, and says where it stood when something failed."""
+
+import pytest
+
+from megatron_mosaic.colocation.executor import Executor
+from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
+from megatron_mosaic.errors import RankFailure, ScheduleError
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.schedule import Action, format_schedule, parse_schedule
+from megatron_mosaic.schedules.program import rank_programs
+from tests.cases import WORKLOAD, make_plan
+
+PLAN = make_plan(
+    {"vision": ("0-2", Layout(dp=3)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("1", Layout())}, world_size=5
+)
+EDGES = WORKLOAD.edge_pairs
+
+
+class CountingClock:
+    """Every look is one second later."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def make_executor(rank: int, plan=PLAN) -> Executor:
+    return Executor(plan, EDGES, "llm", rank, clock=CountingClock())
+
+
+def take_two_looks(action: Action, clock) -> tuple[float, float]:
+    return clock(), clock()
+
+
+def with_line(text: str, number: int, line: str) -> str:
+    lines = text.splitlines()
+    lines[number - 1] = line
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_performs_the_ranks_program_in_order(rank) -> None:
+    executor = make_executor(rank)
+    performed = []
+    executor.run(3, lambda action, clock: (performed.append(action), take_two_looks(action, clock))[1])
+    assert tuple(performed) == rank_programs(PLAN, executor.planned(3))[rank]
+    assert [(s.rank, s.lane, s.label) for s in executor.spans] == [(rank, a.lane, str(a)) for a in performed]
+    assert [s.start_s for s in executor.spans] == [1.0 + 2 * i for i in range(len(performed))]
+    assert all(span.end_s == span.start_s + 1 for span in executor.spans)
+    assert bool(performed) == (rank < 4)  # rank 4 idles
+
+
+def test_spans_are_those_of_the_last_step_and_of_its_tail() -> None:
+    executor = make_executor(0)
+    executor.run(2, take_two_looks)
+    first = [span.label for span in executor.spans]
+    executor.run(2, take_two_looks)
+    assert executor.record("~grads", lambda: "result") == "result"
+    assert [span.label for span in executor.spans] == [*first, "~grads"]
+    tail = executor.spans[-1]
+    assert (tail.lane, tail.end_s - tail.start_s) == ("~grads", 1.0)
+    assert executor.step == 2
+
+
+def test_evaluation_runs_forwards_only_and_counts_no_step() -> None:
+    executor = make_executor(1)
+    executor.run(2, take_two_looks, forward_only=True)
+    assert executor.spans and all("F" in span.label for span in executor.spans)
+    assert executor.step == 0
+
+
+def test_accepts_the_plans_own_schedule_from_text() -> None:
+    executor = make_executor(0)
+    executor.accept(parse_schedule(format_schedule(executor.planned(4))))
+
+
+def test_refuses_another_order_and_shows_the_line() -> None:
+    """All forwards first is legal too, but it is not what the plan's simulation promised."""
+    executor = make_executor(0)
+    text = format_schedule(executor.planned(4))
+    lane = " ".join([f"llm.0F{unit}" for unit in range(4)] + [f"llm.0B{unit}" for unit in range(4)])
+    number = next(i for i, line in enumerate(text.splitlines(), start=1) if line.startswith("llm.0"))
+    with pytest.raises(ScheduleError) as refused:
+        executor.accept(parse_schedule(with_line(text, number, f"llm.0       | {lane}")))
+    assert refused.value.where == f"schedule of the run, line {number}"
+    assert lane in refused.value.got
+    assert "llm.0B0" in refused.value.expected and lane not in refused.value.expected
+
+
+def test_refuses_another_name_on_line_1() -> None:
+    executor = make_executor(0)
+    text = format_schedule(executor.planned(2)).replace("schedule 1f1b", "schedule mine")
+    with pytest.raises(ScheduleError, match=r"line 1\n.*schedule mine"):
+        executor.accept(parse_schedule(text))
+
+
+def test_refuses_a_lane_the_plan_has_not() -> None:
+    executor = make_executor(0)
+    text = format_schedule(executor.planned(1))
+    extra = "generator.1 | generator.1F0 generator.1B0"
+    last = len(text.splitlines())
+    with pytest.raises(ScheduleError) as refused:
+        executor.accept(parse_schedule(text + extra + "\n"))
+    assert refused.value.where == f"schedule of the run, line {last + 1}"
+    assert refused.value.got == extra
+
+
+def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    executor = make_executor(2)
+    executor.run(2, take_two_looks)
+
+    def fail(action: Action, clock) -> tuple[float, float]:
+        if str(action) == "llm.1B1":
+            raise ZeroDivisionError("no tokens")
+        return take_two_looks(action, clock)
+
+    with pytest.raises(RankFailure) as failure:
+        executor.run(2, fail)
+    assert failure.value.where == "rank 2, step 2 lane llm.1 action llm.1B1"
+    assert failure.value.got == "ZeroDivisionError: no tokens"
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+    assert read_flights(tmp_path) == {2: "step 2 lane llm.1 action llm.1B1 failed: ZeroDivisionError"}
+
+
+def test_a_failure_inside_is_reported_once() -> None:
+    executor = make_executor(0)
+    inner = RankFailure("rank 0, inner", got="a", expected="b", fix="c")
+
+    def fail() -> None:
+        with executor.doing("llm.0", "llm.0F0"):
+            raise inner
+
+    with pytest.raises(RankFailure) as failure:
+        executor.record("~grads", fail)
+    assert failure.value is inner

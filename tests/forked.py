@@ -1,0 +1,30 @@
+"""Bodies of tests that need several ranks: forked from this process, in one gloo world."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mosaic.launch import run_forked
+
+torch.set_num_threads(1)  # a forked child of a process that has used an OpenMP pool may hang
+
+
+def run_gloo(world_size: int, body: Callable[..., None], *args: Any, timeout_s: float = 120.0) -> None:
+    """Run `body(*args)` on every rank of a gloo world. RankFailure carries the traceback of a rank that failed."""
+    assert not dist.is_initialized(), "another test left its process group behind; the ranks would inherit it"
+    run_forked(world_size, _in_a_world, body, *args, timeout_s=timeout_s)
+
+
+def _in_a_world(body: Callable[..., None], *args: Any) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    body(*args)
+    dist.barrier()  # nobody leaves while another still talks

@@ -1,0 +1,128 @@
+"""Forked ranks: what they see, who is blamed when one fails, and that none is left behind."""
+
+import os
+import re
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_mosaic.colocation.flight import Flight
+from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.launch import run_forked
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    after = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert after <= before, f"processes left behind: {after - before}"
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def write_environment(directory) -> None:
+    keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "EXTRA")
+    (directory / str(rank())).write_text(" ".join(os.environ[key] for key in keys))
+
+
+def test_every_rank_sees_torchruns_variables(tmp_path) -> None:
+    before = dict(os.environ)
+    run_forked(3, write_environment, tmp_path, env={"EXTRA": "more"})
+    for number in range(3):
+        assert (tmp_path / str(number)).read_text() == f"{number} {number} 3 3 127.0.0.1 more"
+    assert dict(os.environ) == before
+
+
+def raise_on_rank_1() -> None:
+    flight = Flight(rank())
+    if rank() == 1:
+        flight.note("step 2 lane llm.0 action llm.0F3")
+        print("a line of output")
+        raise ValueError("a message of the failure")
+    time.sleep(300)
+
+
+def test_a_raising_rank_is_named_with_its_action_and_traceback() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_forked(3, raise_on_rank_1)
+    assert failure.value.where == "rank 1, step 2 lane llm.0 action llm.0F3"
+    assert failure.value.got.startswith("exit code 1\n")
+    assert "a line of output" in failure.value.got
+    assert "ValueError: a message of the failure" in failure.value.got
+
+
+def follow_rank_2(directory) -> None:
+    """Rank 2 fails first; ranks 0 and 1 fail because it did, at once, as peers of a closed connection do."""
+    mark = directory / "failed"
+    if rank() == 2:
+        mark.touch()
+        raise ValueError("the cause")
+    while not mark.exists():
+        pass
+    time.sleep(0.005)
+    raise ConnectionError("a follower")
+
+
+def test_the_rank_that_failed_first_is_named(tmp_path) -> None:
+    with pytest.raises(RankFailure, match="the cause") as failure:
+        run_forked(3, follow_rank_2, tmp_path)
+    assert failure.value.where.startswith("rank 2,")
+
+
+def kill_rank_1() -> None:
+    flight = Flight(rank())
+    if rank() == 1:
+        flight.note("step 7 lane vision.0 action vision.0B1")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(300)
+
+
+def test_a_killed_rank_is_named_with_its_action() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_forked(3, kill_rank_1)
+    assert failure.value.where == "rank 1, step 7 lane vision.0 action vision.0B1"
+    assert failure.value.got == f"exit code {-signal.SIGKILL}"
+
+
+def kill_rank_2_and_follow(directory) -> None:
+    mark = directory / "killed"
+    if rank() == 2:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not mark.exists():
+        pass
+    time.sleep(0.005)
+    raise ConnectionError("a follower")
+
+
+def test_a_killed_rank_is_the_cause_not_its_followers(tmp_path) -> None:
+    with pytest.raises(RankFailure, match=re.escape("rank 2, before start-up")):
+        run_forked(3, kill_rank_2_and_follow, tmp_path)
+
+
+def hang_on_rank_0() -> None:
+    flight = Flight(rank())
+    if rank() == 0:
+        flight.note("step 1 lane llm.0 action llm.0F0")
+        time.sleep(300)
+
+
+def test_a_hanging_rank_is_named_after_the_timeout() -> None:
+    with pytest.raises(RankFailure, match=r"rank 0, step 1 lane llm\.0 action llm\.0F0\n.*still running after 1 s"):
+        run_forked(2, hang_on_rank_0, timeout_s=1.0)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(3, "exit code 3"), ("text", "exit code 1")])
+def test_exit_statuses_count_as_failures(code, expected) -> None:
+    with pytest.raises(RankFailure, match=expected):
+        run_forked(1, sys.exit, code)
+    with pytest.raises(RankFailure, match="exit code 2"):
+        run_forked(1, lambda: 2)

@@ -1,0 +1,68 @@
+"""Gradient shards of many ranks put together; the plain parts of a report in one process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_mosaic.report import LOSSES_FILE, MEASURES_FILE, TIMELINE_FILE, StepReport, read_gradients
+from megatron_mosaic.timeline import Span
+
+
+def test_shards_are_joined_along_their_dim_in_tp_order(tmp_path) -> None:
+    """Cut by hand with numpy, written by ranks whose order is not the tp order."""
+    rows, columns, plain = np.arange(24.0).reshape(12, 2), np.arange(24.0).reshape(2, 12), np.arange(3.0)
+    for tp, rank in enumerate((7, 2, 5)):
+        arrays = {
+            f"llm/a.weight|0|{tp}": rows[4 * tp : 4 * tp + 4],
+            f"llm/b.weight|1|{tp}": columns[:, 4 * tp : 4 * tp + 4],
+        }
+        np.savez(tmp_path / f"step-0003-rank-{rank:05d}.npz", **arrays)
+    np.savez(tmp_path / "step-0003-rank-00011.npz", **{"vision/bias": plain})
+    np.savez(tmp_path / "step-0004-rank-00011.npz", **{"vision/bias": -plain})
+    whole = read_gradients(tmp_path, 3)
+    assert sorted(whole) == ["llm/a.weight", "llm/b.weight", "vision/bias"]
+    np.testing.assert_array_equal(whole["llm/a.weight"], rows)
+    np.testing.assert_array_equal(whole["llm/b.weight"], columns)
+    np.testing.assert_array_equal(whole["vision/bias"], plain)
+
+
+def test_twelve_shards_join_by_number_not_by_text(tmp_path) -> None:
+    for tp in range(12):
+        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/w|0|{tp}": np.array([float(tp)])})
+    np.testing.assert_array_equal(read_gradients(tmp_path, 0)["llm/w"], np.arange(12.0))
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """`gather(others)`: what the other ranks contribute when rank 0 gathers."""
+    others = []
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1 + len(others))
+
+    def gather(into, own, group):
+        into[:] = [own, *others]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    return others
+
+
+def test_report_of_the_median_step(tmp_path, two_ranks) -> None:
+    """Four steps of 9, 3, 1 and 2 s: the first is warm-up, the median of the rest is the last (2 s)."""
+    two_ranks.append(([[], [], [], [Span(1, "llm.0", 30.5, 32.0, "llm.0F0")]], {"peak": {"llm": 5}}))
+    report = StepReport(str(tmp_path), rank=0)
+    for start_s, length_s in ((0.0, 9.0), (10.0, 3.0), (20.0, 1.0), (30.0, 2.0)):
+        report.add_spans([Span(0, "vision.0", start_s, start_s + length_s, "vision.0F0")])
+    report.add_losses({"lm loss": 2.5})
+    report.write(None, {"peak": {"llm": 3, "vision": 4}})
+
+    assert [json.loads(line) for line in (tmp_path / LOSSES_FILE).read_text().splitlines()] == [{"lm loss": 2.5}]
+    assert json.loads((tmp_path / MEASURES_FILE).read_text()) == {"peak": {"llm": 5, "vision": 4}}
+    timeline = json.loads((tmp_path / TIMELINE_FILE).read_text())
+    assert (timeline["step"], timeline["step_s"], timeline["seconds"]) == (3, 2.0, [9.0, 3.0, 1.0, 2.0])
+    assert timeline["spans"] == [[0, "vision.0", 0.0, 2.0, "vision.0F0"], [1, "llm.0", 0.5, 2.0, "llm.0F0"]]
+
+
+def test_only_rank_0_writes_losses(tmp_path) -> None:
+    StepReport(str(tmp_path), rank=1).add_losses({"lm loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
