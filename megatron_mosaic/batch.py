@@ -6,6 +6,7 @@ images             0   1 2 |   3            other modules share out their items 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,4 +48,4 @@ def assign_items(plan: Plan, backbone: str, counts: Mapping[str, Sequence[int]])
 def split_evenly(num_items: int, num_lanes: int) -> tuple[range, ...]:
     """Contiguous blocks whose sizes differ by at most one."""
     edges = [lane * num_items // num_lanes for lane in range(num_lanes + 1)]
-    return tuple(range(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(range(a, b) for a, b in itertools.pairwise(edges))

@@ -10,6 +10,7 @@ A group of more ranks than cores slows itself down while it is measured; the cos
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -333,7 +334,7 @@ def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequ
     run_forked(1, _pretrain, command)
     spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
     spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
-    gaps = [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     return max(0.0, statistics.median(gaps))
 
 

@@ -16,6 +16,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mosaic.definition import StageOutput
+from megatron_mosaic.plan import Recompute
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.*)$")
@@ -115,6 +116,14 @@ class MosaicModel(MegatronModule):
             stage.module.load_state_dict(own, strict=strict)
 
 
+def apply_recompute(config: TransformerConfig, recompute: Recompute) -> None:
+    """Make a stage's layers compute their activations again in backward, as its plan says."""
+    if recompute is Recompute.full:
+        config.recompute_granularity = "full"
+        config.recompute_method = "uniform"
+        config.recompute_num_layers = 1
+
+
 def undivided_name(stage: nn.Module, parameter: str) -> str:
     """The parameter's name in the module that is not cut into pipeline stages.
 
@@ -133,8 +142,8 @@ def initialize_by_name(stage: MegatronModule, module: str, seed: int) -> None:
     """Draw every matrix of the stage from a stream named after (seed, module, parameter).
 
     So the weights do not depend on the layout: each rank draws the whole matrix and keeps its shard. Biases are 0;
-    other vectors (norms) keep the constants they were built with. Standard deviations follow Megatron: `init_method_std`, divided by
-    sqrt(2 * num_layers) at the outputs of residual branches.
+    other vectors (norms) keep the constants they were built with. Standard deviations follow Megatron:
+    `init_method_std`, divided by sqrt(2 * num_layers) at the outputs of residual branches.
     """
     config = stage.config
     shards = stage.pg_collection.tp

@@ -30,7 +30,7 @@ class ReferenceStep:
     def save(self, directory: str, step: int) -> None:
         """Write `reference-STEP.npz`: losses under `loss/NAME`, gradients under `MODULE/PARAMETER`."""
         losses = {f"loss/{name}": np.float64(value) for name, value in self.losses.items()}
-        np.savez(f"{directory}/reference-{step:04d}.npz", **losses, **self.gradients)
+        np.savez(f"{directory}/reference-{step:04d}.npz", **(losses | self.gradients))  # type: ignore[arg-type]
 
 
 class Reference:
@@ -60,12 +60,12 @@ class Reference:
         self._optimizer.zero_grad()
         loss, num_tokens, report = self._forward(batch)
         (loss / num_tokens).backward()
-        gradients = {
-            f"{module}/{name}": parameter.grad.numpy().copy()
-            for module, stage in self.modules.items()
-            for name, parameter in stage.named_parameters()
-            if parameter.grad is not None
-        }
+        gradients = {}
+        for module, stage in self.modules.items():
+            for name, parameter in stage.named_parameters():
+                if parameter.grad is None:  # no item of this batch reached it
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients[f"{module}/{name}"] = parameter.grad.numpy().copy()
         nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
         self._optimizer.step()
         return ReferenceStep(losses={name: float(v[0] / v[1]) for name, v in report.items()}, gradients=gradients)
@@ -75,7 +75,8 @@ class Reference:
         counts = self._definition.count_items(batch)
         exports: dict[str, Any] = {}
         total: Tensor | None = None
-        num_tokens, report = 0, {}
+        num_tokens = 0
+        report: dict[str, Tensor] = {}
         for module in self._definition.workload.modules:
             items = range(sum(counts[module.name]))
             if not items:

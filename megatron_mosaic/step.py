@@ -82,6 +82,7 @@ class StepRunner:
         self._routes: dict[tuple[Any, ...], tuple[Transfer, ...]] = {}
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
         self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._coordinates})
+        self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
         self.meter: ActivationMeter | None = None
         self.empty_units: dict[str, int] = dict.fromkeys(plan.modules, 0)  # units without items, on this rank's lanes
 
@@ -111,7 +112,10 @@ class StepRunner:
             self._finish_messages()
             dist.all_reduce(self._totals, group=self._grids.world)
         else:
-            self.executor.record("~grads", self._finalize_gradients)
+            self._finish_messages()
+            self.executor.record("~grads", self._sum_gradients)
+            dist.all_reduce(self._totals, group=self._grids.world)  # the step's only wait for everybody
+            self._model.scale_gradients(1.0 / max(1.0, float(self._totals[0])))
         return [self._report()]
 
     # -- actions -------------------------------------------------------------------------------------------------
@@ -232,14 +236,16 @@ class StepRunner:
 
     # -- the end of a step ---------------------------------------------------------------------------------------
 
-    def _finalize_gradients(self) -> None:
-        """Sum gradients inside every module, then divide all of them by the global number of loss tokens."""
-        self._finish_messages()
+    def _sum_gradients(self) -> None:
+        """Sum gradients inside every module."""
         for name, stage in self._model.stages.items():
             with self._scopes.enter(name):
-                finalize_model_grads([stage], None, pg_collection=self._grids.collections[name])
-        dist.all_reduce(self._totals, group=self._grids.world)
-        self._model.scale_gradients(1.0 / max(1.0, float(self._totals[0])))
+                finalize_model_grads(
+                    [stage],
+                    None,
+                    pg_collection=self._grids.collections[name],
+                    force_all_reduce=self.whole_gradients,
+                )
 
     def _finish_messages(self) -> None:
         for channel in (*self._forward.values(), *self._backward.values()):

@@ -1,4 +1,4 @@
-"""What the runtime can execute today. One list, read by the launcher, the runtime and the planner; it may only shrink."""
+"""What the runtime can execute today: one list, read by launcher, runtime and planner. It may only shrink."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A script parses its arguments with `arguments.parse_and_validate_args`, describes its model as a ModelDefinition, and
 
     runtime = Runtime(args, plan, definition)
-    pretrain(runtime.container, runtime.data_provider(make_datasets, collate), model_type, forward_step, **runtime.seams)
+    provider = runtime.data_provider(make_datasets, collate)
+    pretrain(runtime.container, provider, model_type, forward_step, **runtime.seams)
     runtime.finish()
 """
 
@@ -29,7 +30,7 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
-from megatron_mosaic.model import MosaicModel, initialize_by_name
+from megatron_mosaic.model import MosaicModel, apply_recompute, initialize_by_name
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
@@ -108,6 +109,7 @@ class Runtime:
             with self.scopes.enter(name):
                 stage_idx = coordinates_of(self.plan.modules[name], self.grids.rank).pp
                 stage = self.definition.build_stage(name, layout, stage_idx, groups)
+                apply_recompute(stage.config, self.plan.modules[name].recompute)
                 stage.pg_collection = groups  # who writes what in a checkpoint, who holds which shard
                 initialize_by_name(stage, name, self._args.seed)
                 stage.to(device=cpu.device(), dtype=self._args.params_dtype)
@@ -146,6 +148,7 @@ class Runtime:
         )
         optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
         if self._args.mosaic_dump_gradients:
+            self.step.whole_gradients = True
             optimizer.before_step.append(GradientDump(self._args.mosaic_dump_gradients, model, self.grids.rank))
         if self._report is not None:
             self.step.on_losses = self._report.add_losses

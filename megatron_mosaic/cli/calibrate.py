@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import time
-import warnings
 
 from megatron_mosaic.cli.output import print_json, print_progress
+from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.cost_model.profile import default_profile_path, save_profile
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, write the profile, say where it is."""
-    from megatron_mosaic.cli.runtime import import_runtime
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        import_runtime()
-        from megatron_mosaic.calibrate import calibrate
+    import_runtime()
+    from megatron_mosaic.calibrate import calibrate
 
-        profile = calibrate(progress=lambda text: print_progress(f"calibrate: {text} ..."))
+    profile = calibrate(progress=lambda text: print_progress(f"calibrate: {text} ..."))
     path = arguments.out or default_profile_path()
     save_profile(profile, path)
     seconds = time.perf_counter() - started

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
+from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.units import format_bytes
@@ -23,17 +24,20 @@ def main(arguments: argparse.Namespace) -> int:
         )
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
-    from megatron_mosaic.check import TOLERANCE, check_plan
+    from megatron_mosaic.check import TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    require_checkable(plan, arguments.megatron_args)
+    import_runtime()
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
     parity = check_plan(arguments.plan, steps=arguments.steps, megatron_args=arguments.megatron_args)
     if arguments.json:
         print_json(parity.as_dict())
     else:
+        verdict = "the same" if parity.ok else "NOT the same"
         print_table(
-            f"{'the same' if parity.ok else 'NOT the same'} as one process (tolerance {TOLERANCE:g}, fp32): "
-            f"losses of {parity.steps} steps differ by {parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}",
+            f"{verdict} as one process (tolerance {TOLERANCE:g}, fp32): losses of {parity.steps} steps differ by "
+            f"{parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}",
             ("module", "largest gradient error", "peak activations of a rank", "units without items"),
             [
                 (

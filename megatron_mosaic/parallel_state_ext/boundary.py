@@ -3,8 +3,8 @@
 One `RowChannel` per direction. The producer's action posts its rows and goes on; the consumer's action waits for
 them. Rows that stay on their rank are handed over by reference.
 
-    forward   source lanes --build_route(source, target)--> target lanes      each row once to every rank that reads it
-    backward  target lanes --build_route(target, source)--> source lanes      its gradient once to every rank that made it
+    forward   source lanes --build_route(source, target)--> target lanes   a row once to every rank that reads it
+    backward  target lanes --build_route(target, source)--> source lanes   its gradient once to every maker
 
 Why the adjoint is a route and not a sum: a target lane's replicas (tensor parallel) all hold the *full* gradient of
 their input, so one replica speaks for the lane; a row read by several modules is summed by the caller, edge by edge.
@@ -35,7 +35,7 @@ class RowChannel:
         self.sent_bytes = 0
 
     def send(self, key: Hashable, route: Sequence[Transfer], rows: Tensor) -> None:
-        """Post this rank's part of `route`. `rows`: [items * rows_per_item, width] of this lane's items. Never waits."""
+        """Post this rank's part of `route`; never waits. `rows`: [items * rows_per_item, width] of its lane's items."""
         items = rows.detach().reshape(-1, *self._item_shape)
         self._outbox = [(work, buffer) for work, buffer in self._outbox if not work.is_completed()]
         for transfer in route:

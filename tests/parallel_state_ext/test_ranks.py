@@ -33,7 +33,7 @@ def members(groups):
     return {tuple(sorted(group)) for group in groups}
 
 
-# Laid out by hand, tp fastest, dp, pp slowest: stage 0 is [[0 2] [3 5]], stage 1 is [[8 9] [10 11]] (rows: dp, columns: tp).
+# Laid out by hand, tp fastest, dp, pp slowest: stage 0 is [[0 2] [3 5]], stage 1 is [[8 9] [10 11]] (rows: dp).
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [

@@ -1,0 +1,138 @@
+"""RNG streams of modules that share a process: nobody's draws depend on anybody else's.
+
+Groups are stand-ins that only know this rank's place, so one process can play every rank.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.scope import Scopes
+
+NAMES = ("vision", "llm")
+
+
+def at(rank: int) -> SimpleNamespace:
+    return SimpleNamespace(rank=lambda: rank)
+
+
+def groups(*, tp: int = 0, pp: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(tp=at(tp), pp=at(pp), ep=at(0), expt_tp=at(tp))
+
+
+@pytest.fixture(autouse=True)
+def own_globals(monkeypatch):
+    """Megatron's globals and torch's stream as they were, afterwards."""
+    cpu.install()
+    monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None)
+    outer, tracked = torch.get_rng_state(), get_cuda_rng_tracker().get_states()
+    yield
+    torch.set_rng_state(outer)
+    get_cuda_rng_tracker().set_states(tracked)
+
+
+def draw(scopes: Scopes, module: str) -> tuple[list[float], list[float]]:
+    """Three numbers of the default stream (replicated over tp) and of the model-parallel one."""
+    with scopes.enter(module):
+        default = torch.rand(3).tolist()
+        with get_cuda_rng_tracker().fork():
+            return default, torch.rand(3).tolist()
+
+
+def both() -> Scopes:
+    return Scopes(7, {"vision": groups(), "llm": groups()}, NAMES)
+
+
+def test_a_modules_draws_do_not_depend_on_the_others() -> None:
+    alone, mixed = both(), both()
+    expected = [draw(alone, "llm") for _ in range(3)]
+    got = []
+    for _ in range(3):
+        draw(mixed, "vision")
+        got.append(draw(mixed, "llm"))
+        torch.rand(5)  # nor on what runs outside of every module
+        draw(mixed, "vision")
+    assert got == expected
+    assert len({str(draws) for draws in expected}) == 3, "the stream does not move"
+
+
+def test_modules_do_not_share_a_stream() -> None:
+    scopes = both()
+    streams = [stream for module in NAMES for stream in draw(scopes, module)]
+    assert len({str(stream) for stream in streams}) == 4
+
+
+def test_a_modules_draws_do_not_depend_on_which_modules_its_rank_runs() -> None:
+    without = Scopes(7, {"llm": groups()}, NAMES)
+    assert draw(without, "llm") == draw(both(), "llm")
+
+
+def test_tp_ranks_agree_by_default_and_differ_in_the_model_parallel_stream() -> None:
+    default, sharded = zip(*(draw(Scopes(7, {"llm": groups(tp=tp)}, NAMES), "llm") for tp in range(4)), strict=True)
+    assert len(set(map(str, default))) == 1
+    assert len(set(map(str, sharded))) == 4
+
+
+def test_stages_and_seeds_differ() -> None:
+    places = [(seed, pp) for seed in (7, 8) for pp in range(3)]
+    default, sharded = zip(*(draw(Scopes(s, {"llm": groups(pp=p)}, NAMES), "llm") for s, p in places), strict=True)
+    assert len({*map(str, default), *map(str, sharded)}) == 2 * len(places)
+
+
+def test_the_outer_stream_is_put_back() -> None:
+    scopes = both()
+    before = torch.get_rng_state()
+    draw(scopes, "vision")
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(KeyError, match="inside"):
+        with scopes.enter("llm"):
+            torch.rand(1)
+            raise KeyError("inside")
+    assert torch.equal(torch.get_rng_state(), before) and scopes.active is None
+
+
+def test_scopes_do_not_nest() -> None:
+    scopes = both()
+    with scopes.enter("vision"), pytest.raises(AssertionError, match="llm entered while vision runs"):
+        with scopes.enter("llm"):
+            pass
+
+
+def test_states_restore_the_streams() -> None:
+    scopes = both()
+    draw(scopes, "vision")
+    saved = scopes.states()
+    expected = [draw(scopes, module) for module in NAMES]
+    other = both()
+    other.restore(saved)
+    assert [draw(other, module) for module in NAMES] == expected
+
+
+def dropped(x: torch.Tensor) -> torch.Tensor:
+    """Dropout in both streams: the derivative is the mask, so a backward with another mask shows."""
+    x = torch.nn.functional.dropout(x, 0.5)
+    with get_cuda_rng_tracker().fork():
+        return torch.nn.functional.dropout(x, 0.5)
+
+
+def test_recomputation_draws_the_forwards_numbers_again() -> None:
+    """Between forward and backward the other module draws; recomputation has to see its own old numbers, and must not
+    move anybody's stream."""
+    scopes, quiet = both(), both()
+    x = torch.ones(200, requires_grad=True)
+    with scopes.enter("llm"):
+        output = tensor_parallel.checkpoint(dropped, False, x)
+    draw(scopes, "vision")
+    with scopes.enter("llm"):
+        output.sum().backward()
+    torch.testing.assert_close(x.grad, output.detach(), rtol=0, atol=0)  # x is 1: output and derivative are the mask
+    assert 0 < (x.grad == 0).sum() < 200
+
+    with quiet.enter("llm"):
+        dropped(torch.ones(200))
+    draw(quiet, "vision")
+    assert [draw(scopes, module) for module in NAMES] == [draw(quiet, module) for module in NAMES]

@@ -1,0 +1,112 @@
+"""Weights are a function of their names: shards of any layout, put together, are the undivided module bit for bit."""
+
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments
+from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
+from megatron_mosaic.arguments import parse_and_validate_args
+from megatron_mosaic.model import initialize_by_name, undivided_name
+from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan_file import save_plan
+from tests.cases import make_plan
+from tests.forked import run_gloo
+
+pytestmark = pytest.mark.dist
+
+PLAN = make_plan(
+    {"vision": ("0-3", Layout(pp=4)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("1-3", Layout(dp=3))},
+    workload=workload(Any2AnySizes(), 16),
+)
+
+
+def parse(path):
+    sys.argv = ["pretrain", "--mosaic-plan", str(path)]
+    args, plan = parse_and_validate_args(
+        lambda args: workload(Any2AnySizes(), 1), add_any2any_arguments, MEGATRON_DEFAULTS
+    )
+    parallel_state._set_global_memory_buffer()
+    return Any2Any.from_args(args), plan
+
+
+def build(definition, module, layout, stage, groups, seed=5) -> torch.nn.Module:
+    torch.manual_seed(dist.get_rank())  # whatever the constructors draw must not matter
+    built = definition.build_stage(module, layout, stage, groups)
+    built.pg_collection = groups
+    initialize_by_name(built, module, seed)
+    return built
+
+
+def check_shards(path) -> None:
+    definition, plan = parse(path)
+    grids = Grids(plan, (), timeout=timedelta(seconds=30))
+    whole = {module: build(definition, module, Layout(), 0, grids.alone_view()) for module in plan.modules}
+    mine = {}  # (module, undivided name, tp) -> (dim it is cut along, values)
+    for module, groups in grids.collections.items():
+        place = coordinates_of(plan.modules[module], grids.rank)
+        stage = build(definition, module, plan.modules[module].layout, place.pp, groups)
+        for name, parameter in stage.named_parameters():
+            cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            mine[module, undivided_name(stage, name), place.tp] = cut, parameter.detach()
+    gathered = [None] * 4
+    dist.all_gather_object(gathered, mine)
+    shards = {}
+    for one in gathered:
+        for key, (cut, values) in one.items():
+            assert key not in shards or torch.equal(values, shards[key][1]), f"data-parallel copies of {key} differ"
+            shards[key] = cut, values
+    num_cut = 0
+    for module, undivided in whole.items():
+        parameters = dict(undivided.named_parameters())
+        assert {name for m, name, _ in shards if m == module} == set(parameters)
+        for name, expected in parameters.items():
+            cut, values = shards[module, name, 0]
+            if cut is not None and plan.modules[module].layout.tp == 2:
+                values = torch.cat([values, shards[module, name, 1][1]], dim=cut)
+                num_cut += 1
+            assert torch.equal(values, expected), f"{module}/{name}"
+    assert num_cut > 10
+
+
+def test_shards_together_are_the_undivided_module(tmp_path) -> None:
+    cpu.install()
+    save_plan(PLAN, tmp_path / "plan.yaml")
+    run_gloo(4, check_shards, tmp_path / "plan.yaml")
+
+
+def check_streams(path) -> None:
+    """Every matrix has its own stream, of Megatron's standard deviation; another seed gives other weights."""
+    definition, plan = parse(path)
+    groups = Grids(plan, (), timeout=timedelta(seconds=30)).alone_view()
+    stages = {module: build(definition, module, Layout(), 0, groups) for module in plan.modules}
+    other = build(definition, "vision", Layout(), 0, groups, seed=6)
+    first = set()
+    for module, stage in stages.items():
+        for name, parameter in stage.named_parameters():
+            if parameter.dim() > 1:
+                first.add(float(parameter.flatten()[0]))
+                std = 0.1 / (8**0.5 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
+                spread = 5 * std / (2 * parameter.numel()) ** 0.5  # five standard errors of a standard deviation
+                assert float(parameter.std()) == pytest.approx(std, abs=spread), f"{module}/{name}"
+            elif name.endswith("bias"):
+                assert not parameter.any(), f"{module}/{name}"
+            else:
+                assert torch.equal(parameter, torch.ones_like(parameter)), f"{module}/{name}"
+    assert len(first) == sum(p.dim() > 1 for stage in stages.values() for p in stage.parameters())
+    assert first.isdisjoint(float(p.flatten()[0]) for p in other.parameters() if p.dim() > 1)
+
+
+def test_streams_are_separate_and_of_megatrons_scale(tmp_path) -> None:
+    cpu.install()
+    everywhere = make_plan({m: ("0", Layout()) for m in PLAN.modules}, workload=workload(Any2AnySizes(), 16), world_size=1)
+    save_plan(everywhere, tmp_path / "plan.yaml")
+    run_gloo(1, check_streams, tmp_path / "plan.yaml")
