@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mosaic.definition import StageOutput
+from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Recompute
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
@@ -52,7 +54,7 @@ class MosaicModel(MegatronModule):
         self.pg_collection = world_view
         self.model_type: Any = None
         self.force_all_reduce = False
-        self.loaded_rng: Any = None
+        self.scopes: Scopes | None = None  # RNG streams to be saved and restored with the model
 
     def forward(self, call: StageCall) -> StageOutput:
         return self.stages[call.module](call.inputs, call.hidden, call.imports)
@@ -105,15 +107,27 @@ class MosaicModel(MegatronModule):
     ) -> dict[str, Any]:
         """Every stage under its module's name, with its module's own groups deciding who writes what."""
         state: dict[str, Any] = {}
-        for name, stage in self.stages.items():
-            own = dict(metadata or {}) | {"dp_cp_group": stage.module.pg_collection.dp_cp}
-            state |= stage.module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, own)
+        for name, wrapped in self.stages.items():
+            stage = wrapped.module
+            groups = stage.pg_collection
+            own = dict(metadata or {}) | {"dp_cp_group": groups.dp_cp}
+            state |= stage.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, own)
+            if self.scopes is not None:
+                place = (groups.pp.rank(), groups.tp.rank())
+                shape = (groups.pp.size(), groups.tp.size())
+                streams = self.scopes.states()[name]
+                state[f"{name}.rng"] = ShardedObject(
+                    f"{prefix}{name}.rng", streams, shape, place, replica_id=groups.dp_cp.rank()
+                )
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
-        for name, stage in self.stages.items():
+        for name, wrapped in self.stages.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-            stage.module.load_state_dict(own, strict=strict)
+            streams = own.pop("rng", None)
+            if streams is not None and self.scopes is not None:
+                self.scopes.restore({name: streams})
+            wrapped.module.load_state_dict(own, strict=strict)
 
 
 def apply_recompute(config: TransformerConfig, recompute: Recompute) -> None:

@@ -4,13 +4,14 @@ A script parses its arguments with `arguments.parse_and_validate_args`, describe
 
     runtime = Runtime(args, plan, definition)
     provider = runtime.data_provider(make_datasets, collate)
-    pretrain(runtime.container, provider, model_type, forward_step, **runtime.seams)
-    runtime.finish()
+    with runtime.finishing():
+        pretrain(runtime.container, provider, model_type, forward_step, **runtime.seams)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Runtime:
                 stage_idx = coordinates_of(self.plan.modules[name], self.grids.rank).pp
                 stage = self.definition.build_stage(name, layout, stage_idx, groups)
                 apply_recompute(stage.config, self.plan.modules[name].recompute)
-                stage.pg_collection = groups  # who writes what in a checkpoint, who holds which shard
+                stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                 initialize_by_name(stage, name, self._args.seed)
                 stage.to(device=cpu.device(), dtype=self._args.params_dtype)
                 stages[name] = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
@@ -119,9 +120,23 @@ class Runtime:
             for wrapped in stages.values():
                 self.step.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
-        return MosaicModel(config, stages, ddp_config, self.grids.world_view())
+        model = MosaicModel(config, stages, ddp_config, self.grids.world_view())
+        if not (self._args.no_save_rng or self._args.no_load_rng):
+            model.scopes = self.scopes
+        return model
 
-    def finish(self) -> None:
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around `pretrain()`: finish after it, also when the loop leaves by a clean exit (`--exit-interval`)."""
+        try:
+            yield
+        except SystemExit as stop:
+            if stop.code in (None, 0):
+                self._finish()
+            raise
+        self._finish()
+
+    def _finish(self) -> None:
         """Collective. Writes the reports and destroys the process groups."""
         if self._report is not None:
             meter = self.step.meter

@@ -66,8 +66,8 @@ def main() -> int:
 
         runtime = Runtime(args, plan, Any2Any.from_args(args))
         provider = runtime.data_provider(make_datasets(args), collate)
-        pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
-        runtime.finish()
+        with runtime.finishing():
+            pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
     except RankFailure:
         raise
     except MosaicError as error:

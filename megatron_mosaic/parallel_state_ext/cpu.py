@@ -81,6 +81,7 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    torch.compiler.set_stance("force_eager")  # Megatron's fused functions: minutes of C++ builds, no gain on small CPUs
     _replace_device_queries()
     _replace_rng()
     _replace_tensor_names()

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedStateDict,
+)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -37,13 +43,14 @@ class ModuleOptimizers(ChainedOptimizer):
         self,
         names: tuple[str, ...],
         by_module: Mapping[str, MegatronOptimizer],
+        collections: Mapping[str, ProcessGroupCollection],
         config: OptimizerConfig,
         world: dist.ProcessGroup,
     ) -> None:
         super().__init__(list(by_module.values()))
         self.config = config
         self.by_module = dict(by_module)
-        self._names, self._world = names, world
+        self._names, self._collections, self._world = names, collections, world
         self.before_step: list[Callable[[], None]] = []  # observers of the finished gradients
         self.after_step: list[Callable[[], None]] = []
         self.run_step: Callable[[Callable[[], object]], object] = lambda work: work()
@@ -79,18 +86,30 @@ class ModuleOptimizers(ChainedOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, **kwargs: Any
     ) -> ShardedStateDict:
-        """State per module, every key under the module's name, so that modules never collide in a checkpoint."""
-        states = {}
+        """State per module, every key under the module's name, so that modules never collide in a checkpoint.
+
+        What is not sharded (step counts, learning rates) would be saved by rank 0 alone, which may not run the module;
+        it travels as one object per module instead.
+        """
+        states: ShardedStateDict = {}
         for name, optimizer in self.by_module.items():
-            prefix = f"{name}."
-            own = {key: value for key, value in model_sharded_state_dict.items() if key.startswith(prefix)}
-            states[name] = optimizer.sharded_state_dict(own, is_loading, **kwargs)
-            add_prefix_for_sharding(states[name], f"{name}.optimizer.")
+            state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+            sharded, common = extract_matching_values(state, _is_placed)
+            add_prefix_for_sharding(sharded, f"{name}.optimizer.")
+            groups = self._collections[name]
+            replica = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
+            everything = ShardedObject(f"{name}.optimizer.common", common, (1,), (0,), replica_id=replica)
+            states[name] = {"sharded": sharded, "common": everything}
         return states
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for name, optimizer in self.by_module.items():
-            optimizer.load_state_dict(state_dict[name])
+            optimizer.load_state_dict(merge(state_dict[name]["sharded"], state_dict[name]["common"]))
+
+
+def _is_placed(value: object) -> bool:
+    """Whether the checkpoint already knows where this value belongs (or that it stays on its rank)."""
+    return isinstance(value, (ShardedBase, LocalNonpersistentObject))
 
 
 def build_optimizer(
@@ -119,4 +138,4 @@ def build_optimizer(
         )
         if name in modules:
             by_module[name] = optimizer
-    return ModuleOptimizers(names, by_module, config, world)
+    return ModuleOptimizers(names, by_module, collections, config, world)

@@ -1,0 +1,94 @@
+"""A check that cannot fail proves nothing: runtimes broken on purpose, and what the check says of each.
+
+Ranks are forked from this process, so a patch made here is what they run.
+"""
+
+import torch.distributed as dist
+import pytest
+
+from megatron_mosaic import model, step, train
+from megatron_mosaic.check import TOLERANCE, check_plan
+from megatron_mosaic.parallel_state_ext.routes import Transfer
+from tests.numerics import parity_cases as cases
+from tests.numerics.parity_cases import written
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def parity_of_two_ranks(tmp_path):
+    return lambda steps=1: check_plan(written(cases.TWO_RANKS, tmp_path), steps=steps)
+
+
+def assert_only_these_fail(parity, *modules) -> None:
+    errors = parity.grad_rel_err_by_module
+    assert not parity.ok
+    assert {name for name, error in errors.items() if error > TOLERANCE} == set(modules), errors
+    assert parity.worst_parameter.partition("/")[0] in modules
+
+
+def test_the_sound_runtime_passes(parity_of_two_ranks) -> None:
+    assert parity_of_two_ranks().ok
+
+
+def test_halved_gradients_of_one_module(parity_of_two_ranks, monkeypatch) -> None:
+    def scale_gradients(self, factor: float) -> None:
+        for name, stage in self.stages.items():
+            stage.scale_gradients(factor / 2 if name == "vision" else factor)
+
+    monkeypatch.setattr(model.MosaicModel, "scale_gradients", scale_gradients)
+    parity = parity_of_two_ranks()
+    assert_only_these_fail(parity, "vision")
+    assert parity.grad_rel_err_by_module["vision"] == pytest.approx(0.5, abs=1e-4)
+    assert parity.loss_rel_err <= TOLERANCE
+
+
+def test_gradients_that_are_not_summed_over_dp(parity_of_two_ranks, monkeypatch) -> None:
+    """What a module with dp 2 computes when its ranks do not talk; tp 2 and single ranks do not notice."""
+    finalize = step.finalize_model_grads
+
+    def only_without_dp(stages, *args, pg_collection) -> None:
+        if pg_collection.dp.size() == 1:
+            finalize(stages, *args, pg_collection=pg_collection)
+
+    monkeypatch.setattr(step, "finalize_model_grads", only_without_dp)
+    assert_only_these_fail(parity_of_two_ranks(), "vision")
+
+
+def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> None:
+    """The llm reads the wrong picture: its loss is another one, and so are the gradients of both ends."""
+    build_route = step.build_route
+
+    def swapped(source, target):
+        return tuple(
+            Transfer(t.sender, t.receiver, t.items, t.from_positions[::-1], t.to_positions)
+            for t in build_route(source, target)
+        )
+
+    monkeypatch.setattr(step, "build_route", swapped)
+    parity = parity_of_two_ranks()
+    assert not parity.ok and parity.loss_rel_err > TOLERANCE
+    assert {"vision", "llm"} <= {name for name, e in parity.grad_rel_err_by_module.items() if e > TOLERANCE}
+
+
+def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> None:
+    initialize_by_name = train.initialize_by_name
+
+    def by_rank(stage, module: str, seed: int) -> None:
+        initialize_by_name(stage, module, seed + (dist.get_rank() == 1 and module == "generator"))
+
+    monkeypatch.setattr(train, "initialize_by_name", by_rank)
+    parity = parity_of_two_ranks()
+    assert parity.loss_rel_err > TOLERANCE
+    assert_only_these_fail(parity, "vision", "llm", "generator")
+
+
+def test_an_optimizer_that_clips_by_a_wrong_norm_shows_in_the_second_step(parity_of_two_ranks, monkeypatch) -> None:
+    from megatron_mosaic.parallel_state_ext import optimizer
+
+    clip = optimizer.clip_grad_by_total_norm_fp32
+    monkeypatch.setattr(
+        optimizer, "clip_grad_by_total_norm_fp32", lambda parameters, limit, norm: clip(parameters, limit, 2 * norm)
+    )
+    assert parity_of_two_ranks(steps=1).ok  # gradients are compared before they are clipped
+    assert not parity_of_two_ranks(steps=2).ok
