@@ -18,6 +18,7 @@ from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.workload import Workload
 
 PLAN_VARIABLE = "MOSAIC_PLAN"
+APPLIED = "mosaic_plan_applied"  # set on the arguments once a plan is in them
 _REFUSED = {  # Megatron arguments that this version does not carry over to several modules
     "overlap_grad_reduce": "--overlap-grad-reduce",
     "overlap_param_gather": "--overlap-param-gather",
@@ -113,6 +114,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
         setattr(args, key, value)
     args.calculate_per_token_loss = True  # gradients are sums, divided once by the global token count
     args.dataloader_type = "external"
+    setattr(args, APPLIED, True)
     if cpu.is_cpu():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     world_size, args.world_size = args.world_size, layout.num_ranks

@@ -7,8 +7,10 @@ Both give every rank a flight file, so that even a killed rank's lane and action
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
 from megatron_mosaic.errors import RankFailure
 
 _LOG_TAIL_LINES = 30
+_CAUSE_FILE = "first-failure.json"
 
 
 def run_forked(
@@ -77,16 +80,31 @@ def run_forked(
 def run_torchrun(world_size: int, arguments: Sequence[str], *, to_stderr: bool = False) -> None:
     """Run `python ARGUMENTS` under torchrun on this machine. RankFailure if a worker fails."""
     with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [sys.executable, "-m", "megatron_mosaic.launch", "--standalone"]
         command += ["--nproc-per-node", str(world_size), *arguments]
         env = os.environ | {DIRECTORY_VARIABLE: directory}
         env.setdefault("OMP_NUM_THREADS", "1")
         result = subprocess.run(command, env=env, stdout=sys.stderr if to_stderr else None, check=False)
         if result.returncode:
-            flights = read_flights(directory)
-            stopped = [rank for rank, line in flights.items() if "failed" in line] or sorted(flights)
-            where = stopped[0] if stopped else 0
-            raise rank_failure(where, f"torchrun exit code {result.returncode}", directory, all_ranks=True)
+            cause = Path(directory) / _CAUSE_FILE
+            rank, got = json.loads(cause.read_text()) if cause.exists() else (0, f"exit code {result.returncode}")
+            raise rank_failure(rank, got, directory, all_ranks=True)
+
+
+def torchrun(arguments: Sequence[str]) -> int:
+    """torchrun itself; leaves behind which rank failed first, and how, beside the flight files."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(list(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed"
+        (Path(os.environ[DIRECTORY_VARIABLE]) / _CAUSE_FILE).write_text(json.dumps([rank, how]))
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def rank_failure(rank: int, got: str, directory: str, log: str = "", *, all_ranks: bool = False) -> RankFailure:
@@ -152,3 +170,7 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

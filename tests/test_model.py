@@ -107,6 +107,8 @@ def check_streams(path) -> None:
 
 def test_streams_are_separate_and_of_megatrons_scale(tmp_path) -> None:
     cpu.install()
-    everywhere = make_plan({m: ("0", Layout()) for m in PLAN.modules}, workload=workload(Any2AnySizes(), 16), world_size=1)
+    everywhere = make_plan(
+        {m: ("0", Layout()) for m in PLAN.modules}, workload=workload(Any2AnySizes(), 16), world_size=1
+    )
     save_plan(everywhere, tmp_path / "plan.yaml")
     run_gloo(1, check_streams, tmp_path / "plan.yaml")

@@ -3,8 +3,10 @@
 Ranks are forked from this process, so a patch made here is what they run.
 """
 
-import torch.distributed as dist
+from dataclasses import replace
+
 import pytest
+import torch.distributed as dist
 
 from megatron_mosaic import model, step, train
 from megatron_mosaic.check import TOLERANCE, check_plan
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture
 def parity_of_two_ranks(tmp_path):
-    return lambda steps=1: check_plan(written(cases.TWO_RANKS, tmp_path), steps=steps)
+    """Several images in every message, so that there is something to mix up."""
+    plan = replace(cases.TWO_RANKS, micro_batch_size=8, global_batch_size=8)
+    return lambda steps=1: check_plan(written(plan, tmp_path), steps=steps)
 
 
 def assert_only_these_fail(parity, *modules) -> None:
@@ -47,9 +51,9 @@ def test_gradients_that_are_not_summed_over_dp(parity_of_two_ranks, monkeypatch)
     """What a module with dp 2 computes when its ranks do not talk; tp 2 and single ranks do not notice."""
     finalize = step.finalize_model_grads
 
-    def only_without_dp(stages, *args, pg_collection) -> None:
+    def only_without_dp(*args, pg_collection, **kwargs) -> None:
         if pg_collection.dp.size() == 1:
-            finalize(stages, *args, pg_collection=pg_collection)
+            finalize(*args, pg_collection=pg_collection, **kwargs)
 
     monkeypatch.setattr(step, "finalize_model_grads", only_without_dp)
     assert_only_these_fail(parity_of_two_ranks(), "vision")
@@ -72,6 +76,7 @@ def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> No
 
 
 def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> None:
+    """The generator's own weights are other ones: its gradients, its loss and what it sends back to the llm."""
     initialize_by_name = train.initialize_by_name
 
     def by_rank(stage, module: str, seed: int) -> None:
@@ -79,8 +84,8 @@ def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> No
 
     monkeypatch.setattr(train, "initialize_by_name", by_rank)
     parity = parity_of_two_ranks()
-    assert parity.loss_rel_err > TOLERANCE
-    assert_only_these_fail(parity, "vision", "llm", "generator")
+    assert not parity.ok and parity.loss_rel_err > TOLERANCE
+    assert min(parity.grad_rel_err_by_module[name] for name in ("generator", "llm")) > 0.01
 
 
 def test_an_optimizer_that_clips_by_a_wrong_norm_shows_in_the_second_step(parity_of_two_ranks, monkeypatch) -> None:

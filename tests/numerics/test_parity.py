@@ -85,7 +85,16 @@ def test_bf16_trains_with_finite_losses(tmp_path) -> None:
 
 def test_evaluation_between_steps_changes_no_training_loss(tmp_path) -> None:
     """Forward-only steps run the same ranks and channels; training afterwards must not notice them."""
-    steady = ["--train-iters", "3", "--eval-interval", "1", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0"]
+    steady = [
+        "--train-iters",
+        "3",
+        "--eval-interval",
+        "1",
+        "--lr-decay-style",
+        "constant",
+        "--lr-warmup-fraction",
+        "0.0",
+    ]
     without = losses_of(cases.OVERLAPPING, tmp_path, *steady, "--eval-iters", "0")
     with_evaluation = losses_of(cases.OVERLAPPING, tmp_path, *steady, "--eval-iters", "2")
     assert len(without) == 3 and with_evaluation == without

@@ -1,0 +1,132 @@
+"""`torchrun ... -m megatron_mosaic.run SCRIPT.py MEGATRON-ARGS --mosaic-plan PLAN`: a pretrain script under a plan.
+
+A script that brings a ModelDefinition (scripts/pretrain_any2any.py) gets the plan through $MOSAIC_PLAN and obeys all of
+it. A stock script has one model, laid out by Megatron itself: a plan with one module on all ranks becomes Megatron's
+own arguments, and a plan with more modules is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mosaic.arguments import APPLIED, PLAN_VARIABLE
+from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
+from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.compat import rebind, require_supported_megatron
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan_file import load_plan
+
+# A stock script's own arguments, and what a one-module plan says of them
+_STOCK_ARGUMENTS = {
+    "tensor_model_parallel_size": "tp",
+    "context_parallel_size": "cp",
+    "pipeline_model_parallel_size": "pp",
+    "expert_model_parallel_size": "ep",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the script. Exit status 2 if plan or arguments are wrong; the script's own otherwise."""
+    try:
+        script, plan_path, arguments = _split_command_line(words)
+        plan = load_plan(plan_path)
+        os.environ[PLAN_VARIABLE] = str(plan_path)
+        require_supported_megatron()
+        cpu.install()
+        _put_plan_into_arguments(plan)
+        sys.argv = [script, *arguments]
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(script, run_name="__main__")
+    except RankFailure:
+        raise
+    except MosaicError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _split_command_line(words: Sequence[str]) -> tuple[str, str, list[str]]:
+    """(script, plan file, the script's arguments)."""
+    parser = argparse.ArgumentParser(prog="megatron_mosaic.run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--mosaic-plan", default=os.environ.get(PLAN_VARIABLE))
+    known, rest = parser.parse_known_args(list(words))
+    if not rest or not Path(rest[0]).is_file():
+        raise ConfigError(
+            "megatron_mosaic.run",
+            got=rest[0] if rest else "no script",
+            expected="SCRIPT.py MEGATRON-ARGS --mosaic-plan PLAN",
+            fix="give the path of a Megatron pretrain script first",
+        )
+    if known.mosaic_plan is None:
+        raise ConfigError(
+            "--mosaic-plan", got="nothing", expected=f"a plan file, or ${PLAN_VARIABLE}", fix="add --mosaic-plan PLAN"
+        )
+    if "--yaml-cfg" in rest:
+        raise ConfigError(
+            "--yaml-cfg",
+            got="set",
+            expected="command-line arguments: a YAML file would replace all of them",
+            fix="write the YAML's values as arguments",
+        )
+    return rest[0], known.mosaic_plan, rest[1:]
+
+
+def _put_plan_into_arguments(plan: Plan) -> None:
+    """Replace Megatron's `add_megatron_arguments` (CPU defaults) and `validate_args` (the plan's layout)."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = stock_add(parser)
+        if cpu.is_cpu():
+            parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
+        return parser
+
+    def validate(args: argparse.Namespace, defaults: Any = None) -> Any:
+        if not getattr(args, APPLIED, False):
+            apply_to_stock_script(args, plan)
+        return stock_validate(args, defaults or {})
+
+    stock_add = rebind("megatron.training.arguments.add_megatron_arguments", add_arguments, must_accept=("parser",))
+    stock_validate = rebind("megatron.training.arguments.validate_args", validate, must_accept=("args", "defaults"))
+
+
+def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
+    """Write a one-module plan into the arguments of a script that Megatron lays out."""
+    if len(plan.modules) != 1:
+        raise PlanError(
+            "modules",
+            got=list(plan.modules),
+            expected="one module: this script has one model and no ModelDefinition",
+            fix="plan for one module, or write the script like scripts/pretrain_any2any.py",
+        )
+    ((name, module),) = plan.modules.items()
+    if module.ranks.ranks != tuple(range(args.world_size)) or plan.world_size != args.world_size:
+        raise PlanError(
+            f"modules.{name}.ranks",
+            got=f"{module.ranks} of world_size {plan.world_size}",
+            expected=f"0-{args.world_size - 1}: a stock script runs on every process",
+            fix=f"start {len(module.ranks)} processes, or place the module on all ranks",
+        )
+    if plan.schedule != "1f1b" or module.layout.vpp > 1:
+        raise PlanError(
+            "schedule",
+            got=f"{plan.schedule}, vpp {module.layout.vpp}",
+            expected="1f1b without virtual stages",
+            fix="set schedule: 1f1b and vpp: 1",
+        )
+    for key, axis in _STOCK_ARGUMENTS.items():
+        setattr(args, key, getattr(module.layout, axis))
+    args.micro_batch_size, args.global_batch_size = plan.micro_batch_size, plan.global_batch_size
+    if module.layout.ep > 1:
+        args.expert_tensor_parallel_size = module.layout.etp
+    if cpu.is_cpu():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
