@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
 from megatron_mosaic.errors import RankFailure
@@ -77,17 +77,34 @@ def run_forked(
             raise rank_failure(slow, f"still running after {timeout_s:.0f} s", directory, _log_tail(directory, slow))
 
 
-def run_torchrun(world_size: int, arguments: Sequence[str], *, to_stderr: bool = False) -> None:
-    """Run `python ARGUMENTS` under torchrun on this machine. RankFailure if a worker fails."""
+def run_torchrun(
+    world_size: int,
+    arguments: Sequence[str],
+    *,
+    output: IO[str] | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `python ARGUMENTS` under torchrun on this machine; `watch` is called about twice a second.
+
+    `output` takes what the workers print (default: our own stdout). RankFailure if a worker fails.
+    """
     with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
         command = [sys.executable, "-m", "megatron_mosaic.launch", "--standalone"]
         command += ["--nproc-per-node", str(world_size), *arguments]
         env = os.environ | {DIRECTORY_VARIABLE: directory}
         env.setdefault("OMP_NUM_THREADS", "1")
-        result = subprocess.run(command, env=env, stdout=sys.stderr if to_stderr else None, check=False)
-        if result.returncode:
+        job = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT if output else None)
+        try:
+            while job.poll() is None:
+                time.sleep(0.5)
+                watch()
+        finally:
+            if job.poll() is None:  # we are leaving early: torchrun stops its workers
+                job.terminate()
+                job.wait()
+        if job.returncode:
             cause = Path(directory) / _CAUSE_FILE
-            rank, got = json.loads(cause.read_text()) if cause.exists() else (0, f"exit code {result.returncode}")
+            rank, got = json.loads(cause.read_text()) if cause.exists() else (0, f"exit code {job.returncode}")
             raise rank_failure(rank, got, directory, all_ranks=True)
 
 

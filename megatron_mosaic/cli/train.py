@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_mosaic.any2any.arguments import workload_of_command_line
-from megatron_mosaic.cli.output import print_json, print_table, write_text
+from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
 from megatron_mosaic.cli.simulate import complete_overrides
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
@@ -33,8 +36,10 @@ def main(arguments: argparse.Namespace) -> int:
     predicted = _predict(plan, arguments.profile)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
-        run_torchrun(plan.world_size, [*words, *arguments.megatron_args], to_stderr=arguments.json)
-        losses = [json.loads(line) for line in (Path(directory) / "losses.jsonl").read_text().splitlines()]
+        with _output(arguments) as output:
+            progress = _Progress(Path(directory) / "losses.jsonl")
+            run_torchrun(plan.world_size, [*words, *arguments.megatron_args], output=output, watch=progress.show)
+        losses = read_losses(Path(directory) / "losses.jsonl")
         measured = json.loads((Path(directory) / "timeline.json").read_text())
     timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
     if arguments.trace:
@@ -48,6 +53,36 @@ def main(arguments: argparse.Namespace) -> int:
     print()
     print_timelines(timeline, predicted)
     return 0
+
+
+def _output(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[IO[str] | None]:
+    """Where the workers print: the log file, or stderr when stdout is for the JSON object."""
+    if not arguments.log:
+        return contextlib.nullcontext(sys.stderr if arguments.json else None)
+    try:
+        return open(arguments.log, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            arguments.log, got=str(error), expected="a writable path", fix="create the directory"
+        ) from error
+
+
+class _Progress:
+    """Says on a terminal how far training is."""
+
+    def __init__(self, losses: Path) -> None:
+        self._losses, self._shown = losses, 0
+
+    def show(self) -> None:
+        steps = read_losses(self._losses) if self._losses.exists() else []
+        if len(steps) > self._shown:
+            self._shown = len(steps)
+            print_progress(f"train: step {self._shown}, loss {steps[-1][TRAINED_LOSS]:.4f}")
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """One mapping of loss name -> value per step; a line that is still being written is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _predict(plan: Plan, profile: str | None) -> Timeline | None:
