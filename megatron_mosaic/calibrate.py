@@ -44,21 +44,22 @@ from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan_file import save_plan
 from megatron_mosaic.report import TIMELINE_FILE
 
-MAX_RANKS = 4
 ITEMS = (1, 2, 4, 8, 16)
 MESSAGE_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
 REPEATS = 5
 _PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
 
 
-def calibrate(*, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None) -> Profile:
-    """The profile of this machine. Forks up to 4 ranks; takes less than a minute on two cores."""
+def calibrate(
+    *, num_ranks: int = 4, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
+) -> Profile:
+    """The profile of this machine, for plans of up to `num_ranks` ranks; less than a minute on two cores."""
     workload = workload_of_command_line(megatron_args)
     cores = psutil.cpu_count(logical=True) or 1
     with tempfile.TemporaryDirectory(prefix="mosaic-calibrate-") as directory:
         progress("modules, collectives, optimizer")
-        command = [*megatron_args, "--global-batch-size", str(4 * MAX_RANKS), "--micro-batch-size", "4"]
-        run_forked(MAX_RANKS, _measure_rank, command, directory, cores)
+        command = [*megatron_args, "--global-batch-size", str(4 * num_ranks), "--micro-batch-size", "4"]
+        run_forked(num_ranks, _measure_rank, command, directory, cores)
         data = json.loads((Path(directory) / "measured.json").read_text())
         progress("overhead of an action")
         action_s = _measure_overhead(workload.name, [m.name for m in workload.modules], megatron_args, directory)
@@ -76,13 +77,13 @@ def calibrate(*, megatron_args: Sequence[str] = (), progress: Callable[[str], No
             "modules": data["modules"],
             "collectives": data["collectives"],
             "optimizer": data["optimizer"],
-            "overheads": {"action_s": action_s},
+            "overheads": {"action_s": action_s, "sample_s": data["sample_s"]},
         }
     )
 
 
 def _measure_rank(command: list[str], directory: str, cores: int) -> None:
-    """Collective over MAX_RANKS ranks. Rank 0 writes `measured.json`."""
+    """Collective over all ranks. Rank 0 writes `measured.json`."""
     sys.argv = [sys.argv[0], *command]
     args, _ = parse_and_validate_args(
         lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
@@ -90,10 +91,11 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
     definition = Any2Any.from_args(args)
     samples = pretrain.make_datasets(args)((256, 1, 1))[0]
+    loads = list(_repeat(lambda: definition.count_items(collate([samples[i] for i in range(32)]))))
     batch = collate([samples[i] for i in range(4 * max(ITEMS))])
     modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
     optimizer: dict[int, float] = {}
-    for tp in (1, 2, 4):
+    for tp in (degree for degree in (1, 2, 4) if degree <= dist.get_world_size()):
         for name in definition.workload.by_name:
             bench = _ModuleBench(args, definition, name, tp)
             for threads in _thread_counts(cores // tp):
@@ -107,6 +109,7 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
             "machine": _measure_machine(cores),
             "modules": modules,
             "collectives": collectives,
+            "sample_s": statistics.median(loads) / 32,
             "optimizer": [{"params": params, "seconds": seconds} for params, seconds in sorted(optimizer.items())],
         }
         (Path(directory) / "measured.json").write_text(json.dumps(measured))
@@ -250,7 +253,7 @@ def _empty_stage(groups: Any) -> DistributedDataParallel:
 def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:
     """operation -> ranks -> points. Collective over all ranks."""
     table: dict[str, dict[int, list[dict[str, float]]]] = {operation.value: {} for operation in Operation}
-    for num_ranks in (2, 4):
+    for num_ranks in range(2, dist.get_world_size() + 1):
         members = list(range(num_ranks))
         group = dist.new_group(members)
         if dist.get_rank() < num_ranks:
@@ -268,8 +271,8 @@ def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:
 
 
 def _time_collective(operation: Operation, size: int, group: dist.ProcessGroup, num_ranks: int) -> float:
-    whole = torch.ones(size // 4)
-    part = torch.ones(size // 4 // num_ranks)
+    part = torch.ones(max(1, size // 4 // num_ranks))
+    whole = torch.ones(part.numel() * num_ranks)
 
     def exchange() -> None:
         if operation is Operation.all_reduce:

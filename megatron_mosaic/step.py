@@ -101,7 +101,10 @@ class StepRunner:
         """Losses of the step, as Megatron's schedules return them: one dict of [sum, count], complete on rank 0."""
         self._model = model[0] if isinstance(model, list) else model
         self._forward_step, self._forward_only = forward_step_func, forward_only
-        self._microbatches = [self._next_microbatch(data_iterator) for _ in range(num_microbatches)]
+        self.executor.begin_step(forward_only=forward_only)
+        self._microbatches = self.executor.record(
+            "~data", lambda: [self._next_microbatch(data_iterator) for _ in range(num_microbatches)]
+        )
         self._live: dict[tuple[str, int], _Live] = {}
         # loss tokens, the weighted sum that is trained, then (sum, count) of every named loss
         self._totals = torch.zeros(2 + 2 * len(self.definition.loss_names), dtype=torch.float64)

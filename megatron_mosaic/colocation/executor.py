@@ -74,15 +74,18 @@ class Executor:
         key = (num_microbatches, forward_only)
         if key not in self._programs:
             self.accept(self.planned(num_microbatches, forward_only=forward_only), forward_only=forward_only)
-        self.spans = []
-        self.step += not forward_only
         for action in self._programs[key]:
             with self.doing(action.lane, str(action)):
                 start_s, end_s = perform(action, self._clock)
             self.spans.append(Span(self.rank, action.lane, start_s, end_s, str(action)))
 
-    def record(self, label: str, work: Callable[[], object]) -> object:
-        """Run the step's tail (`~grads`, `~optimizer`) as a span of its own lane."""
+    def begin_step(self, *, forward_only: bool = False) -> None:
+        """A new step: forget the spans of the last one."""
+        self.spans = []
+        self.step += not forward_only
+
+    def record[Result](self, label: str, work: Callable[[], Result]) -> Result:
+        """Run what belongs to no module (`~data`, `~grads`, `~optimizer`) as a span of its own lane."""
         start_s = self._clock()
         with self.doing(label, label):
             result = work()

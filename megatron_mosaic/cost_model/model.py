@@ -29,6 +29,8 @@ from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.schedules.program import stage_ranks
 from megatron_mosaic.workload import Workload
 
+_CONSENSUS_BYTES = 64  # a handful of fp64 sums
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionCost:
@@ -155,6 +157,13 @@ class CostModel:
         if self.cluster.shared_cores:
             return self._optimizer.at(num_parameters)
         return 30 * num_parameters / self.cluster.gpu.memory_bytes_per_s
+
+    def consensus_s(self, plan: Plan) -> float:
+        """Seconds in which all ranks agree on a few numbers: measured, else a tree of messages up and down."""
+        if self.cluster.shared_cores:
+            return self.comm.estimate(Operation.all_reduce, tuple(range(plan.world_size)), _CONSENSUS_BYTES)
+        hops = (plan.world_size - 1).bit_length()
+        return 2 * hops * self.cluster.link_between(tuple(range(plan.world_size))).latency_s
 
     def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
         config = self.workload.by_name[module]

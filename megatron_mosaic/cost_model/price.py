@@ -62,9 +62,23 @@ class PlanPrice:
         ranks = {rank for cost in self.costs for rank in cost.ranks}
         slow = max(1.0, len(ranks) / self.shared_cores) if self.shared_cores else 1.0
         return {
-            name: slow * self.model.optimizer_s(sum(self.costs[i].trained_parameters for i in lanes))
+            name: slow * self.model.optimizer_s(sum(self.costs[i].trained_parameters for i in lanes)) + self.consensus_s
             for name, lanes in self.lanes_of_class.items()
         }
+
+    @cached_property
+    def data_s(self) -> float:
+        """Before the first action every rank loads the global batch; on shared cores they slow each other down."""
+        profile = self.model.profile
+        if profile is None or not self.shared_cores:
+            return 0.0
+        slow = max(1.0, self.plan.world_size / self.shared_cores)
+        return slow * self.plan.global_batch_size * profile.overheads.sample_s
+
+    @cached_property
+    def consensus_s(self) -> float:
+        """A small all-reduce over the world: once for the token count, once for norm and skip decision."""
+        return self.model.consensus_s(self.plan)
 
     @property
     def step_overhead_s(self) -> float:
@@ -90,7 +104,8 @@ class PlanPrice:
             before[module, stage] = max((before[s] + self.costs[position[s]].forward_s for s in sources), default=0.0)
             cost = self.costs[position[module, stage]]
             bounds.append(before[module, stage] + cost.busy_s + cost.gradients_s)
-        return max(bounds) + max(self.optimizer_s.values()) + self.step_overhead_s
+        tail_s = self.consensus_s + max(self.optimizer_s.values()) + self.step_overhead_s
+        return self.data_s + max(bounds) + tail_s
 
     @cached_property
     def lower_bound_bytes(self) -> float:

@@ -8,7 +8,7 @@ digest: 0123456789ab
 modules: {vision: {1: {2: [{part: layer, items: 4, forward_s: 1.0e-3, backward_s: 2.0e-3}, ...]}}}    # tp, threads
 collectives: {all_reduce: {2: [{bytes: 4096, seconds: 1.0e-4}, ...]}}                                 # ranks
 optimizer: [{params: 100000, seconds: 1.0e-3}, ...]
-overheads: {action_s: 0.0, step_s: 0.0}
+overheads: {action_s: 0.0, step_s: 0.0, sample_s: 0.0}
 """
 
 from __future__ import annotations
@@ -111,10 +111,12 @@ class OptimizerPoint(_Strict):
 
 
 class Overheads(_Strict):
-    """Seconds that each action and each step cost beyond their parts. Zero: not seen in the measurement."""
+    """Seconds beyond the modules' own: of each action, of each step, and of loading each sample of the global batch
+    (on every rank). Zero: not seen in the measurement."""
 
     action_s: NonNegative = 0.0
     step_s: NonNegative = 0.0
+    sample_s: NonNegative = 0.0
 
 
 ModulePoints = Annotated[

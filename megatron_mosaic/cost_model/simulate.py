@@ -7,7 +7,8 @@ ranks of its stage; it starts when they are free and its inputs have arrived:
 
 Where ranks share cores (this machine), actions that run at the same time slow each other down by processor sharing:
 with t threads at work on c cores each action runs at rate min(1, c / t). After a rank's last action comes the tail:
-`~grads` (all-reduce), then, once all ranks have theirs (one gradient norm over all modules), `~optimizer`.
+`~grads` (all-reduce), then, once all ranks have theirs (one gradient norm over all modules), `~optimizer`. On this
+machine a step begins with `~data`: every rank loads the global batch.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Simulation:
     @property
     def class_end_s(self) -> tuple[float, ...]:
         """Per class, the end of its last action."""
-        last = [0.0] * len(self.priced.gradients_s)
+        last = [self.priced.price.data_s] * len(self.priced.gradients_s)
         for lane, end_s in zip(self.priced.program.lane_of, self.end_s):
             for name in self.priced.program.classes[lane]:
                 last[name] = max(last[name], end_s)
@@ -78,8 +79,8 @@ class Simulation:
 
     @property
     def optimizer_start_s(self) -> float:
-        """One gradient norm over all modules: everyone waits for the last gradient."""
-        return max(map(sum, zip(self.class_end_s, self.priced.gradients_s)))
+        """One token count and one gradient norm over all modules: everyone waits for the last gradient."""
+        return max(map(sum, zip(self.class_end_s, self.priced.gradients_s))) + self.priced.price.consensus_s
 
     @property
     def step_s(self) -> float:
@@ -107,6 +108,8 @@ class Simulation:
         ]
         ends, optimizer_start_s = self.class_end_s, self.optimizer_start_s
         for rank, name in self.priced.price.lane_map.class_of_rank(self.priced.price.plan).items():
+            if self.priced.price.data_s:
+                spans.append(Span(rank, "~data", 0.0, self.priced.price.data_s, "~data"))
             grads_end_s = ends[name] + self.priced.gradients_s[name]
             spans.append(Span(rank, "~grads", ends[name], grads_end_s, "~grads"))
             optimizer_end_s = optimizer_start_s + self.priced.optimizer_s[name] + self.priced.price.step_overhead_s
@@ -122,7 +125,8 @@ def simulate(plan: Plan, model: CostModel) -> Simulation:
 def simulate_program(priced: PricedProgram) -> Simulation:
     """The predicted step of a plan whose costs are known already."""
     run = _shared if priced.price.shared_cores else _alone
-    start_s, end_s = run(priced)
+    data_s = priced.price.data_s
+    start_s, end_s = ([data_s + at for at in times] for times in run(priced))
     return Simulation(priced=priced, start_s=tuple(start_s), end_s=tuple(end_s))
 
 

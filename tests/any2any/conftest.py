@@ -17,9 +17,9 @@ from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.plan import Layout
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def one_rank():
-    """A world of one rank; Megatron's own parallel_state stays uninitialised."""
+    """A world of one rank; Megatron's own parallel_state stays uninitialised. Gone before other tests fork ranks."""
     cpu.install()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     parallel_state._set_global_memory_buffer()
@@ -45,12 +45,12 @@ def parse_default_args():
         return validate_args(parse_args(add_arguments))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def args(one_rank):
     return parse_default_args()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def model(args):
     return Any2Any.from_args(args)
 
