@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_mosaic.errors import ScheduleError
 
@@ -30,9 +31,10 @@ class Kind(StrEnum):
     I = "I"  # backward, input gradients only
     W = "W"  # backward, weight gradients only
 
+    __hash__ = str.__hash__  # Enum's own is Python code, and a search hashes actions by the million
 
-@dataclass(frozen=True, slots=True, order=True)
-class Action:
+
+class Action(NamedTuple):
     """One piece of work of one lane, e.g. `llm.0F3`: stage 0 of `llm`, forward, unit 3."""
 
     module: str

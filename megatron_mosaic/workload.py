@@ -118,6 +118,7 @@ class Workload:
     edges: tuple[Edge, ...] = ()
     global_batch_size: int = 1  # samples per optimizer step
     by_name: Mapping[str, ModuleConfig] = field(init=False, repr=False, compare=False)
+    backbone: ModuleConfig = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = f"workload {self.name!r}"
@@ -150,10 +151,7 @@ class Workload:
                     fix="reorder the modules, or remove the cycle",
                 )
         object.__setattr__(self, "by_name", {module.name: module for module in self.modules})
-
-    @property
-    def backbone(self) -> ModuleConfig:
-        return next(module for module in self.modules if module.role is Role.backbone)
+        object.__setattr__(self, "backbone", self.by_name[backbones[0]])
 
     @property
     def edge_pairs(self) -> tuple[tuple[str, str], ...]:
