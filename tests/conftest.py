@@ -1,6 +1,11 @@
 """Settings of all tests."""
 
+import os
+
 from hypothesis import settings
+
+# Before torch is imported: a rank forked from a process that has used several OpenMP threads hangs in its first loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Times of a busy machine are no property of the code.
 settings.register_profile("mosaic", deadline=None, max_examples=60)

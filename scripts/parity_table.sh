@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs `mosaic check` on the layouts of the README's parity table and prints the table.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+export OMP_NUM_THREADS=1
+.venv/bin/python scripts/parity_table.py
