@@ -116,7 +116,8 @@ def torchrun(arguments: Sequence[str]) -> int:
     try:
         run.main(list(arguments))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Their times are whole seconds; a killed rank is the cause, ranks that raised at once have lost their peer.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed"
         (Path(os.environ[DIRECTORY_VARIABLE]) / _CAUSE_FILE).write_text(json.dumps([rank, how]))
         print(error, file=sys.stderr)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mosaic.errors import ScheduleError
@@ -232,6 +233,18 @@ def parse_schedule(text: str) -> Schedule:
         raise ScheduleError(
             "line 1", got=f"no lane for {error}", expected="lanes of every module", fix="add it"
         ) from error
+
+
+def load_schedule(path: str | Path) -> Schedule:
+    """The schedule in a text file. ScheduleError names the file."""
+    try:
+        return parse_schedule(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(
+            str(path), got=str(error), expected="a schedule as `mosaic show` prints it", fix="check the path"
+        ) from error
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
 
 
 def _pair(text: str, separator: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
-from megatron_mosaic.schedule import parse_schedule
+from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.step import StepRunner
 from megatron_mosaic.supported import require_supported_plan
 
@@ -63,8 +63,7 @@ class Runtime:
         self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
         self.executor = Executor(plan, edges, definition.workload.backbone.name, self.grids.rank)
         if args.mosaic_schedule:
-            with open(args.mosaic_schedule, encoding="utf-8") as file:
-                self.executor.accept(parse_schedule(file.read()))
+            self.executor.accept(load_schedule(args.mosaic_schedule))
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
         self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
         self._optimizer: ModuleOptimizers | None = None

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch import run_forked, run_torchrun
 
 pytestmark = pytest.mark.dist
 
@@ -59,21 +59,35 @@ def test_a_raising_rank_is_named_with_its_action_and_traceback() -> None:
     assert "ValueError: a message of the failure" in failure.value.got
 
 
-def follow_rank_2(directory) -> None:
-    """Rank 2 fails first; ranks 0 and 1 fail because it did, at once, as peers of a closed connection do."""
-    mark = directory / "failed"
+def follow_rank_2(directory, fail) -> None:
+    """Rank 2 fails; ranks 0 and 1 fail because it is gone, at once, as peers of a closed connection do."""
+    mark = directory / "pid"
     if rank() == 2:
-        mark.touch()
-        raise ValueError("the cause")
-    while not mark.exists():
+        mark.write_text(str(os.getpid()))
+        fail()
+    while not mark.exists() or is_running(int(mark.read_text() or os.getpid())):
         pass
-    time.sleep(0.005)
     raise ConnectionError("a follower")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def fail_by_raising() -> None:
+    raise ValueError("the cause")
+
+
+def fail_by_signal() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path) -> None:
     with pytest.raises(RankFailure, match="the cause") as failure:
-        run_forked(3, follow_rank_2, tmp_path)
+        run_forked(3, follow_rank_2, tmp_path, fail_by_raising)
     assert failure.value.where.startswith("rank 2,")
 
 
@@ -92,20 +106,9 @@ def test_a_killed_rank_is_named_with_its_action() -> None:
     assert failure.value.got == f"exit code {-signal.SIGKILL}"
 
 
-def kill_rank_2_and_follow(directory) -> None:
-    mark = directory / "killed"
-    if rank() == 2:
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    while not mark.exists():
-        pass
-    time.sleep(0.005)
-    raise ConnectionError("a follower")
-
-
 def test_a_killed_rank_is_the_cause_not_its_followers(tmp_path) -> None:
     with pytest.raises(RankFailure, match=re.escape("rank 2, before start-up")):
-        run_forked(3, kill_rank_2_and_follow, tmp_path)
+        run_forked(3, follow_rank_2, tmp_path, fail_by_signal)
 
 
 def hang_on_rank_0() -> None:
@@ -126,3 +129,22 @@ def test_exit_statuses_count_as_failures(code, expected) -> None:
         run_forked(1, sys.exit, code)
     with pytest.raises(RankFailure, match="exit code 2"):
         run_forked(1, lambda: 2)
+
+
+WORKER = """
+import importlib.util, pathlib, sys
+from megatron_mosaic.colocation.flight import Flight
+
+spec = importlib.util.spec_from_file_location("cases", sys.argv[1])
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+Flight(cases.rank()).note("step 4 lane llm.0 action llm.0F1")
+cases.follow_rank_2(pathlib.Path(sys.argv[2]), getattr(cases, sys.argv[3]))
+"""
+
+
+def test_torchrun_names_the_killed_rank_not_its_followers(tmp_path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    with (tmp_path / "log").open("w") as log, pytest.raises(RankFailure) as failure:
+        run_torchrun(3, [str(tmp_path / "worker.py"), __file__, str(tmp_path), "fail_by_signal"], output=log)
+    assert failure.value.where == "rank 2, step 4 lane llm.0 action llm.0F1"

@@ -13,6 +13,7 @@ from typing import IO, Any
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
 from megatron_mosaic.cli.simulate import complete_overrides
+from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
@@ -20,6 +21,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
@@ -31,11 +33,17 @@ TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss toke
 def main(arguments: argparse.Namespace) -> int:
     """Launch torchrun, then print losses, the measured timeline and, with a profile, the predicted one."""
     plan = load_plan(arguments.plan)
-    validate_plan(plan, workload_of_command_line(arguments.megatron_args))
+    workload = workload_of_command_line(arguments.megatron_args)
+    validate_plan(plan, workload)
     require_supported_plan(plan)
+    if arguments.mosaic_schedule:
+        schedule = load_schedule(arguments.mosaic_schedule)
+        Executor(plan, workload.edge_pairs, workload.backbone.name, rank=0).accept(schedule)
     predicted = _predict(plan, arguments.profile)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
+        if arguments.mosaic_schedule:
+            words += ["--mosaic-schedule", arguments.mosaic_schedule]
         with _output(arguments) as output:
             progress = _Progress(Path(directory) / "losses.jsonl")
             run_torchrun(plan.world_size, [*words, *arguments.megatron_args], output=output, watch=progress.show)

@@ -55,8 +55,11 @@ def test_performs_the_ranks_program_in_order(rank) -> None:
 
 def test_spans_are_those_of_the_last_step_and_of_its_tail() -> None:
     executor = make_executor(0)
+    executor.begin_step()
     executor.run(2, take_two_looks)
     first = [span.label for span in executor.spans]
+    executor.begin_step()
+    assert executor.spans == []
     executor.run(2, take_two_looks)
     assert executor.record("~grads", lambda: "result") == "result"
     assert [span.label for span in executor.spans] == [*first, "~grads"]
@@ -67,6 +70,7 @@ def test_spans_are_those_of_the_last_step_and_of_its_tail() -> None:
 
 def test_evaluation_runs_forwards_only_and_counts_no_step() -> None:
     executor = make_executor(1)
+    executor.begin_step(forward_only=True)
     executor.run(2, take_two_looks, forward_only=True)
     assert executor.spans and all("F" in span.label for span in executor.spans)
     assert executor.step == 0
@@ -111,7 +115,9 @@ def test_refuses_a_lane_the_plan_has_not() -> None:
 def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     executor = make_executor(2)
+    executor.begin_step()
     executor.run(2, take_two_looks)
+    executor.begin_step()
 
     def fail(action: Action, clock) -> tuple[float, float]:
         if str(action) == "llm.1B1":
