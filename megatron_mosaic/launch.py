@@ -7,6 +7,7 @@ Both give every rank a flight file, so that even a killed rank's lane and action
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,11 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
+from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, failed_at_ns, mark_failed, read_flights
 from megatron_mosaic.errors import RankFailure
 
 _LOG_TAIL_LINES = 30
 _CAUSE_FILE = "first-failure.json"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_forked(
@@ -40,6 +42,8 @@ def run_forked(
     Import what `target` needs before the call: children inherit it. RankFailure names the rank that failed first,
     with its last lane and action and the end of its output; the others are stopped.
     """
+    distributed = sys.modules.get("torch.distributed")
+    assert distributed is None or not distributed.is_initialized(), "forked ranks would inherit a process group"
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
         shared = {
@@ -68,9 +72,9 @@ def run_forked(
                 if process.is_alive():
                     process.kill()
                 process.join()
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-        if failed:
-            rank = _first_cause(failed, codes, directory)
+        failures = {rank: code for rank, code in enumerate(codes) if code}
+        if failures:
+            rank = _first_cause(failures, directory)
             raise rank_failure(rank, f"exit code {codes[rank]}", directory, _log_tail(directory, rank))
         if any(code is None for code in codes):
             slow = codes.index(None)
@@ -93,7 +97,13 @@ def run_torchrun(
         command += ["--nproc-per-node", str(world_size), *arguments]
         env = os.environ | {DIRECTORY_VARIABLE: directory}
         env.setdefault("OMP_NUM_THREADS", "1")
-        job = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT if output else None)
+        job = subprocess.Popen(
+            command,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            preexec_fn=lambda: _die_with_parent(signal.SIGTERM),
+        )
         try:
             while job.poll() is None:
                 time.sleep(0.5)
@@ -116,10 +126,11 @@ def torchrun(arguments: Sequence[str]) -> int:
     try:
         run.main(list(arguments))
     except ChildFailedError as error:
-        # Their times are whole seconds; a killed rank is the cause, ranks that raised at once have lost their peer.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-        how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed"
-        (Path(os.environ[DIRECTORY_VARIABLE]) / _CAUSE_FILE).write_text(json.dumps([rank, how]))
+        directory = os.environ[DIRECTORY_VARIABLE]
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank = _first_cause(codes, directory)
+        how = f"killed by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else "failed"
+        (Path(directory) / _CAUSE_FILE).write_text(json.dumps([rank, how]))
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -141,6 +152,7 @@ def rank_failure(rank: int, got: str, directory: str, log: str = "", *, all_rank
 def _enter_rank(
     rank: int, shared: Mapping[str, str], directory: str, target: Callable[..., object], args: Sequence[Any]
 ) -> None:
+    _die_with_parent()
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
     log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -153,7 +165,7 @@ def _enter_rank(
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
-        _failure_path(directory, rank).write_text(str(time.monotonic_ns()))  # before peers can notice
+        mark_failed(directory, rank)  # before peers can notice
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -161,18 +173,25 @@ def _enter_rank(
         os._exit(code)  # no interpreter shutdown: a peer may be gone and its sockets half open
 
 
-def _first_cause(failed: Sequence[int], codes: Sequence[int | None], directory: str) -> int:
-    """A killed rank (negative code) before ranks that raised, and of those the first: the others lost their peer."""
+def _first_cause(codes: Mapping[int, int], directory: str) -> int:
+    """The rank whose failure made the others fail.
 
-    def failed_at(rank: int) -> float:
-        path = _failure_path(directory, rank)
-        return float(path.read_text()) if path.exists() else float("inf")
+    A rank killed by a signal comes first, then the rank that raised first; those lost their peer, and a SIGTERM is the
+    launcher's own, sent to whoever was left.
+    """
 
-    return min(failed, key=lambda rank: ((codes[rank] or 0) >= 0, failed_at(rank)))
+    def key(rank: int) -> tuple[int, float]:
+        code = codes[rank]
+        kind = 2 if code == -signal.SIGTERM else int(code > 0)
+        return kind, failed_at_ns(directory, rank)
+
+    return min(codes, key=key)
 
 
-def _failure_path(directory: str, rank: int) -> Path:
-    return Path(directory) / f"failed-{rank:05d}"
+def _die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Ask Linux to send this process the signal when its parent dies, so that no rank outlives its launcher."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal_number))
 
 
 def _log_path(directory: str, rank: int) -> str:

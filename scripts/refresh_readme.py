@@ -1,7 +1,7 @@
 """Puts the real output of the quickstart and the parity table between their markers in README.md.
 
-    bash scripts/quickstart.sh > outputs/quickstart.txt && bash scripts/parity_table.sh > outputs/parity.md
-    .venv/bin/python scripts/refresh_readme.py outputs/quickstart.txt outputs/parity.md
+bash scripts/quickstart.sh > outputs/quickstart.txt && bash scripts/parity_table.sh > outputs/parity.md
+.venv/bin/python scripts/refresh_readme.py outputs/quickstart.txt outputs/parity.md
 """
 
 import re

@@ -138,13 +138,19 @@ from megatron_mosaic.colocation.flight import Flight
 spec = importlib.util.spec_from_file_location("cases", sys.argv[1])
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
-Flight(cases.rank()).note("step 4 lane llm.0 action llm.0F1")
-cases.follow_rank_2(pathlib.Path(sys.argv[2]), getattr(cases, sys.argv[3]))
+flight = Flight(cases.rank())
+flight.note("step 4 lane llm.0 action llm.0F1")
+try:
+    cases.follow_rank_2(pathlib.Path(sys.argv[2]), getattr(cases, sys.argv[3]))
+except Exception:
+    flight.fail(flight.last)
+    raise
 """
 
 
-def test_torchrun_names_the_killed_rank_not_its_followers(tmp_path) -> None:
+@pytest.mark.parametrize("fail", [fail_by_signal, fail_by_raising])
+def test_torchrun_names_the_first_rank_not_its_followers(tmp_path, fail) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     with (tmp_path / "log").open("w") as log, pytest.raises(RankFailure) as failure:
-        run_torchrun(3, [str(tmp_path / "worker.py"), __file__, str(tmp_path), "fail_by_signal"], output=log)
+        run_torchrun(3, [str(tmp_path / "worker.py"), __file__, str(tmp_path), fail.__name__], output=log)
     assert failure.value.where == "rank 2, step 4 lane llm.0 action llm.0F1"

@@ -102,7 +102,7 @@ class Executor:
         except RankFailure:
             raise
         except Exception as error:
-            self.flight.note(f"{where} failed: {type(error).__name__}")
+            self.flight.fail(f"{where} failed: {type(error).__name__}")
             raise RankFailure(
                 f"rank {self.rank}, {where}",
                 got=f"{type(error).__name__}: {error}",

@@ -6,8 +6,10 @@ line; whoever notices the death reads the files and names the lane and the actio
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import time
 from pathlib import Path
 
 LINE_BYTES = 256
@@ -18,11 +20,11 @@ class Flight:
     """One rank's line. Without a directory `note` does nothing."""
 
     def __init__(self, rank: int, directory: str | None = None) -> None:
-        directory = directory or os.environ.get(DIRECTORY_VARIABLE)
+        self._rank, self._directory = rank, directory or os.environ.get(DIRECTORY_VARIABLE)
         self._map: mmap.mmap | None = None
         self.last = "start-up"
-        if directory:
-            path = Path(directory) / f"rank-{rank:05d}"
+        if self._directory:
+            path = Path(self._directory) / f"rank-{rank:05d}"
             path.write_bytes(b" " * LINE_BYTES)
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), LINE_BYTES)
@@ -33,6 +35,25 @@ class Flight:
         self.last = text
         if self._map is not None:
             self._map[:] = text.encode()[:LINE_BYTES].ljust(LINE_BYTES)
+
+    def fail(self, text: str) -> None:
+        """The last line of a rank that is about to raise; stamped, because its peers will fail too, a moment later."""
+        self.note(text)
+        if self._directory:
+            mark_failed(self._directory, self._rank)
+
+
+def mark_failed(directory: str | Path, rank: int) -> None:
+    """Stamp the rank's failure, unless it is stamped already."""
+    path = Path(directory) / f"failed-{rank:05d}"
+    if not path.exists():
+        path.write_text(str(time.monotonic_ns()))
+
+
+def failed_at_ns(directory: str | Path, rank: int) -> float:
+    """When the rank said that it failed; infinity if it never did."""
+    path = Path(directory) / f"failed-{rank:05d}"
+    return float(path.read_text()) if path.exists() else math.inf
 
 
 def read_flights(directory: str | Path) -> dict[int, str]:

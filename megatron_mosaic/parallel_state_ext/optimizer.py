@@ -68,9 +68,12 @@ class ModuleOptimizers(ChainedOptimizer):
             observe()
         statistics = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device())
         for name, optimizer in self.by_module.items():
-            if optimizer.prepare_grads():
+            found_inf = optimizer.prepare_grads()
+            norm = float(optimizer.get_grad_norm())
+            if found_inf or not math.isfinite(norm):  # as a flag: a maximum over ranks may lose a NaN
                 statistics[-1] = 1.0
-            statistics[self._names.index(name)] = float(optimizer.get_grad_norm()) ** 2
+            else:
+                statistics[self._names.index(name)] = norm**2
         dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
         if statistics[-1] > 0:
             return False, None, None
