@@ -144,7 +144,7 @@ def test_require_finite():
 
 def test_local_cluster_takes_every_number_from_the_profile():
     cluster = local_cluster(PROFILE, 4)
-    assert (cluster.num_ranks, cluster.shared_cores, cluster.gpu.num_sms, cluster.gpu.sm_granularity) == (4, 2, 2, 1)
+    assert (cluster.num_ranks, cluster.shared_cores, cluster.gpu.num_sms, cluster.gpu.sm_granularity) == (4, 2, 1, 1)
     assert cluster.gpu.memory_bytes == 2e9  # 8 GB shared by four
     # the made-up points lie on 1.09009e-4 s + 0.990991e-9 s/byte
     assert cluster.intra.latency_s == pytest.approx(1.09009e-4, rel=1e-4)

@@ -12,6 +12,7 @@ from megatron_mosaic.cost_model.hardware import local_cluster
 from megatron_mosaic.cost_model.memory import BF16, estimate_peak_bytes, precision_of
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
+from megatron_mosaic.cost_model.profile import Overheads
 from megatron_mosaic.cost_model.simulate import estimate_step_s, prepare_program, simulate, simulate_program
 from megatron_mosaic.errors import ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Plan, Quota, Recompute
@@ -45,7 +46,7 @@ def test_1f1b_closed_form(pp, m):
     priced = prepare_program(replace(price, costs=equal))
     free = replace(priced, transfers=dict.fromkeys(priced.transfers, 0.0))
     simulation = simulate_program(free)
-    assert simulation.optimizer_start_s == pytest.approx((pp - 1 + m) * 3)
+    assert simulation.optimizer_start_s - price.consensus_s == pytest.approx((pp - 1 + m) * 3)
     if m >= pp:  # bubbles of a rank: (p - 1)/(m + p - 1) of the time before the tail
         spans = [s for s in simulation.timeline().spans if not s.label.startswith("~")]
         assert sum(s.end_s - s.start_s for s in spans if s.rank == 0) == pytest.approx(3 * m)
@@ -236,13 +237,31 @@ def test_four_ranks_on_two_cores_take_twice_as_long():
 
 
 def test_a_tp_group_that_slowed_itself_is_not_slowed_twice():
-    # tp 2 with one thread each was measured on two cores: no slow-down; with two threads each: factor 2 taken out
+    # four ranks with a thread each were measured on two cores: the factor 2 is in the profile, and taken out of it
     model = _local_model(BACKBONE_ONLY)
-    plan = make_plan({"llm": ("0-1", Layout(tp=2))}, workload=BACKBONE_ONLY, world_size=2)
+    plan = make_plan({"llm": ("0-3", Layout(tp=4))}, workload=BACKBONE_ONLY, world_size=4)
     full = model.action_cost(plan, "llm", 0, backward=False)
-    assert (full.threads, full.busy_s) == (2, pytest.approx(4.3 * 2e-3 / 2 / 2 / 2))
+    assert (full.threads, full.busy_s) == (1, pytest.approx(4.3 * 2e-3 / 4 / 2))
     simulation = simulate(plan, model)
-    assert max(simulation.end_s) == pytest.approx(16 * 4.3 * 2e-3 / 2 / 2 * 3)  # as measured
+    assert max(simulation.end_s) == pytest.approx(16 * 4.3 * 2e-3 / 4 * 3)  # as measured
+
+
+def test_a_step_on_this_machine_begins_with_its_data_and_agrees_twice():
+    # closed form: 16 samples on 4 ranks of 2 cores take 16 * 2 ms * 2; then as without them; the all-reduces of
+    # token count and norm lie on the made-up curve (1.09009e-4 s + 0.990991e-9 s/byte, 64 bytes)
+    profile = make_profile(BACKBONE_ONLY)
+    loading = profile.model_copy(update={"overheads": Overheads(sample_s=2e-3)})
+    plan = make_plan({"llm": ("0-3", Layout(tp=4))}, workload=BACKBONE_ONLY, world_size=4)
+    cluster = local_cluster(profile, 4)
+    without, with_data = (simulate(plan, CostModel(BACKBONE_ONLY, cluster, p)) for p in (profile, loading))
+    assert with_data.step_s == pytest.approx(without.step_s + 16 * 2e-3 * 2)
+    assert min(with_data.start_s) == pytest.approx(16 * 2e-3 * 2)
+    spans = sorted(with_data.timeline().spans, key=lambda span: span.start_s)
+    labels = [span.label for span in spans if span.rank == 3]
+    assert labels[0] == "~data" and labels[-2:] == ["~grads", "~optimizer"]
+    consensus_s = 1.09009e-4 + 64 * 0.990991e-9
+    assert with_data.priced.price.consensus_s == pytest.approx(consensus_s, rel=1e-4)
+    assert with_data.optimizer_start_s == pytest.approx(max(with_data.end_s) + consensus_s, rel=1e-4)
 
 
 @pytest.mark.parametrize("key", ["flops_per_s", "memory_bytes_per_s"])
