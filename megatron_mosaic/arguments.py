@@ -33,7 +33,9 @@ _REFUSED = {  # Megatron arguments that this version does not carry over to seve
 
 DECIDED_BY_PLAN = (
     "tensor_model_parallel_size",
+    "context_parallel_size",
     "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
     "micro_batch_size",
     "global_batch_size",
 )
@@ -91,9 +93,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
     Megatron derives its data-parallel size from the world size; the backbone's is what counts samples, so validation
     sees the backbone's ranks as the world.
     """
-    for key, flag in _REFUSED.items():
-        if getattr(args, key, None):
-            raise ConfigError(flag, got="set", expected="not set: not supported under a plan yet", fix=f"remove {flag}")
+    _refuse_unsupported(args, plan)
     if plan.world_size != args.world_size:
         raise ConfigError(
             "WORLD_SIZE",
@@ -102,7 +102,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
             fix=f"start {plan.world_size} processes, or plan for {args.world_size}",
         )
     layout = plan.modules[backbone].layout
-    decided = (layout.tp, layout.pp, plan.micro_batch_size, plan.global_batch_size)
+    decided = (layout.tp, layout.cp, layout.pp, layout.ep, plan.micro_batch_size, plan.global_batch_size)
     for key, value in zip(DECIDED_BY_PLAN, decided, strict=True):
         if typed.get(key, value) != value:
             raise ConfigError(
@@ -122,6 +122,28 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
         megatron_arguments.validate_args(args, {})
     finally:
         args.world_size = world_size
+    _refuse_unsupported(args, plan)  # validation sets some of them from others
+    if args.data_parallel_size != layout.dp:
+        raise ConfigError(
+            "data-parallel size",
+            got=f"{args.data_parallel_size}, as Megatron derives it from its arguments",
+            expected=f"{layout.dp}, as in the plan",
+            fix="leave out arguments that split the model: the plan decides",
+        )
+
+
+def _refuse_unsupported(args: argparse.Namespace, plan: Plan) -> None:
+    for key, flag in _REFUSED.items():
+        if getattr(args, key, None):
+            raise ConfigError(flag, got="set", expected="not set: not supported under a plan yet", fix=f"remove {flag}")
+    sharded = [name for name, module in plan.modules.items() if module.layout.tp > 1]
+    if args.swiglu and sharded:
+        raise ConfigError(
+            "--swiglu",
+            got=f"set, and {sharded[0]} has tp {plan.modules[sharded[0]].layout.tp}",
+            expected="tp 1: shards of a gated layer are not initialised by name yet",
+            fix="remove --swiglu, or set tp: 1",
+        )
 
 
 def _data_parallel_plan(args: argparse.Namespace, workload: Workload) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from megatron_mosaic.supported import require_supported_plan
 TOLERANCE = 1e-5  # relative, fp32
 # A gradient much smaller than its module's is compared on the module's scale: below this share it is rounding.
 _NOISE_FRAC = 1e-6
+_WITHOUT_ORACLE = ("--bf16", "--fp16", "--optimizer")
 # No warm-up and no decay: the reference has one learning rate. A large eps, because Adam's first step is otherwise the
 # *sign* of the gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
 _STEADY = ["--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--adam-eps", "1e-3", "--eval-iters", "0"]
@@ -70,6 +72,7 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
     plan = load_plan(plan_path)
     require_checkable(plan, megatron_args)
     from megatron_mosaic.any2any import pretrain, reference_run  # heavy: only once the plan is known to be sound
+    from megatron_mosaic.arguments import PLAN_VARIABLE
     from megatron_mosaic.parallel_state_ext import cpu
 
     cpu.install()
@@ -81,7 +84,7 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
         ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
         run_forked(plan.world_size, _with_command_line, ours, pretrain.main)
         reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
-        run_forked(1, _with_command_line, reference, reference_run.main, directory)
+        run_forked(1, _with_command_line, reference, reference_run.main, directory, env={PLAN_VARIABLE: ""})
         return _compare(plan, steps, Path(directory))
 
 
@@ -89,6 +92,14 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
     """PlanError unless the reference model with these arguments can run under the plan. Needs no torch."""
     validate_plan(plan, workload_of_command_line(megatron_args))
     require_supported_plan(plan)
+    for flag in _WITHOUT_ORACLE:
+        if flag in megatron_args:
+            raise ConfigError(
+                flag,
+                got="set",
+                expected="not set: the reference is fp32 with AdamW",
+                fix=f"remove {flag} for the check",
+            )
 
 
 def _with_command_line(arguments: list[str], main: Callable[..., int], *args: str) -> int:
@@ -110,7 +121,8 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
         ours = read_gradients(directory, step)
         for name, value in expected.items():
             if name.startswith("loss/"):
-                loss_error = max(loss_error, float(abs(losses[step][name.removeprefix("loss/")] - value) / abs(value)))
+                error = float(abs(losses[step][name.removeprefix("loss/")] - value) / abs(value))
+                loss_error = max(loss_error, _finite_or_inf(error))
         gradients = {name: value for name, value in expected.items() if not name.startswith("loss/")}
         if gradients.keys() != ours.keys():
             differing = sorted(gradients.keys() ^ ours.keys())
@@ -122,7 +134,7 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
             for name in names:
                 error = float(np.linalg.norm((ours[name] - gradients[name]).astype(np.float64)))
                 size = max(float(np.linalg.norm(gradients[name].astype(np.float64))), _NOISE_FRAC * scale)
-                relative = error / size if size else error
+                relative = _finite_or_inf(error / size if size else error)
                 by_module[module] = max(by_module[module], relative)
                 worst = max(worst, (f"{name} in step {step}", relative), key=lambda pair: pair[1])
     measures = json.loads((directory / MEASURES_FILE).read_text())
@@ -134,3 +146,8 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
         peak_activation_bytes_by_module=measures["peak_activation_bytes_by_module"],
         empty_units_by_module=measures["empty_units_by_module"],
     )
+
+
+def _finite_or_inf(error: float) -> float:
+    """NaN as infinity: `max` would otherwise lose it."""
+    return error if math.isfinite(error) else math.inf

@@ -66,7 +66,8 @@ class Reference:
                 if parameter.grad is None:  # no item of this batch reached it
                     parameter.grad = torch.zeros_like(parameter)
                 gradients[f"{module}/{name}"] = parameter.grad.numpy().copy()
-        nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
+        if self._args.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
         self._optimizer.step()
         return ReferenceStep(losses={name: float(v[0] / v[1]) for name, v in report.items()}, gradients=gradients)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_mosaic.timeline import Span
 LOSSES_FILE = "losses.jsonl"
 TIMELINE_FILE = "timeline.json"
 MEASURES_FILE = "measures.json"
+KEPT_STEPS = 200  # whose spans are in memory for the timeline
 
 
 class StepReport:
@@ -24,7 +26,7 @@ class StepReport:
     def __init__(self, directory: str, rank: int) -> None:
         self._directory, self._rank = Path(directory), rank
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._steps: list[list[Span]] = []
+        self._steps: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
         if rank == 0:
             (self._directory / LOSSES_FILE).write_text("")
 
@@ -41,12 +43,12 @@ class StepReport:
     def write(self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, int]]) -> None:
         """Collective. Rank 0 writes both files.
 
-        `timeline.json`: every step's seconds, and all spans of the median step. The first tenth of the steps (at
+        `timeline.json`: seconds of the last 200 steps, and all spans of their median. The first tenth of the steps (at
         least one, if there are more) is warm-up and is not considered.
         `measures.json`: `measures` of all ranks; for each module the largest value.
         """
         gathered: list[Any] = [None] * dist.get_world_size(world)
-        dist.all_gather_object(gathered, (self._steps, measures), group=world)
+        dist.all_gather_object(gathered, (list(self._steps), measures), group=world)
         if self._rank != 0 or not self._steps:
             return
         largest: dict[str, dict[str, int]] = {}

@@ -19,7 +19,7 @@ from megatron_mosaic.arguments import APPLIED, PLAN_VARIABLE
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind, require_supported_megatron
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan_file import load_plan
 
 # A stock script's own arguments, and what a one-module plan says of them
@@ -119,8 +119,25 @@ def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
             expected="1f1b without virtual stages",
             fix="set schedule: 1f1b and vpp: 1",
         )
+    if module.quota.share != 1 or module.unit > 1 or module.recompute is Recompute.selective:
+        raise PlanError(
+            f"modules.{name}",
+            got=f"quota {module.quota.share}, unit {module.unit or 1}, recompute {module.recompute}",
+            expected="no quota, unit 1, recompute none or full: a stock script follows nothing else",
+            fix="remove what it cannot follow",
+        )
+    if module.recompute is Recompute.full:
+        args.recompute_granularity, args.recompute_method, args.recompute_num_layers = "full", "uniform", 1
     for key, axis in _STOCK_ARGUMENTS.items():
-        setattr(args, key, getattr(module.layout, axis))
+        decided = getattr(module.layout, axis)
+        if getattr(args, key) not in (1, decided):
+            raise ConfigError(
+                f"--{key.replace('_', '-')}",
+                got=getattr(args, key),
+                expected=f"{decided}, as in the plan",
+                fix="leave the argument out: the plan decides",
+            )
+        setattr(args, key, decided)
     args.micro_batch_size, args.global_batch_size = plan.micro_batch_size, plan.global_batch_size
     if module.layout.ep > 1:
         args.expert_tensor_parallel_size = module.layout.etp

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class _Microbatch:
 
     batch: Batch
     assignment: Assignment
+    routes: dict[tuple[str, str, bool], tuple[Transfer, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -79,7 +80,6 @@ class StepRunner:
         self._forward = {(e.source, e.target): self._channel(e, e.source, e.target) for e in workload.edges}
         self._backward = {(e.source, e.target): self._channel(e, e.target, e.source) for e in workload.edges}
         self._outbox: list[tuple[dist.Work, Tensor]] = []
-        self._routes: dict[tuple[Any, ...], tuple[Transfer, ...]] = {}
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
         self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._coordinates})
         self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
@@ -107,7 +107,7 @@ class StepRunner:
         )
         self._live: dict[tuple[str, int], _Live] = {}
         # loss tokens, the weighted sum that is trained, then (sum, count) of every named loss
-        self._totals = torch.zeros(2 + 2 * len(self.definition.loss_names), dtype=torch.float64)
+        self._totals = torch.zeros(2 + 2 * len(self.definition.loss_names), dtype=torch.float64, device=device())
         with torch.set_grad_enabled(not forward_only):
             self.executor.run(num_microbatches, self._perform, forward_only=forward_only)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
@@ -128,7 +128,7 @@ class StepRunner:
         microbatch = self._microbatches[action.unit]
         items = microbatch.assignment.lanes[action.module][self._coordinates[action.module].dp]
         if not items:  # nothing of this microbatch is ours; every tp and pp peer of the lane sees the same
-            self.empty_units[action.module] += action.kind is Kind.F
+            self.empty_units[action.module] += action.kind is Kind.F and not self._forward_only
             now = clock()
             return now, now
         run = self._run_forward if action.kind is Kind.F else self._run_backward
@@ -230,10 +230,10 @@ class StepRunner:
         loss, num_tokens, report = loss_func(output)
         if self._coordinates[module].tp == 0:
             self._totals[0] += float(num_tokens)
-            self._totals[1] += loss.detach().double().cpu()
+            self._totals[1] += loss.detach().double()
             for index, name in enumerate(self.definition.loss_names):
                 if name in report:
-                    self._totals[2 + 2 * index : 4 + 2 * index] += report[name].detach().double().cpu()
+                    self._totals[2 + 2 * index : 4 + 2 * index] += report[name].detach().double()
         scale = self._model.config.grad_scale_func
         return scale(loss) if scale is not None and not self._forward_only else loss
 
@@ -288,15 +288,15 @@ class StepRunner:
 
     def _route(self, edge: Edge, microbatch: _Microbatch, *, backward: bool) -> tuple[Transfer, ...]:
         items_of = self.definition.workload.items_of(edge)
-        source = microbatch.assignment.held_by(edge.source, items_of, self._backbone)
-        target = microbatch.assignment.held_by(edge.target, items_of, self._backbone)
-        key = (edge.source, edge.target, backward, source, target)
-        if key not in self._routes:
+        key = (edge.source, edge.target, backward)
+        if key not in microbatch.routes:
+            source = microbatch.assignment.held_by(edge.source, items_of, self._backbone)
+            target = microbatch.assignment.held_by(edge.target, items_of, self._backbone)
             source_lanes = list(zip(self._lane_ranks(edge.source, last=True), source, strict=True))
             target_lanes = list(zip(self._lane_ranks(edge.target, last=False), target, strict=True))
             sides = (target_lanes, source_lanes) if backward else (source_lanes, target_lanes)
-            self._routes[key] = build_route(*sides)
-        return self._routes[key]
+            microbatch.routes[key] = build_route(*sides)
+        return microbatch.routes[key]
 
     def _lane_ranks(self, module: str, *, last: bool) -> list[tuple[int, ...]]:
         """Per lane of the module: the tp replicas of its last (or first) stage."""
@@ -324,7 +324,7 @@ class StepRunner:
     def _send_hidden(self, module: str, hidden: Tensor, *, towards: int) -> None:
         buffer = hidden.detach().contiguous()
         self._outbox = [(work, kept) for work, kept in self._outbox if not work.is_completed()]
-        work = dist.isend(buffer, dst=self._peer(module, towards), group=self._grids.collections[module].pp)
+        work = dist.isend(buffer, dst=self._peer(module, towards), group=self._grids.pipeline_group(module, towards))
         self._outbox.append((work, buffer))
 
     def _receive_hidden(self, module: str, num_items: int, *, origin: int) -> Tensor:
@@ -332,5 +332,5 @@ class StepRunner:
         sizes = self._modules[module]
         shape = (sizes.tokens_per_item, num_items, sizes.hidden_size)
         buffer = torch.empty(shape, dtype=self._dtype, device=device())
-        dist.recv(buffer, src=self._peer(module, origin), group=self._grids.collections[module].pp)
+        dist.recv(buffer, src=self._peer(module, origin), group=self._grids.pipeline_group(module, -origin))
         return buffer

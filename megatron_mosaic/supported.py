@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import ConfigError, PlanError
 from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.schedules import SCHEDULES
+from megatron_mosaic.workload import Workload
 
 UNBUILT_AXES = ("cp", "vpp", "ep", "etp")  # legal in a plan file, refused by this runtime unless 1
 
@@ -35,4 +36,24 @@ def require_supported_plan(plan: Plan) -> None:
                 got="selective",
                 expected="none or full: selective recomputation is not executed yet",
                 fix="use full",
+            )
+
+
+def require_supported_workload(workload: Workload) -> None:
+    """ConfigError if the model needs something this version does not execute."""
+    for module in workload.modules:
+        if module.frozen:
+            raise ConfigError(
+                f"module {module.name!r}",
+                got="frozen",
+                expected="trained: freezing is not executed yet",
+                fix="train it",
+            )
+    for edge in workload.edges:
+        if workload.backbone.name not in (edge.source, edge.target):
+            raise ConfigError(
+                f"edge {edge.source}->{edge.target}",
+                got="an edge between two modules beside the backbone",
+                expected=f"one end to be {workload.backbone.name}: other edges are not executed yet",
+                fix="route it through the backbone",
             )

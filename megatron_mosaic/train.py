@@ -42,7 +42,7 @@ from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.step import StepRunner
-from megatron_mosaic.supported import require_supported_plan
+from megatron_mosaic.supported import require_supported_plan, require_supported_workload
 
 
 class Runtime:
@@ -54,6 +54,7 @@ class Runtime:
 
     def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition) -> None:
         validate_plan(plan, definition.workload)
+        require_supported_workload(definition.workload)
         require_supported_plan(plan)
         self.plan, self.definition, self._args = plan, definition, args
         timeout = timedelta(minutes=args.distributed_timeout_minutes)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from megatron_mosaic.errors import VersionError
 
 SUPPORTED = ("0.19.2", "0.20")  # megatron-core: from (inclusive), to (exclusive)
@@ -20,9 +22,8 @@ SUPPORTED = ("0.19.2", "0.20")  # megatron-core: from (inclusive), to (exclusive
 def require_supported_megatron() -> str:
     """The installed megatron-core version. VersionError if it is not one this code knows."""
     installed = version("megatron-core")
-    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    low, high = (tuple(int(part) for part in bound.split(".")) for bound in SUPPORTED)
-    if not low <= numbers < high:
+    low, high = (Version(bound).release for bound in SUPPORTED)
+    if not low <= Version(installed).release < high:  # a release candidate counts as its release
         raise VersionError(
             "megatron-core",
             got=installed,

@@ -50,7 +50,8 @@ _EXPERT_FIELDS = {
 class Grids:
     """All process groups of a plan. Collective: constructed by every rank, in the same order.
 
-    `collections[m]` exists for the modules this rank runs. `boundary_group(a, b)` is for messages from a to b.
+    `collections[m]` exists for the modules this rank runs. Collectives share one group per rank tuple; messages have a
+    group of their own per edge or pipeline and direction.
     """
 
     def __init__(self, plan: Plan, edges: Iterable[tuple[str, str]], *, timeout: timedelta) -> None:
@@ -66,6 +67,15 @@ class Grids:
             collection = self._module_collection(module)
             if self.rank in module.ranks.ranks:
                 self.collections[name] = collection
+        # Messages between two ranks arrive in the order they were sent, per communicator. Senders and receivers of one
+        # module and direction agree on an order; of two modules they may not, so nothing is shared between modules.
+        self._pipelines: dict[tuple[str, int], dist.ProcessGroup] = {}
+        for name, module in plan.modules.items():
+            for towards in (+1, -1) if module.layout.pp > 1 else ():
+                chains = [self._group(ranks, purpose=f"{name}{towards:+d}") for ranks in axis_groups(module, ("pp",))]
+                for ranks, group in zip(axis_groups(module, ("pp",)), chains, strict=True):
+                    if self.rank in ranks:
+                        self._pipelines[name, towards] = group
         self._boundaries: dict[tuple[str, str], dist.ProcessGroup] = {}
         for source, target in edges:
             members = tuple(sorted({*plan.modules[source].ranks.ranks, *plan.modules[target].ranks.ranks}))
@@ -81,6 +91,10 @@ class Grids:
     def boundary_group(self, source: str, target: str) -> dist.ProcessGroup:
         """The group that carries messages from `source`'s ranks to `target`'s."""
         return self._boundaries[source, target]
+
+    def pipeline_group(self, module: str, towards: int) -> dist.ProcessGroup:
+        """The group that carries hidden states to the module's next stage (+1), or gradients to the one before (-1)."""
+        return self._pipelines[module, towards]
 
     def world_view(self) -> ProcessGroupCollection:
         """What the stock training loop is shown: every rank is a last stage, and statistics span the world."""

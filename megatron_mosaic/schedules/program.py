@@ -1,7 +1,8 @@
 """Lanes that share a rank take turns: the merge of all lanes into one order, and each rank's part of it.
 
 Every rank runs its actions in the order of one global list, so collectives of different modules meet in the same
-order everywhere and sends never block: no deadlock, whatever overlaps. Simulator and executor both call this.
+order everywhere and sends never block: no deadlock, whatever overlaps, as long as messages of different modules have
+communicators of their own. Simulator and executor both call this.
 """
 
 from __future__ import annotations

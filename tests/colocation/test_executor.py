@@ -27,6 +27,9 @@ class CountingClock:
         return self.now_s
 
 
+STEP = PLAN.num_microbatches("llm")
+
+
 def make_executor(rank: int, plan=PLAN) -> Executor:
     return Executor(plan, EDGES, "llm", rank, clock=CountingClock())
 
@@ -78,33 +81,49 @@ def test_evaluation_runs_forwards_only_and_counts_no_step() -> None:
 
 def test_accepts_the_plans_own_schedule_from_text() -> None:
     executor = make_executor(0)
-    executor.accept(parse_schedule(format_schedule(executor.planned(4))))
+    executor.accept(parse_schedule(format_schedule(executor.planned(STEP))))
 
 
 def test_refuses_another_order_and_shows_the_line() -> None:
-    """All forwards first is legal too, but it is not what the plan's simulation promised."""
+    """Another order of the generator is legal too, but it is not what the plan's simulation promised."""
     executor = make_executor(0)
-    text = format_schedule(executor.planned(4))
-    lane = " ".join([f"llm.0F{unit}" for unit in range(4)] + [f"llm.0B{unit}" for unit in range(4)])
-    number = next(i for i, line in enumerate(text.splitlines(), start=1) if line.startswith("llm.0"))
+    text = format_schedule(executor.planned(STEP))
+    number, line = next(pair for pair in enumerate(text.splitlines(), start=1) if pair[1].startswith("generator.0"))
+    swapped = line.replace("generator.0B0 generator.0F1", "generator.0F1 generator.0B0")
+    assert swapped != line
     with pytest.raises(ScheduleError) as refused:
-        executor.accept(parse_schedule(with_line(text, number, f"llm.0       | {lane}")))
+        executor.accept(parse_schedule(with_line(text, number, swapped)))
     assert refused.value.where == f"schedule of the run, line {number}"
-    assert lane in refused.value.got
-    assert "llm.0B0" in refused.value.expected and lane not in refused.value.expected
+    assert refused.value.got == swapped
+    assert refused.value.expected.endswith(line)
+
+
+def test_refuses_another_number_of_microbatches() -> None:
+    """A schedule of 7 microbatches is consistent in itself, but no step of this plan has 7."""
+    executor = make_executor(0)
+    with pytest.raises(ScheduleError, match=r"line 1\n.*microbatches=7"):
+        executor.accept(executor.planned(7))
+
+
+def test_refuses_the_same_lanes_in_another_order() -> None:
+    """The order of lanes decides which of two lanes on a rank goes first, so it is part of what was simulated."""
+    executor = make_executor(0)
+    header, first, second, *rest = format_schedule(executor.planned(STEP)).splitlines()
+    with pytest.raises(ScheduleError, match="line 2"):
+        executor.accept(parse_schedule("\n".join([header, second, first, *rest])))
 
 
 def test_refuses_another_name_on_line_1() -> None:
     executor = make_executor(0)
-    text = format_schedule(executor.planned(2)).replace("schedule 1f1b", "schedule mine")
+    text = format_schedule(executor.planned(STEP)).replace("schedule 1f1b", "schedule mine")
     with pytest.raises(ScheduleError, match=r"line 1\n.*schedule mine"):
         executor.accept(parse_schedule(text))
 
 
 def test_refuses_a_lane_the_plan_has_not() -> None:
     executor = make_executor(0)
-    text = format_schedule(executor.planned(1))
-    extra = "generator.1 | generator.1F0 generator.1B0"
+    text = format_schedule(executor.planned(STEP))
+    extra = "generator.1 | " + " ".join(f"generator.1F{unit} generator.1B{unit}" for unit in range(STEP))
     last = len(text.splitlines())
     with pytest.raises(ScheduleError) as refused:
         executor.accept(parse_schedule(text + extra + "\n"))

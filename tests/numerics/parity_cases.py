@@ -39,6 +39,9 @@ SCATTERED = any2any_plan(("0,2", Layout(dp=2)), ("1,3", Layout(tp=2)), ("0,3", L
 TENSOR_TO_TENSOR = any2any_plan(
     ("0-3", Layout(tp=4)), ("0-3", Layout(tp=2, dp=2)), ("0-3", Layout(tp=2, pp=2)), micro_batch=1
 )
+# Two modules whose stages share a pair of ranks: their hidden states must not overtake each other.
+SHARED_PIPELINE = any2any_plan(("0-1", Layout(pp=2)), ("2", Layout()), ("0-1", Layout(pp=2)), world_size=3, batch=8)
+SAME_PIPELINE = any2any_plan(("0-1", Layout(pp=2)), ("0-1", Layout(pp=2)), ("0", Layout()), world_size=2, batch=8)
 ONE_RANK = any2any_plan(ALONE, ALONE, world_size=1, batch=4)
 TWO_RANKS = any2any_plan(("0-1", Layout(dp=2)), ("0-1", Layout(tp=2)), ("1", Layout()), world_size=2, batch=4)
 

@@ -35,6 +35,17 @@ def test_the_sound_runtime_passes(parity_of_two_ranks) -> None:
     assert parity_of_two_ranks().ok
 
 
+def test_gradients_that_are_not_numbers(parity_of_two_ranks, monkeypatch) -> None:
+    """`max` over errors must not lose a NaN."""
+
+    def scale_gradients(self, factor: float) -> None:
+        for name, stage in self.stages.items():
+            stage.scale_gradients(float("nan") if name == "generator" else factor)
+
+    monkeypatch.setattr(model.MosaicModel, "scale_gradients", scale_gradients)
+    assert_only_these_fail(parity_of_two_ranks(), "generator")
+
+
 def test_halved_gradients_of_one_module(parity_of_two_ranks, monkeypatch) -> None:
     def scale_gradients(self, factor: float) -> None:
         for name, stage in self.stages.items():

@@ -50,7 +50,7 @@ def test_other_versions_are_refused(installed, monkeypatch) -> None:
         require_supported_megatron()
 
 
-@pytest.mark.parametrize("installed", ["0.19.2", "0.19.2.post1", "0.19.10"])
+@pytest.mark.parametrize("installed", ["0.19.2", "0.19.2.post1", "0.19.10", "0.19.3+local"])
 def test_known_versions_pass(installed, monkeypatch) -> None:
     monkeypatch.setattr(compat, "version", lambda name: installed)
     assert require_supported_megatron() == installed

@@ -102,7 +102,10 @@ def check_deduplication() -> None:
     tuples = {tuple(range(5)), *((rank,) for rank in range(5))}
     for module, placed in PLAN.modules.items():
         tuples |= {tuple(peers_of(module, rank, axes)) for rank in placed.ranks.ranks for axes in FIELD_AXES.values()}
-    assert grids.num_groups == len(tuples) + 2 * len(EDGES)
+    chains = sum(
+        placed.layout.num_ranks // placed.layout.pp for placed in PLAN.modules.values() if placed.layout.pp > 1
+    )
+    assert grids.num_groups == len(tuples) + 2 * len(EDGES) + 2 * chains  # a pair for each edge, and for each pipeline
     for collection in grids.collections.values():
         assert collection.dp is collection.dp_cp is collection.intra_dp_cp
         assert collection.cp is collection.embd is grids.alone

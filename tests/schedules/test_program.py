@@ -87,3 +87,21 @@ def test_program_golden():
     )
     programs = rank_programs(plan, build_schedule(plan, WORKLOAD.edge_pairs, "llm"))
     assert_golden("programs", "".join(f"rank {r}: {' '.join(map(str, p))}\n" for r, p in programs.items()))
+
+
+@given(plans(world_size=8))
+def test_messages_of_a_module_and_direction_are_sent_and_received_in_one_order(plan):
+    """Two ranks see messages in the order they were sent, per communicator; one communicator per module and direction
+    (`Grids.pipeline_group`) is enough exactly if sender and receiver agree on that order."""
+    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    programs = rank_programs(plan, schedule)
+    for module, placed in plan.modules.items():
+        for stage in range(placed.layout.pp - 1):
+            pairs = zip(stage_ranks(plan, module, stage), stage_ranks(plan, module, stage + 1))
+            for before, after in pairs:
+                for kind in "FB":
+                    orders = [
+                        [a.unit for a in programs[rank] if (a.module, a.stage, a.kind) == (module, at, kind)]
+                        for rank, at in ((before, stage), (after, stage + 1))
+                    ]
+                    assert orders[0] == orders[1]
