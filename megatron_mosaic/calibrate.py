@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_mosaic.any2any import pretrain
@@ -37,7 +38,7 @@ from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Operation, Part, Profile
 from megatron_mosaic.launch import run_forked
-from megatron_mosaic.model import initialize_by_name
+from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
@@ -47,6 +48,7 @@ from megatron_mosaic.report import TIMELINE_FILE
 ITEMS = (1, 2, 4, 8, 16)
 MESSAGE_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
 REPEATS = 5
+_NOTHING = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 _PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
 
 
@@ -226,7 +228,10 @@ class _ModuleBench:
         for chunks in (list(self._stages.values())[:1], list(self._stages.values())):
             # Megatron gathers parameter groups over the world, so every rank builds; only rank 0 has stages
             built = get_megatron_optimizer(
-                config, chunks or [_empty_stage(groups)], use_gloo_process_groups=False, pg_collection=groups
+                config,
+                chunks or [empty_stage(_NOTHING, DistributedDataParallelConfig(), groups)],
+                use_gloo_process_groups=False,
+                pg_collection=groups,
             )
             if chunks:
                 seconds = []
@@ -239,15 +244,6 @@ class _ModuleBench:
 
     def close(self) -> None:
         self._grids.destroy()
-
-
-def _empty_stage(groups: Any) -> DistributedDataParallel:
-    from megatron.core.transformer import MegatronModule, TransformerConfig
-
-    config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-    return DistributedDataParallel(
-        config, DistributedDataParallelConfig(), MegatronModule(config), pg_collection=groups
-    )
 
 
 def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:

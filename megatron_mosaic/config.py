@@ -21,12 +21,14 @@ from megatron_mosaic.cost_model.profile import Profile, default_profile_path, lo
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.search.space import SearchConfig
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation
 
 GROUPS = ("model", "cluster", "workload", "search")
+_KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the branch of the union in a path
 _GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-OptionalSize = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 
 
 class _Strict(BaseModel):
@@ -155,7 +157,8 @@ def compose_sections(overrides: Sequence[str]) -> Sections:
     try:
         return Sections.model_validate(data)
     except ValidationError as error:
-        raise _schema_error(error) from error
+        parts = describe_violation(error, known="a key of this group")
+        raise ConfigError(**{key: _KIND_OF_CLUSTER.sub("cluster.", text) for key, text in parts.items()}) from error
 
 
 def build_workload(sections: Sections) -> Workload:
@@ -184,6 +187,13 @@ def build_workload(sections: Sections) -> Workload:
 
 
 def _gpu_cluster(section: GpuClusterSection) -> Cluster:
+    if section.num_nodes * section.gpus_per_node > MAX_COUNT:
+        raise ConfigError(
+            "cluster.num_nodes",
+            got=f"{section.num_nodes} nodes of {section.gpus_per_node} GPUs",
+            expected=f"at most {MAX_COUNT} GPUs",
+            fix="lower one of them",
+        )
     return Cluster(
         name=section.name,
         gpu=load_gpu_type(section.gpu),
@@ -219,7 +229,7 @@ def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
     try:
         with initialize_config_module("megatron_mosaic.conf", version_base="1.3"):
             data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecursionError) as error:
         message = " ".join(str(error).split("\n")[0].split())
         where = next((f"override {o!r}" for o in overrides if o in str(error)), "overrides")
         if where == "overrides" and (key := re.search(r"override '([^']*)'", str(error))):
@@ -232,18 +242,3 @@ def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
         ) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
-
-
-def _schema_error(error: ValidationError) -> ConfigError:
-    """The first violation in full, the others by path."""
-    first, *rest = error.errors()
-    path = ".".join(str(part) for part in first["loc"] if part not in ("gpu", "local"))
-    fix = "correct the value"
-    expected, got = first["msg"], repr(first["input"])
-    if first["type"] == "extra_forbidden":
-        expected, fix = "a key of this group", "remove the key or correct its spelling"
-    elif first["type"] == "missing":
-        expected, got, fix = "this key to be present", "nothing", f"add {path}"
-    if rest:
-        fix += "; also wrong: " + ", ".join(".".join(map(str, e["loc"])) for e in rest[:5])
-    return ConfigError(path, got=got, expected=expected, fix=fix)

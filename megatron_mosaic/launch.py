@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, failed_at_ns, mark_failed, read_flights
-from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.errors import ConfigError, RankFailure
 
 _LOG_TAIL_LINES = 30
+_MESSAGE_LINES = 4  # of a MosaicError
+_REJECTED = 2  # exit status of argparse, and of our scripts for wrong input
+_LOGS = "worker-logs"
 _CAUSE_FILE = "first-failure.json"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -90,13 +93,17 @@ def run_torchrun(
 ) -> None:
     """Run `python ARGUMENTS` under torchrun on this machine; `watch` is called about twice a second.
 
-    `output` takes what the workers print (default: our own stdout). RankFailure if a worker fails.
+    `output` takes what the workers print (default: our own stdout). ConfigError if the first worker that failed
+    rejected its arguments (exit status 2), RankFailure if it failed otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
         command = [sys.executable, "-m", "megatron_mosaic.launch", "--standalone"]
+        # Everything is shown and kept, without a prefix: the template is the role, and the role is empty.
+        command += ["--tee", "3", "--log-dir", str(Path(directory) / _LOGS), "--role", ""]
         command += ["--nproc-per-node", str(world_size), *arguments]
-        env = os.environ | {DIRECTORY_VARIABLE: directory}
+        env = os.environ | {DIRECTORY_VARIABLE: directory, "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${role_name}"}
         env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("PYTHONUNBUFFERED", "1")  # lines appear when they are printed, and survive a crash
         job = subprocess.Popen(
             command,
             env=env,
@@ -114,12 +121,23 @@ def run_torchrun(
                 job.wait()
         if job.returncode:
             cause = Path(directory) / _CAUSE_FILE
-            rank, got = json.loads(cause.read_text()) if cause.exists() else (0, f"exit code {job.returncode}")
+            rank, code = json.loads(cause.read_text()) if cause.exists() else (0, None)
+            if code == _REJECTED:
+                raise ConfigError(
+                    "arguments of the workers",
+                    got=_last_message(directory, rank),
+                    expected="arguments that the script and Megatron accept",
+                    fix="correct them; the whole message stands above",
+                )
+            if code is None:
+                got = f"exit code {job.returncode} of torchrun"
+            else:
+                got = f"killed by {signal.Signals(-code).name}" if code < 0 else "failed"
             raise rank_failure(rank, got, directory, all_ranks=True)
 
 
 def torchrun(arguments: Sequence[str]) -> int:
-    """torchrun itself; leaves behind which rank failed first, and how, beside the flight files."""
+    """torchrun itself; leaves behind which rank failed first, and its exit status, beside the flight files."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -129,9 +147,9 @@ def torchrun(arguments: Sequence[str]) -> int:
         directory = os.environ[DIRECTORY_VARIABLE]
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         rank = _first_cause(codes, directory)
-        how = f"killed by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else "failed"
-        (Path(directory) / _CAUSE_FILE).write_text(json.dumps([rank, how]))
-        print(error, file=sys.stderr)
+        (Path(directory) / _CAUSE_FILE).write_text(json.dumps([rank, codes[rank]]))
+        if codes[rank] != _REJECTED:
+            print(error, file=sys.stderr)
         return 1
     return 0
 
@@ -152,6 +170,7 @@ def rank_failure(rank: int, got: str, directory: str, log: str = "", *, all_rank
 def _enter_rank(
     rank: int, shared: Mapping[str, str], directory: str, target: Callable[..., object], args: Sequence[Any]
 ) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler cleans up after the parent
     _die_with_parent()
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
     log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -201,6 +220,16 @@ def _log_path(directory: str, rank: int) -> str:
 def _log_tail(directory: str, rank: int) -> str:
     lines = Path(_log_path(directory, rank)).read_text(errors="replace").splitlines()
     return "\n".join("  | " + line for line in lines[-_LOG_TAIL_LINES:])
+
+
+def _last_message(directory: str, rank: int) -> str:
+    """What the rank said last on stderr: the message after argparse's `error:`, or its last lines."""
+    logs = sorted(Path(directory).glob(f"{_LOGS}/*/attempt_0/{rank}/stderr.log"))
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if ": error: " in line:
+            return line.partition(": error: ")[2]
+    return "\n".join(lines[-_MESSAGE_LINES:]) or f"exit status {_REJECTED}"
 
 
 def _free_port() -> int:

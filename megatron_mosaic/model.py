@@ -130,6 +130,15 @@ class MosaicModel(MegatronModule):
             wrapped.module.load_state_dict(own, strict=strict)
 
 
+def empty_stage(
+    config: TransformerConfig, ddp_config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
+    """A stage without parameters: stands in where Megatron wants every rank to take part."""
+    stage = MegatronModule(config)
+    stage.pg_collection = groups
+    return DistributedDataParallel(config, ddp_config, stage, pg_collection=groups)
+
+
 def apply_recompute(config: TransformerConfig, recompute: Recompute) -> None:
     """Make a stage's layers compute their activations again in backward, as its plan says."""
     if recompute is Recompute.full:

@@ -13,8 +13,10 @@ from enum import StrEnum
 from megatron_mosaic.cluster import Cluster
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.workload import ModuleConfig, Workload
+from megatron_mosaic.yaml_text import MAX_COUNT
 
-_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
+_SPAN = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_MAX_RANK_DIGITS = len(str(MAX_COUNT))
 
 
 class Recompute(StrEnum):
@@ -79,7 +81,9 @@ class RankSet:
         for part in text.split(","):
             match = _SPAN.fullmatch(part.strip())
             if match is None:
-                raise PlanError("ranks", got=repr(text), expected="spans like 0-3,8-11", fix="rewrite the span")
+                raise PlanError("ranks", got=repr(text[:200]), expected="spans like 0-3,8-11", fix="rewrite the span")
+            if max(map(len, part.split("-"))) > _MAX_RANK_DIGITS or int(match[2] or match[1]) >= MAX_COUNT:
+                raise PlanError("ranks", got=part[:40], expected=f"ranks below {MAX_COUNT}", fix="correct the span")
             first = int(match[1])
             last = int(match[2]) if match[2] else first
             if last < first or (ranks and first <= ranks[-1]):

@@ -10,11 +10,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute
+from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = Path(__file__).parent / "conf" / "plan.schema.json"
 
-Degree = Annotated[int, Field(strict=True, ge=1)]
+Degree = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 # YAML reads a bare `ranks: 0` as an integer; a single rank is fine without quotes
 RankText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
@@ -83,15 +84,15 @@ def load_plan(path: str | Path) -> Plan:
 def parse_plan(text: str, *, where: str = "plan") -> Plan:
     """The plan written in YAML text."""
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise PlanError(where, got=_one_line(error), expected="valid YAML", fix="correct the syntax there") from error
+        raise PlanError(where, got=describe_yaml_error(error), expected="valid YAML", fix="correct it there") from error
     if not isinstance(data, dict):
         raise PlanError(where, got=type(data).__name__, expected="a mapping with mosaic_plan: 1", fix="see the README")
     try:
         checked = PlanFile.model_validate(data)
     except ValidationError as error:
-        raise _schema_error(where, error) from error
+        raise PlanError(**describe_violation(error, where=f"{where}: ", known="a key of the plan format")) from error
     try:
         return _to_plan(checked)
     except PlanError as error:
@@ -157,23 +158,3 @@ def _to_plan(checked: PlanFile) -> Plan:
         modules=modules,
         predicted=Prediction(**checked.predicted.model_dump()) if checked.predicted else None,
     )
-
-
-def _schema_error(where: str, error: ValidationError) -> PlanError:
-    """The first violation in full, the others by path."""
-    first, *rest = error.errors()
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        expected, fix = "a key of the plan format", "remove the key or correct its spelling"
-    elif first["type"] == "missing":
-        expected, fix = "this key to be present", f"add {path}"
-    else:
-        expected, fix = first["msg"], "correct the value"
-    got = "nothing" if first["type"] == "missing" else repr(first["input"])
-    if rest:
-        fix += "; also wrong: " + ", ".join(".".join(str(part) for part in e["loc"]) for e in rest[:5])
-    return PlanError(f"{where}: {path}", got=got, expected=expected, fix=fix)
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())

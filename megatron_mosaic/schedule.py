@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.yaml_text import MAX_COUNT
 
-_ACTION = re.compile(r"([a-z][a-z0-9_]*)\.(\d+)(?:v([1-9]\d*))?([FBIW])(\d+)")
-_HEADER = re.compile(r"schedule (\S+) microbatches=(\d+) edges=(\S*) units=(\S+)")
+_NUMBER = "[0-9]{1,7}"  # more digits than any count needs; Python refuses to read thousands of them
+_ACTION = re.compile(rf"([a-z][a-z0-9_]*)\.({_NUMBER})(?:v([1-9][0-9]{{0,6}}))?([FBIW])({_NUMBER})")
+_HEADER = re.compile(rf"schedule (\S+) microbatches=({_NUMBER}) edges=(\S*) units=(\S+)")
+_UNIT = re.compile(rf"([^:]+):({_NUMBER})")
 
 
 class Kind(StrEnum):
@@ -82,6 +85,13 @@ class Schedule:
     lanes: Mapping[str, tuple[Action, ...]]
 
     def __post_init__(self) -> None:
+        where = f"schedule {self.name!r}"
+        for key, value in (("microbatches", self.num_microbatches), *self.units.items()):
+            if not 1 <= value <= MAX_COUNT:
+                raise ScheduleError(f"{where}: {key}", got=value, expected=f"1 to {MAX_COUNT}", fix="correct the count")
+        idle = [module for module in self.units if f"{module}.0" not in self.lanes]
+        if idle or not self.units:
+            raise ScheduleError(where, got=f"no lanes of {idle}", expected="lanes of every module", fix="add them")
         for lane, actions in self.lanes.items():
             self._validate_lane(lane, actions)
         self.topological_order  # noqa: B018  raises when the orders deadlock
@@ -208,7 +218,7 @@ def parse_schedule(text: str) -> Schedule:
     if match is None:
         raise ScheduleError(
             "line 1",
-            got=repr(header),
+            got=repr(header[:200]),
             expected="schedule NAME microbatches=N edges=A>B,... units=A:1,...",
             fix="correct the header",
         )
@@ -226,7 +236,7 @@ def parse_schedule(text: str) -> Schedule:
             name=name,
             num_microbatches=int(num_microbatches),
             edges=tuple(_pair(part, ">") for part in edges.split(",") if part),
-            units={module: int(size) for module, size in (_pair(part, ":") for part in units.split(","))},
+            units=_parse_units(units),
             lanes=lanes,
         )
     except KeyError as error:
@@ -245,6 +255,18 @@ def load_schedule(path: str | Path) -> Schedule:
         ) from error
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
+
+
+def _parse_units(text: str) -> dict[str, int]:
+    units: dict[str, int] = {}
+    for part in text.split(","):
+        match = _UNIT.fullmatch(part)
+        if match is None or match[1] in units:
+            raise ScheduleError(
+                "line 1", got=f"units {part!r}", expected="MODULE:COUNT, each module once", fix="correct the header"
+            )
+        units[match[1]] = int(match[2])
+    return units
 
 
 def _pair(text: str, separator: str) -> tuple[str, str]:

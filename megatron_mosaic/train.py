@@ -22,16 +22,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule
 from megatron.training import get_args
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
+from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
-from megatron_mosaic.model import MosaicModel, apply_recompute, initialize_by_name
+from megatron_mosaic.model import MosaicModel, apply_recompute, empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
@@ -43,6 +43,7 @@ from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.step import StepRunner
 from megatron_mosaic.supported import require_supported_plan, require_supported_workload
+from megatron_mosaic.units import format_seconds
 
 
 class Runtime:
@@ -63,6 +64,7 @@ class Runtime:
         self.grids = Grids(plan, edges, timeout=timeout)
         self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
         self.executor = Executor(plan, edges, definition.workload.backbone.name, self.grids.rank)
+        print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         if args.mosaic_schedule:
             self.executor.accept(load_schedule(args.mosaic_schedule))
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
@@ -150,13 +152,11 @@ class Runtime:
         self, config: Any, model_chunks: list[MosaicModel], config_overrides: Any = None, **_: Any
     ) -> ModuleOptimizers:
         (model,) = model_chunks
-        empty = MegatronModule(model.config)
-        empty.pg_collection = self.grids.alone_view()
         optimizer = build_optimizer(
             tuple(self.plan.modules),
             dict(model.stages),
             self.grids.collections,
-            DistributedDataParallel(model.config, model.ddp_config, empty, pg_collection=empty.pg_collection),
+            empty_stage(model.config, model.ddp_config, self.grids.alone_view()),
             self.grids.world,
             config,
             config_overrides,

@@ -75,6 +75,11 @@ def test_local_takes_the_profile(tmp_path, monkeypatch):
         (["model.modules.llm.num_heads=5"], "module 'llm': num_heads", "a divisor of hidden_size"),
         (["+workload.items_per_sample.audio=2"], "workload.items_per_sample.audio", "one of ['vision', 'llm'"),
         (["cluster.gpu=v100"], "cluster.gpu", "h100_sxm"),
+        (["cluster.gpus_per_node=1000000000"], "cluster.gpus_per_node", "less than or equal to 1048576"),
+        (["cluster.gpus_per_node=1000000", "cluster.num_nodes=1000000"], "cluster.num_nodes", "at most 1048576 GPUs"),
+        (["cluster=local", "cluster.num_ranks=1000000000"], "cluster.num_ranks", "less than or equal to 1048576"),
+        (["workload.global_batch_size=1000000000"], "workload.global_batch_size", "less than or equal to 1048576"),
+        (["search.max_tp=" + "[" * 100_000], "", "keys of the groups"),
         (["workload=tiny"], "override 'workload=tiny'", "one of ['default']"),
     ],
 )

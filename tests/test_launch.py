@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megatron_mosaic.colocation.flight import Flight
-from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.errors import ConfigError, RankFailure
 from megatron_mosaic.launch import run_forked, run_torchrun
 
 pytestmark = pytest.mark.dist
@@ -154,3 +154,32 @@ def test_torchrun_names_the_first_rank_not_its_followers(tmp_path, fail) -> None
     with (tmp_path / "log").open("w") as log, pytest.raises(RankFailure) as failure:
         run_torchrun(3, [str(tmp_path / "worker.py"), __file__, str(tmp_path), fail.__name__], output=log)
     assert failure.value.where == "rank 2, step 4 lane llm.0 action llm.0F1"
+
+
+@pytest.mark.parametrize(
+    ("code", "got"),
+    [
+        ("import argparse; argparse.ArgumentParser().parse_args(['--no-such-flag'])", "arguments: --no-such-flag"),
+        (
+            "sys.exit(print('where\\n  got:      x\\n  expected: y\\n  fix:      z', file=sys.stderr) or 2)",
+            "where\n  got:",
+        ),
+    ],
+)
+def test_a_worker_that_rejects_its_arguments_is_wrong_input_with_its_message(tmp_path, code, got) -> None:
+    (tmp_path / "worker.py").write_text(f"import sys\nprint('a line of output')\n{code}\n")
+    with (tmp_path / "log").open("w") as log, pytest.raises(ConfigError) as failure:
+        run_torchrun(2, [str(tmp_path / "worker.py")], output=log)
+    assert got in failure.value.got
+    shown = (tmp_path / "log").read_text()
+    assert "\na line of output\n" in "\n" + shown  # whole lines, no prefix
+    assert "Traceback" not in shown
+
+
+def test_a_forked_rank_does_not_inherit_the_handler_of_its_parent() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(RankFailure, match=f"exit code {-signal.SIGTERM}"):
+            run_forked(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -102,6 +102,16 @@ def test_reads_every_key():
         ("world_size: 4", "world_size: 3", "modules.vision.ranks", "ranks below world_size 3"),
         ("world_size: 4", "world_size: true", "world_size", "valid integer"),
         ("workload: toy", "workload: [toy", "plan", "valid YAML"),
+        ("workload: toy", "workload: " + "[" * 100_000, "plan", "valid YAML"),
+        ("workload: toy", "workload: toy\nworkload: toy", "plan", "valid YAML"),
+        ("ranks: 0-3", "ranks: 0-99999999999", "modules.vision.ranks", "ranks below 1048576"),
+        ("ranks: 0-3", "ranks: 0-1048576", "modules.vision.ranks", "ranks below 1048576"),
+        ("ranks: 0-3", "ranks: 0-" + "9" * 5000, "modules.vision.ranks", "ranks below 1048576"),
+        ("ranks: 0-3", "ranks: ٠-٣", "modules.vision.ranks", "spans like 0-3"),
+        ("{dp: 4}", "{dp: 100000000000}", "modules.vision.layout.dp", "less than or equal to 1048576"),
+        ("world_size: 4", "world_size: 100000000000", "world_size", "less than or equal to 1048576"),
+        ("world_size: 4", "world_size: 0x" + "f" * 5000, "world_size", "less than or equal to 1048576"),
+        ("size: 16", "size: 100000000000", "global_batch_size", "less than or equal to 1048576"),
     ],
 )
 def test_refuses(old, new, where, expected):
@@ -111,6 +121,13 @@ def test_refuses(old, new, where, expected):
     assert caught.value.where.removeprefix("plan: ") == where
     assert expected in caught.value.expected
     assert caught.value.fix
+
+
+def test_a_repeated_key_is_named_with_its_line():
+    with pytest.raises(PlanError) as caught:
+        parse_plan(TEXT.replace("schedule: 1f1b", "schedule: 1f1b\nworld_size: 8"))
+    assert "the key 'world_size' stands twice" in caught.value.got
+    assert "line 7" in caught.value.got
 
 
 def test_refuses_what_is_no_mapping():

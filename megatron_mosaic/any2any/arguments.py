@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes, workload
+from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.workload import Workload
 
 SIZES = Any2AnySizes()
@@ -88,11 +89,21 @@ def mix_from_args(args: Namespace) -> DigitsMix:
 
 def workload_of_command_line(arguments: Sequence[str]) -> Workload:
     """The workload that these command-line arguments describe, without importing Megatron: to check a plan early."""
-    parser = add_any2any_arguments(ArgumentParser(allow_abbrev=False))
+    parser = add_any2any_arguments(ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
     for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "vocab_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=MEGATRON_DEFAULTS[name])
-    args, _ = parser.parse_known_args(list(arguments))
+    args = parse_known(parser, arguments)
     return workload(sizes_from_args(args), 1, mix_from_args(args))
+
+
+def parse_known(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """What the parser (made with `exit_on_error=False`) knows of the arguments; ConfigError for a wrong value."""
+    try:
+        return parser.parse_known_args(list(arguments))[0]
+    except ArgumentError as error:
+        raise ConfigError(
+            error.argument_name or "arguments", got=error.message, expected="a value of its type", fix="correct it"
+        ) from error
 
 
 def _stack_from_args(args: Namespace, prefix: str) -> StackSizes:

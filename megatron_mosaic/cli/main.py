@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Never
 
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 
 DONE, NO, WRONG_INPUT = 0, 1, 2
+TERMINATED = 128 + signal.SIGTERM
 
 # Subcommand -> module with `main(arguments) -> exit status`, imported when asked for: some of them import torch.
 COMMANDS = {
@@ -90,8 +94,13 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit status."""
+    """Run one subcommand; the exit status. SIGTERM ends it with 143, temporary files removed."""
     words = sys.argv[1:] if words is None else words
+    with _sigterm_as_exit():
+        return _run(words)
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         arguments = parse_arguments(words)
         return _command(arguments.command)(arguments)
@@ -104,6 +113,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, e.g. `mosaic show | head`
         return DONE
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that `with` blocks clean up. Only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> Never:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,16 @@ from megatron_mosaic.errors import ConfigError
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """One object on stdout. Infinite and undefined numbers are refused: they are not JSON."""
-    print(json.dumps(result, indent=1, allow_nan=False))
+    """One object on stdout. Infinite and undefined numbers are not JSON: they become null."""
+    print(json.dumps(_with_nulls(result), indent=1, allow_nan=False))
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    return [_with_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -35,6 +44,11 @@ def print_progress(text: str) -> None:
     """A line on stderr when someone watches it."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """One line on stderr that is no error: what the user should know about the result."""
+    print(f"mosaic: note: {' '.join(text.split())}", file=sys.stderr)
 
 
 def write_text(path: str, text: str) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_mosaic.cli.output import print_json, print_table
+from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.memory import estimate_peak_bytes, precision_of
+from megatron_mosaic.errors import MosaicError
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
+from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.supported import require_supported_plan, require_supported_workload
 from megatron_mosaic.units import format_bytes, format_seconds
 from megatron_mosaic.workload import Workload
 
@@ -23,14 +26,15 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload.edge_pairs, workload.backbone.name))
     peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
-    rank_map = {rank: plan.modules_on(rank) for rank in range(plan.world_size)}
+    executable = note_executable(plan, workload)
     if arguments.json:
         print_json(
             {
                 "modules": {name: _module(plan, name) for name in plan.modules},
-                "rank_map": {str(rank): list(names) for rank, names in rank_map.items()},
+                "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
+                "executable": executable,
             }
         )
         return 0
@@ -39,6 +43,27 @@ def main(arguments: argparse.Namespace) -> int:
     print()
     print(schedule, end="")
     return 0
+
+
+def note_executable(plan: Plan, workload: Workload) -> bool:
+    """Whether this version runs the plan; if not, a line on stderr says what it does not execute."""
+    try:
+        require_supported_plan(plan)
+        require_supported_workload(workload)
+    except MosaicError as error:
+        print_note(f"this version does not execute {error.where} {error.got}: expected {error.expected}")
+        return False
+    return True
+
+
+def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:
+    """Rank -> module -> its lane there, in the plan's order of modules."""
+    lanes: dict[int, dict[str, str]] = {rank: {} for rank in range(plan.world_size)}
+    for name, placed in plan.modules.items():
+        for stage in range(placed.layout.pp):
+            for rank in stage_ranks(plan, name, stage):
+                lanes[rank][name] = f"{name}.{stage}"
+    return lanes
 
 
 def _module(plan: Plan, name: str) -> dict[str, Any]:
@@ -83,16 +108,10 @@ def render_rank_map(plan: Plan, peaks: dict[int, float]) -> str:
     ranks 0-3 | vision.0  llm.0  .          | 1.20 GB
     ranks 4-7 | vision.0  .      generator.0| 0.90 GB
     """
-    rows: dict[int, tuple[str, ...]] = {}
-    for rank in range(plan.world_size):
-        cells = []
-        for name, placed in plan.modules.items():
-            if rank in placed.ranks.ranks:
-                stage = placed.ranks.ranks.index(rank) // (len(placed.ranks) // placed.layout.pp)
-                cells.append(f"{name}.{stage}")
-            else:
-                cells.append(".")
-        rows[rank] = (*cells, format_bytes(peaks.get(rank, 0.0)))
+    rows = {
+        rank: (*(lanes.get(name, ".") for name in plan.modules), format_bytes(peaks.get(rank, 0.0)))
+        for rank, lanes in lanes_of_ranks(plan).items()
+    }
     runs: list[tuple[int, int]] = []
     for rank, row in rows.items():
         if runs and rows[runs[-1][1]] == row:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_mosaic.any2any.arguments import workload_of_command_line
-from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
+from megatron_mosaic.any2any.arguments import parse_known, workload_of_command_line
+from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.simulate import complete_overrides
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
-from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
 from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
@@ -25,6 +27,7 @@ from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
+from megatron_mosaic.workload import Workload
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
 TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens
@@ -33,13 +36,14 @@ TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss toke
 def main(arguments: argparse.Namespace) -> int:
     """Launch torchrun, then print losses, the measured timeline and, with a profile, the predicted one."""
     plan = load_plan(arguments.plan)
+    _validate_length(arguments.megatron_args)
     workload = workload_of_command_line(arguments.megatron_args)
     validate_plan(plan, workload)
     require_supported_plan(plan)
     if arguments.mosaic_schedule:
         schedule = load_schedule(arguments.mosaic_schedule)
         Executor(plan, workload.edge_pairs, workload.backbone.name, rank=0).accept(schedule)
-    predicted = _predict(plan, arguments.profile)
+    predicted = _predict(plan, workload, arguments.profile)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
         if arguments.mosaic_schedule:
@@ -47,8 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
         with _output(arguments) as output:
             progress = _Progress(Path(directory) / "losses.jsonl")
             run_torchrun(plan.world_size, [*words, *arguments.megatron_args], output=output, watch=progress.show)
-        losses = read_losses(Path(directory) / "losses.jsonl")
-        measured = json.loads((Path(directory) / "timeline.json").read_text())
+        losses, measured = _read_report(Path(directory))
     timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
     if arguments.trace:
         both = [("predicted", predicted)] if predicted else []
@@ -93,12 +96,51 @@ def read_losses(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _predict(plan: Plan, profile: str | None) -> Timeline | None:
-    """The predicted timeline, if this machine has a profile (or one is named)."""
+def _read_report(directory: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Losses and the measured timeline. ConfigError without a step: a checkpoint may already be at --train-iters."""
+    timeline = directory / "timeline.json"
+    if not timeline.exists():
+        raise ConfigError(
+            "mosaic train", got="no training step", expected="at least one", fix="raise --train-iters, or check --load"
+        )
+    return read_losses(directory / "losses.jsonl"), json.loads(timeline.read_text())
+
+
+def _validate_length(megatron_args: Sequence[str]) -> None:
+    """ConfigError if these arguments train nothing."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--train-iters", type=int, default=1)
+    parser.add_argument("--train-samples", type=int, default=1)
+    parser.add_argument("--skip-train", action="store_true")
+    given = parse_known(parser, megatron_args)
+    for flag, value in (("--train-iters", given.train_iters), ("--train-samples", given.train_samples)):
+        if value < 1:
+            raise ConfigError(flag, got=value, expected="at least 1: nothing would be trained", fix="raise it")
+    if given.skip_train:
+        raise ConfigError(
+            "--skip-train", got="set", expected="not set: nothing would be trained", fix="remove --skip-train"
+        )
+
+
+def _predict(plan: Plan, workload: Workload, profile: str | None) -> Timeline | None:
+    """The predicted timeline, if this machine has a profile of this model (or one is named: then it must be one)."""
     if profile is None and not default_profile_path().exists():
         return None
-    task = load_task(complete_overrides(plan, []), profile_path=profile)
-    return simulate(plan, task.cost_model()).timeline()
+    try:
+        task = load_task(complete_overrides(plan, []), profile_path=profile)
+        if task.workload.digest != workload.digest:
+            raise ProfileError(
+                "prediction",
+                got=f"model arguments of digest {workload.digest}",
+                expected=f"the sizes of model={plan.workload}, digest {task.workload.digest}",
+                fix="leave out the model arguments, or --profile",
+            )
+        return simulate(plan, task.cost_model()).timeline()
+    except MosaicError as error:
+        if profile is not None:
+            raise
+        print_note(f"no prediction: {error.where}: got {error.got}, expected {error.expected}")
+        return None
 
 
 def _result(
@@ -131,12 +173,13 @@ def render_losses(losses: list[dict[str, float]], *, rows: int = 10, width: int 
     size = max(1, len(losses) // rows)
     blocks = [losses[i : i + size] for i in range(0, len(losses), size)]
     means = [{name: sum(step[name] for step in block) / len(block) for name in names} for block in blocks]
-    top = max(mean[TRAINED_LOSS] for mean in means)
+    top = max((mean[TRAINED_LOSS] for mean in means if math.isfinite(mean[TRAINED_LOSS])), default=0.0)
     lines = ["steps     " + "".join(f"{name:>16}" for name in names)]
     for index, mean in enumerate(means):
         first = index * size + 1
         last = first + len(blocks[index]) - 1
-        bar = "#" * round(width * mean[TRAINED_LOSS] / top) if top > 0 else ""
+        loss = mean[TRAINED_LOSS]
+        bar = "#" * round(width * loss / top) if top > 0 and math.isfinite(loss) else ""
         lines.append(f"{first:>4}-{last:<5}" + "".join(f"{mean[name]:>16.4f}" for name in names) + f"  {bar}")
     return "\n".join(lines)
 
@@ -146,7 +189,7 @@ def print_timelines(measured: Timeline, predicted: Timeline | None) -> None:
     if predicted is None:
         print(f"measured: median step {format_seconds(measured.end_s)}")
         print(render_text(measured))
-        print("(no prediction: run `mosaic calibrate` first)")
+        print("(no prediction: `mosaic calibrate` measures this machine for one)")
         return
     end_s = max(measured.end_s, predicted.end_s)
     print(f"predicted: step {format_seconds(predicted.end_s)}")

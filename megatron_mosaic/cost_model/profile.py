@@ -25,6 +25,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mosaic.errors import ProfileError
+from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
 CALIBRATE = "run `mosaic calibrate`"
@@ -32,7 +33,7 @@ CALIBRATE = "run `mosaic calibrate`"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-Degree = Annotated[int, Field(ge=1)]  # a key of a mapping: JSON knows text keys only, so "2" is 2
+Degree = Annotated[int, Field(ge=1, le=MAX_COUNT)]  # a key of a mapping: JSON knows text keys only, so "2" is 2
 
 
 class Part(StrEnum):
@@ -77,7 +78,7 @@ class Provenance(_Strict):
 class Machine(_Strict):
     """The whole host: `flops_per_s` of a large fp32 matrix product, `memory_bytes_per_s` of a large copy, all cores."""
 
-    cores: Count
+    cores: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
     memory_bytes: Positive
     flops_per_s: Positive
     memory_bytes_per_s: Positive
@@ -163,14 +164,15 @@ def load_profile(path: str | Path) -> Profile:
     """The profile in a YAML (or JSON) file. ProfileError names the file and the key."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_FastLoader)
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ProfileError(
             str(path), got="no such file", expected="a profile of this machine", fix=f"{CALIBRATE}, or give --profile"
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = " ".join(str(error).split())
-        raise ProfileError(str(path), got=message, expected="a readable YAML file", fix=CALIBRATE) from error
+        raise ProfileError(
+            str(path), got=describe_yaml_error(error), expected="a readable YAML file", fix=CALIBRATE
+        ) from error
     if not isinstance(data, dict):
         raise ProfileError(
             str(path), got=type(data).__name__, expected="a mapping with mosaic_profile: 1", fix=CALIBRATE
@@ -178,11 +180,8 @@ def load_profile(path: str | Path) -> Profile:
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(
-            f"{path}: {key}", got=repr(first["input"])[:200], expected=first["msg"], fix=f"{CALIBRATE} again"
-        ) from error
+        parts = describe_violation(error, where=f"{path}: ", known="a key of the profile format")
+        raise ProfileError(**parts | {"fix": f"{CALIBRATE} again"}) from error
 
 
 def save_profile(profile: Profile, path: str | Path) -> None:
@@ -212,6 +211,3 @@ def require_finite(where: str, value: float) -> float:
     if not math.isfinite(value):
         raise ProfileError(where, got=value, expected="a finite number of seconds", fix=f"{CALIBRATE} again")
     return value
-
-
-_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

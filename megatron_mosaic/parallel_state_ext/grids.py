@@ -97,9 +97,12 @@ class Grids:
         return self._pipelines[module, towards]
 
     def world_view(self) -> ProcessGroupCollection:
-        """What the stock training loop is shown: every rank is a last stage, and statistics span the world."""
+        """What the stock training loop is shown: every rank is a last stage, and losses are summed over the world.
+
+        `mp` is the rank alone: norm and skip decision are the same on all ranks already (ModuleOptimizers).
+        """
         fields = self._alone_fields()
-        world = {"mp", "dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "tp_dp_cp", "intra_dist_opt"}
+        world = {"dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "tp_dp_cp", "intra_dist_opt"}
         return ProcessGroupCollection(**{f: self.world if f in world else group for f, group in fields.items()})
 
     def alone_view(self) -> ProcessGroupCollection:

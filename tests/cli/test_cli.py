@@ -1,13 +1,20 @@
 """The `mosaic` command: keys of --json, exit statuses, messages without tracebacks, and no torch in the planner."""
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_mosaic.cli.main import COMMANDS, main
+from megatron_mosaic.cli.output import print_json
+from megatron_mosaic.cli.train import render_losses
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.profile import save_profile
 from megatron_mosaic.errors import RankFailure
@@ -207,6 +214,140 @@ def test_train_hands_unknown_words_on(monkeypatch):
     assert arguments.megatron_args == ["--train-iters", "5", "--lr", "1e-3"]
     assert arguments.json
     assert arguments.plan == "plan.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["--train-iters", "0"], "--train-iters"),
+        (["--train-iters=-1"], "--train-iters"),
+        (["--train-iters", "many"], "--train-iters"),
+        (["--train-samples", "0"], "--train-samples"),
+        (["--skip-train"], "--skip-train"),
+        (["--num-layers", "abc"], "--num-layers"),
+        (["--num-layers"], "--num-layers"),
+        (["--digits-seed", "x"], "--digits-seed"),
+    ],
+)
+def test_train_refuses_words_before_any_process_starts(capsys, plan, monkeypatch, words, where):
+    monkeypatch.setattr("megatron_mosaic.cli.train.run_torchrun", lambda *_, **__: pytest.fail("started"))
+    status, out, err = run(capsys, "train", plan, *words, "--json")
+    assert status == 2
+    assert set(json.loads(out)) == {"error", "where", "got", "expected", "fix"}
+    assert json.loads(out)["where"] == where
+    assert "usage" not in err
+
+
+def train(monkeypatch, losses):
+    """Stands in for torchrun: writes the report of a run with these losses."""
+
+    def pretend(world_size, words, **_):
+        directory = Path(words[words.index("--mosaic-report") + 1])
+        (directory / "losses.jsonl").write_text("".join(json.dumps(step) + "\n" for step in losses))
+        spans = [[rank, "llm.0", 0.0, 1.0, "llm.0F0"] for rank in range(world_size)]
+        if losses:
+            (directory / "timeline.json").write_text(json.dumps({"spans": spans, "step_s": 1.0, "seconds": [1.0]}))
+
+    monkeypatch.setattr("megatron_mosaic.cli.train.run_torchrun", pretend)
+
+
+def test_losses_that_are_no_numbers_are_null(capsys, plan, profile, monkeypatch):
+    train(monkeypatch, [{"loss": 2.0}, {"loss": math.nan}, {"loss": math.inf}])
+    assert run_json(capsys, "train", plan)["losses"] == [2.0, None, None]
+    status, out, _ = run(capsys, "train", plan)
+    assert status == 0
+    assert "nan" in out
+
+
+def test_a_run_without_a_step_is_wrong_input(capsys, plan, profile, monkeypatch):
+    train(monkeypatch, [])
+    status, _, err = run(capsys, "train", plan)
+    assert status == 2
+    assert "no training step" in err
+
+
+def test_train_predicts_the_model_that_runs(capsys, plan, profile, monkeypatch):
+    train(monkeypatch, [{"loss": 2.0}])
+    assert run_json(capsys, "train", plan)["predicted"]["step_s"] > 0
+    plan.write_text("\n".join(line for line in plan.read_text().splitlines() if not line.startswith("digest")))
+    status, out, err = run(capsys, "train", plan, "--num-layers", "8", "--json")
+    assert status == 0
+    assert "predicted" not in json.loads(out)
+    assert err.count("\n") == 1
+    assert err.startswith("mosaic: note: no prediction:")
+    status, _, err = run(capsys, "train", plan, "--num-layers", "8", "--profile", profile)
+    assert status == 2
+    assert "digest" in err
+
+
+@pytest.mark.parametrize("text", ["[1", "mosaic_profile: 1"])
+def test_a_corrupt_default_profile_does_not_refuse_training(capsys, plan, profile, monkeypatch, text):
+    profile.write_text(text)
+    train(monkeypatch, [{"loss": 2.0}])
+    status, out, err = run(capsys, "train", plan, "--json")
+    assert status == 0
+    assert "predicted" not in json.loads(out)
+    assert err.count("\n") == 1
+    assert err.startswith("mosaic: note: no prediction:")
+    assert run(capsys, "train", plan, "--profile", profile)[0] == 2
+
+
+def test_json_has_no_infinite_numbers(capsys):
+    print_json({"a": math.inf, "b": [math.nan, 1.5], "c": {"d": (-math.inf, "x", True, 3)}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": {"d": [None, "x", True, 3]}}
+
+
+def test_a_loss_curve_that_ends_in_nan():
+    lines = render_losses([{"loss": 2.0}, {"loss": 1.0}, {"loss": math.inf}, {"loss": math.nan}]).splitlines()
+    assert [line.count("#") for line in lines] == [0, 50, 25, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("tp: 2, cp: 1, pp: 2", "tp: 1, cp: 2, pp: 2", "modules.llm.layout.cp 2"),
+        ("    ranks: 0-3", "    ranks: 0-3\n    recompute: selective", "modules.llm.recompute selective"),
+        ("    ranks: 0-1", "    ranks: 0-1\n    unit: 2", "modules.vision.unit 2"),
+    ],
+)
+def test_a_plan_beyond_the_runtime_is_shown_with_a_note(capsys, plan, profile, old, new, where):
+    assert run_json(capsys, "show", plan)["executable"] is True
+    text = plan.read_text()
+    assert old in text
+    plan.write_text(text.replace(old, new))
+    status, out, err = run(capsys, "show", plan, "--json")
+    assert status == 0
+    assert json.loads(out)["executable"] is False
+    for notes in (err, run(capsys, "simulate", plan, "cluster=h100_1x8")[2]):
+        assert notes.count("\n") == 1
+        assert "this version does not execute" in notes
+        assert where in notes
+
+
+def test_sigterm_removes_temporary_directories(tmp_path):
+    code = (
+        "import sys, tempfile, time; from megatron_mosaic.cli import main; from megatron_mosaic.cli import show\n"
+        "def wait(_):\n"
+        "    with tempfile.TemporaryDirectory(dir=sys.argv[1]): time.sleep(60)\n"
+        "show.main = wait; sys.exit(main(['show', 'plan.yaml']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    while not os.listdir(tmp_path) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_handler_of_sigterm_is_put_back(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    run(capsys, "show", "missing.yaml")
+    assert signal.getsignal(signal.SIGTERM) is before
+    found = []
+    thread = threading.Thread(target=lambda: found.append(main(["show", "missing.yaml"])))  # may not set handlers
+    thread.start()
+    thread.join()
+    assert found == [2]
 
 
 def test_help_names_every_command(capsys):

@@ -40,6 +40,11 @@ def test_round_trip(tmp_path):
         (lambda d: d.update(extra=1), "extra"),
         (lambda d: d.pop("digest"), "digest"),
         (lambda d: d["machine"].update(cores=0), "machine.cores"),
+        (lambda d: d["machine"].update(cores=10**11), "machine.cores"),
+        (
+            lambda d: d["collectives"]["p2p"].update({10**11: d["collectives"]["p2p"][2]}),
+            "collectives.p2p.100000000000",
+        ),
         (lambda d: d["machine"].update(flops_per_s=float("nan")), "machine.flops_per_s"),
         (lambda d: d["provenance"].update(date=""), "provenance.date"),
         (lambda d: d["modules"]["llm"][1][1][0].update(forward_s=float("nan")), "modules.llm.1.1.0.forward_s"),
@@ -65,7 +70,7 @@ def test_load_refuses(change, where, tmp_path):
     assert "mosaic calibrate" in caught.value.fix
 
 
-@pytest.mark.parametrize("text", ["[1", "- 1", "\x00"])
+@pytest.mark.parametrize("text", ["[1", "- 1", "\x00", "[" * 100_000, "digest: a\ndigest: a", "date: 2026-99-99"])
 def test_load_refuses_what_is_no_profile(text, tmp_path):
     path = tmp_path / "profile.yaml"
     path.write_text(text)

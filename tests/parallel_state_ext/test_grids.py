@@ -85,8 +85,8 @@ def check_members() -> None:
     for field in FIELD_AXES:
         assert ranks_in(getattr(grids.alone_view(), field)) == [rank], field
     view = grids.world_view()
-    assert ranks_in(view.mp) == ranks_in(view.dp_cp) == [0, 1, 2, 3, 4]
-    assert ranks_in(view.pp) == ranks_in(view.tp) == [rank]
+    assert ranks_in(view.dp_cp) == [0, 1, 2, 3, 4]
+    assert ranks_in(view.pp) == ranks_in(view.tp) == ranks_in(view.mp) == [rank]
 
 
 def test_collections_have_the_right_members() -> None:

@@ -1,0 +1,78 @@
+"""YAML text -> plain values, strictly; and what is wrong with values that break a schema, in words.
+
+YAML's own reader lets the last of two equal keys win, and its C parser dies of deep nesting: both are refused here.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+MAX_COUNT = 2**20  # of ranks, degrees, samples, layers: above it a number is a slip, and a loop over it would not end
+_MAX_DEPTH = 50
+
+_FastLoader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SHORT = reprlib.Repr(maxstring=200, maxother=200, maxlong=200)
+
+
+class _StrictLoader(_FastLoader):  # type: ignore[misc]  # its base depends on the installation
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = str(self.construct_object(key_node, deep=True))  # as text: 1 and "1" are one key of a schema
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values in the text. yaml.YAMLError on anything else, with the line."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_FastLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise yaml.YAMLError(f"nested deeper than {_MAX_DEPTH} levels{event.start_mark}")
+        return yaml.load(text, Loader=_StrictLoader)
+    except (RecursionError, ValueError, LookupError, AttributeError) as error:
+        # what YAML's own reader raises for a date without a month, a number of 5000 digits, `!!bool maybe`
+        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
+
+
+def describe_yaml_error(error: Exception) -> str:
+    """The message on one line."""
+    return " ".join(str(error).split())
+
+
+def describe_violation(error: ValidationError, *, where: str = "", known: str) -> dict[str, str]:
+    """The four parts of a MosaicError: the first violation in full, the others by path. `known`: what keys may be."""
+    first, *rest = error.errors()
+    path = _path(first["loc"])
+    expected, got, fix = first["msg"], _shorten(first["input"]), "correct the value"
+    if first["type"] == "extra_forbidden":
+        expected, fix = known, "remove the key or correct its spelling"
+    elif first["type"] == "missing":
+        expected, got, fix = "this key to be present", "nothing", f"add {path}"
+    if rest:
+        fix += "; also wrong: " + ", ".join(_path(other["loc"]) for other in rest[:5])
+    return {"where": where + path, "got": got, "expected": expected, "fix": fix}
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _shorten(value: object) -> str:
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
