@@ -93,7 +93,10 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
     definition = Any2Any.from_args(args)
     samples = pretrain.make_datasets(args)((256, 1, 1))[0]
-    loads = list(_repeat(lambda: definition.count_items(collate([samples[i] for i in range(32)]))))
+    loads = [0.0]
+    if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it
+        loads = list(_repeat(lambda: definition.count_items(collate([samples[i] for i in range(32)]))))
+    dist.barrier()
     batch = collate([samples[i] for i in range(4 * max(ITEMS))])
     modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
     optimizer: dict[int, float] = {}
@@ -105,7 +108,7 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
             if tp == 1:
                 optimizer.update(bench.measure_optimizer())
             bench.close()
-    collectives = _measure_collectives()
+    collectives = _measure_collectives(Path(directory) / "messages-timed")
     if dist.get_rank() == 0:
         measured = {
             "machine": _measure_machine(cores),
@@ -246,16 +249,13 @@ class _ModuleBench:
         self._grids.destroy()
 
 
-def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:
-    """operation -> ranks -> points. Collective over all ranks."""
+def _measure_collectives(flag: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """operation -> ranks -> points. Collective over all ranks. `flag`: a file that does not exist yet."""
     table: dict[str, dict[int, list[dict[str, float]]]] = {operation.value: {} for operation in Operation}
     for num_ranks in range(2, dist.get_world_size() + 1):
-        members = list(range(num_ranks))
-        group = dist.new_group(members)
+        group = dist.new_group(list(range(num_ranks)))
         if dist.get_rank() < num_ranks:
-            for operation in Operation:
-                if operation is Operation.p2p and num_ranks > 2:
-                    continue
+            for operation in (Operation.all_reduce, Operation.all_gather, Operation.reduce_scatter):
                 table[operation][num_ranks] = [
                     {"bytes": size, "seconds": _time_collective(operation, size, group, num_ranks)}
                     for size in MESSAGE_BYTES
@@ -263,6 +263,8 @@ def _measure_collectives() -> dict[str, dict[int, list[dict[str, float]]]]:
         dist.barrier()
         if dist.get_rank() < num_ranks:
             dist.destroy_process_group(group)
+    seconds = _time_messages(flag)
+    table[Operation.p2p][2] = [{"bytes": size, "seconds": s} for size, s in zip(MESSAGE_BYTES, seconds, strict=True)]
     return table
 
 
@@ -275,20 +277,45 @@ def _time_collective(operation: Operation, size: int, group: dist.ProcessGroup, 
             dist.all_reduce(whole, group=group)
         elif operation is Operation.all_gather:
             dist.all_gather_into_tensor(whole, part, group=group)
-        elif operation is Operation.reduce_scatter:
-            dist.reduce_scatter_tensor(part, whole, group=group)
-        elif dist.get_rank() == 0:
-            dist.send(whole, 1, group=group)
         else:
-            dist.recv(whole, 0, group=group)
+            dist.reduce_scatter_tensor(part, whole, group=group)
 
     exchange()
-    seconds = []
-    for _ in range(2 * REPEATS):
-        started = time.perf_counter()
-        exchange()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return statistics.median(_repeat(exchange, 2 * REPEATS))
+
+
+def _time_messages(flag: Path) -> list[float]:
+    """Median seconds from posting a message on rank 0 to holding it on rank 1, per size, as in a training step: the
+    sender goes on computing, and so do all other ranks. Collective; the clock is the host's."""
+    rank, times = dist.get_rank(), []
+    if rank > 1:
+        while not flag.exists():
+            _compute_a_little()
+    for size in MESSAGE_BYTES if rank < 2 else ():
+        message = torch.ones(size // 4)
+        for _ in range(2 * REPEATS + 1):
+            if rank == 0:
+                times.append(time.monotonic())
+                work = dist.isend(message, 1)
+                _compute_a_little()
+                work.wait()
+            else:
+                dist.recv(message, 0)
+                times.append(time.monotonic())
+    if rank == 1:
+        flag.touch()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, times)
+    taken = [received - sent for sent, received in zip(everyone[0], everyone[1], strict=True)]
+    count = 2 * REPEATS + 1
+    return [statistics.median(taken[i * count + 1 : (i + 1) * count]) for i in range(len(MESSAGE_BYTES))]
+
+
+def _compute_a_little() -> None:
+    """A few milliseconds of matrix products."""
+    matrix = torch.ones(256, 256)
+    for _ in range(10):
+        matrix = (matrix @ matrix) / 256
 
 
 def _measure_machine(cores: int) -> dict[str, float]:
@@ -308,8 +335,8 @@ def _measure_machine(cores: int) -> dict[str, float]:
     }
 
 
-def _repeat(work: Callable[[], object]) -> Iterator[float]:
-    for _ in range(REPEATS):
+def _repeat(work: Callable[[], object], times: int = REPEATS) -> Iterator[float]:
+    for _ in range(times):
         started = time.perf_counter()
         work()
         yield time.perf_counter() - started
