@@ -16,6 +16,7 @@ CASES = [
     (2, "0-2 dp3", "0-3 dp2 pp2", "0-3 dp4", TEXT),
     (2, "0-1 tp2", "0-1 tp2", "3 dp1", []),
     (2, "0-3 pp4", "0-3 tp2 pp2", "1-3 dp3", []),
+    (2, "0-1 pp2", "0-1 pp2", "2-3 dp2", []),
 ]
 
 
@@ -27,7 +28,7 @@ def module(placement: str) -> str:
 
 
 def main() -> int:
-    print("| vision | llm | generator | loss error | gradient error | lanes' units without an image |")
+    print("| vision | llm | generator | loss error | gradient error | units without an image (most on a rank) |")
     print("|---|---|---|---|---|---|")
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
