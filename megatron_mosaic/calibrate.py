@@ -37,7 +37,7 @@ from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Operation, Part, Profile
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
@@ -357,16 +357,11 @@ def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequ
     save_plan(plan, path)
     command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
     command += ["--eval-iters", "0", "--log-interval", "1000"]
-    run_forked(1, _pretrain, command)
+    run_forked(1, with_command_line, command, pretrain.main)
     spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
     spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     return max(0.0, statistics.median(gaps))
-
-
-def _pretrain(command: list[str]) -> int:
-    sys.argv = [sys.argv[0], *command]
-    return pretrain.main()
 
 
 def _cpu_model() -> str:

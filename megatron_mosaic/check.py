@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.supported import require_supported_plan
@@ -82,9 +81,9 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
         ours = [*arguments, "--mosaic-plan", plan_path, "--mosaic-report", directory]
         ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
-        run_forked(plan.world_size, _with_command_line, ours, pretrain.main)
+        run_forked(plan.world_size, with_command_line, ours, pretrain.main)
         reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
-        run_forked(1, _with_command_line, reference, reference_run.main, directory, env={PLAN_VARIABLE: ""})
+        run_forked(1, with_command_line, reference, reference_run.main, directory, env={PLAN_VARIABLE: ""})
         return _compare(plan, steps, Path(directory))
 
 
@@ -100,11 +99,6 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
                 expected="not set: the reference is fp32 with AdamW",
                 fix=f"remove {flag} for the check",
             )
-
-
-def _with_command_line(arguments: list[str], main: Callable[..., int], *args: str) -> int:
-    sys.argv = [sys.argv[0], *arguments]
-    return main(*args)
 
 
 def _compare(plan: Plan, steps: int, directory: Path) -> Parity:

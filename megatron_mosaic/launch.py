@@ -84,6 +84,12 @@ def run_forked(
             raise rank_failure(slow, f"still running after {timeout_s:.0f} s", directory, _log_tail(directory, slow))
 
 
+def with_command_line(arguments: Sequence[str], main: Callable[..., int], *args: Any) -> int:
+    """`main(*args)` of a script that reads these arguments from `sys.argv`: a target for `run_forked`."""
+    sys.argv = [sys.argv[0], *arguments]
+    return main(*args)
+
+
 def run_torchrun(
     world_size: int,
     arguments: Sequence[str],

@@ -111,13 +111,11 @@ class StepRunner:
         with torch.set_grad_enabled(not forward_only):
             self.executor.run(num_microbatches, self._perform, forward_only=forward_only)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
-        if forward_only:
-            self._finish_messages()
-            dist.all_reduce(self._totals, group=self._grids.world)
-        else:
-            self._finish_messages()
+        self._finish_messages()
+        if not forward_only:
             self.executor.record("~grads", self._sum_gradients)
-            dist.all_reduce(self._totals, group=self._grids.world)  # the step's only wait for everybody
+        dist.all_reduce(self._totals, group=self._grids.world)
+        if not forward_only:
             self._model.scale_gradients(1.0 / max(1.0, float(self._totals[0])))
         return [self._report()]
 

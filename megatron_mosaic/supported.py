@@ -1,4 +1,4 @@
-"""What the runtime can execute today: one list, read by launcher, runtime and planner. It may only shrink."""
+"""What the runtime can execute today: one list, read by launcher and runtime; a test holds the planner to it."""
 
 from __future__ import annotations
 

@@ -69,7 +69,6 @@ class Runtime:
             self.executor.accept(load_schedule(args.mosaic_schedule))
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
         self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
-        self._optimizer: ModuleOptimizers | None = None
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
     @property

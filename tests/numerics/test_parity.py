@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.check import check_plan
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext import cpu
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import TEXT_HEAVY, written
@@ -72,10 +72,9 @@ def losses_of(plan, directory, *arguments) -> list[dict[str, float]]:
     """Losses per step of a training run under the plan."""
     cpu.install()
     from megatron_mosaic.any2any import pretrain
-    from megatron_mosaic.check import _with_command_line
 
     command = ["--mosaic-plan", written(plan, directory), "--mosaic-report", str(directory), "--lr", "1e-3", *arguments]
-    run_forked(plan.world_size, _with_command_line, command, pretrain.main)
+    run_forked(plan.world_size, with_command_line, command, pretrain.main)
     return [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
 
 
