@@ -49,7 +49,10 @@ class ModuleSection(_Strict):
     output_size: OptionalSize = 0
     gated: bool = False
     causal: bool = False
+    num_experts: OptionalSize = 0
+    moe_top_k: Count = 2
     frozen: bool = False
+    trains_projector: bool = False
 
 
 class EdgeSection(_Strict):

@@ -130,8 +130,13 @@ class ModulePlan:
     quota: Quota = field(default_factory=Quota)
     unit: int = 0
     recompute: Recompute = Recompute.none
+    sequence_parallel: bool = False  # between its layers, tokens are split over the tp ranks (Korthikanti et al. 2022)
 
     def __post_init__(self) -> None:
+        if self.sequence_parallel and self.layout.tp == 1:
+            raise PlanError(
+                "sequence_parallel", got="true with tp 1", expected="tp above 1: it splits over tp", fix="leave it out"
+            )
         if len(self.ranks) != self.layout.num_ranks:
             raise PlanError(
                 "ranks",
@@ -239,17 +244,36 @@ def _validate_names(plan: Plan, workload: Workload) -> None:
 
 def _validate_layout(module_plan: ModulePlan, module: ModuleConfig) -> None:
     layout = module_plan.layout
+    if module.num_experts and layout.tp > 1 and not module_plan.sequence_parallel:
+        raise PlanError(
+            f"modules.{module.name}.sequence_parallel",
+            got=f"false with tp {layout.tp} and {module.num_experts} experts",
+            expected="true: tp ranks would otherwise route the same tokens",
+            fix="set sequence_parallel: true",
+        )
+    for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
+        if degree > 1 and not module.num_experts:
+            raise PlanError(
+                f"modules.{module.name}.layout.{axis}",
+                got=degree,
+                expected="1: the module has no experts",
+                fix=f"leave {axis} out",
+            )
+    tokens_split = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if module_plan.sequence_parallel else 1)
     for axis, degree, what, size in (
         ("tp", layout.tp, "num_heads", module.num_heads),
         ("tp", layout.tp, "num_query_groups", module.query_groups),
         ("tp", layout.tp, "ffn_hidden_size", module.ffn_hidden_size),
         ("pp", layout.pp * layout.vpp, "num_layers", module.num_layers),
-        ("cp", 2 * layout.cp if layout.cp > 1 else 1, "tokens_per_item", module.tokens_per_item),
+        ("cp", tokens_split, "tokens_per_item", module.tokens_per_item),
+        ("ep", layout.ep, "num_experts", module.num_experts),
+        ("etp", layout.etp, "ffn_hidden_size", module.ffn_hidden_size),
     ):
         if size % degree:
             raise PlanError(
                 f"modules.{module.name}.layout.{axis}",
                 got=getattr(layout, axis),
-                expected=f"a degree that divides {what} {size}" + (" twice over" if axis == "cp" else ""),
+                expected=f"a degree that divides {what} {size}"
+                + (" into chunks (2 x cp, x tp with sequence_parallel)" if axis == "cp" else ""),
                 fix=f"lower {axis}",
             )

@@ -40,6 +40,7 @@ class ModuleFile(_Strict):
     quota: float = Field(default=1.0, gt=0, le=1, description="share of the GPU's SMs; omitted = whole GPU")
     unit: Degree | None = Field(default=None, description="backbone microbatches covered by one action")
     recompute: Recompute = Recompute.none
+    sequence_parallel: bool = Field(default=False, strict=True, description="split tokens over tp between layers")
 
 
 class PredictedFile(_Strict):
@@ -114,6 +115,8 @@ def format_plan(plan: Plan) -> str:
             entry["unit"] = module.unit
         if module.recompute is not Recompute.none:
             entry["recompute"] = module.recompute.value
+        if module.sequence_parallel:
+            entry["sequence_parallel"] = True
         modules[name] = entry
     data: dict[str, Any] = {"mosaic_plan": FORMAT_VERSION, "workload": plan.workload}
     if plan.digest:
@@ -143,6 +146,7 @@ def _to_plan(checked: PlanFile) -> Plan:
                 quota=Quota(share=module.quota),
                 unit=module.unit or 0,
                 recompute=module.recompute,
+                sequence_parallel=module.sequence_parallel,
             )
         except PlanError as error:
             raise PlanError(

@@ -30,6 +30,10 @@ def require_supported_plan(plan: Plan) -> None:
                 expected="1: longer units are not executed yet",
                 fix="omit unit",
             )
+        if module.sequence_parallel:
+            raise PlanError(
+                f"modules.{name}.sequence_parallel", got="true", expected="false: not executed yet", fix="leave it out"
+            )
         if module.recompute is Recompute.selective:
             raise PlanError(
                 f"modules.{name}.recompute",

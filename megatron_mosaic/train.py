@@ -63,7 +63,7 @@ class Runtime:
         edges = definition.workload.edge_pairs
         self.grids = Grids(plan, edges, timeout=timeout)
         self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
-        self.executor = Executor(plan, edges, definition.workload.backbone.name, self.grids.rank)
+        self.executor = Executor(plan, definition.workload, self.grids.rank)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         if args.mosaic_schedule:
             self.executor.accept(load_schedule(args.mosaic_schedule))
@@ -93,7 +93,7 @@ class Runtime:
 
         def provider(num_samples: Sequence[int]) -> Sequence[Iterator[Batch] | None]:
             args = get_args()
-            size = self.plan.micro_batch_size * self.plan.modules[self.executor.backbone].layout.dp
+            size = self.plan.micro_batch_size * self.plan.modules[self.definition.workload.backbone.name].layout.dp
             starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
             return tuple(
                 None if dataset is None else _microbatches(dataset, collate, start, size)

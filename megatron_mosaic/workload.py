@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
 from megatron_mosaic.errors import ConfigError
 
 MODULE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NOT_IN_DIGEST = ("items_per_sample", "frozen", "trains_projector")
 
 
 class Role(StrEnum):
@@ -44,7 +45,10 @@ class ModuleConfig:
     output_size: int = 0  # features per token that leave the module (projector or pixel head); 0: none
     gated: bool = False  # SwiGLU-like: two input matrices in the MLP
     causal: bool = False
-    frozen: bool = False
+    num_experts: int = 0  # 0: a dense MLP; else every layer's MLP is a mixture of experts of `ffn_hidden_size` each
+    moe_top_k: int = 2  # experts a token goes to; without effect on a dense MLP
+    frozen: bool = False  # no parameter is trained; gradients still flow through to trained modules before it
+    trains_projector: bool = False  # of a frozen module: what makes its output rows is trained all the same
 
     def __post_init__(self) -> None:
         where = f"module {self.name!r}"
@@ -76,6 +80,25 @@ class ModuleConfig:
                 expected=f"a divisor of num_heads {self.num_heads}",
                 fix="change num_query_groups",
             )
+        if self.num_experts < 0 or (self.num_experts and not 1 <= self.moe_top_k <= self.num_experts):
+            raise ConfigError(
+                f"{where}: moe_top_k",
+                got=f"{self.moe_top_k} of {self.num_experts} experts",
+                expected="1 to num_experts",
+                fix="change moe_top_k or num_experts",
+            )
+        if self.trains_projector and not (self.frozen and self.output_size):
+            raise ConfigError(
+                f"{where}: trains_projector",
+                got="set",
+                expected="a frozen module with output_size",
+                fix="set frozen: true, or leave trains_projector out",
+            )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its parameters is."""
+        return not self.frozen or self.trains_projector
 
     @property
     def query_groups(self) -> int:
@@ -162,11 +185,29 @@ class Workload:
     def digest(self) -> str:
         """Twelve hex digits over modules and edges: two workloads with the same digest accept the same plans.
 
-        Batch size and item statistics are left out: they change the best plan, not its legality.
+        Batch size, item statistics and freezing are left out: they change the best plan, not its legality. Sizes at
+        their defaults are too, so that a size that is added later leaves old digests alone.
         """
-        modules = [{k: v for k, v in asdict(m).items() if k != "items_per_sample"} for m in self.modules]
+        defaults = {f.name: f.default for f in fields(ModuleConfig)}
+        modules = [
+            {k: v for k, v in asdict(m).items() if k not in _NOT_IN_DIGEST and v != defaults[k]} for m in self.modules
+        ]
         text = json.dumps([self.name, modules, [asdict(e) for e in self.edges]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def has_backward(self) -> frozenset[str]:
+        """Modules that run backward: those with trained parameters, and those that stand behind one."""
+        found: set[str] = set()
+        for module in self.modules:  # in topological order
+            if module.is_trained or any(e.target == module.name and e.source in found for e in self.edges):
+                found.add(module.name)
+        return frozenset(found)
+
+    def hidden_has_gradient(self, name: str) -> bool:
+        """Whether gradients flow between the pipeline stages of a module."""
+        behind = any(edge.target == name and edge.source in self.has_backward for edge in self.edges)
+        return behind or not self.by_name[name].frozen
 
     def items_of(self, edge: Edge) -> str:
         """The module whose items the edge carries: the end that is not the backbone (else the source)."""

@@ -9,7 +9,7 @@ from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.schedule import Action, Kind, Schedule, format_schedule, parse_schedule
 from megatron_mosaic.schedules import PLANNED, SCHEDULES, build_forward_only, build_schedule
 from megatron_mosaic.schedules.chain import Chain
-from tests.cases import WORKLOAD, make_plan, plans
+from tests.cases import BACKBONE_ONLY, WORKLOAD, make_plan, plans
 from tests.goldens import assert_golden
 
 EDGES = (("vision", "llm"), ("llm", "generator"))
@@ -24,6 +24,8 @@ chains = st.builds(
     edges=st.sampled_from([EDGES, EDGES[:1], (), (*EDGES, ("vision", "generator"))]),
     units=st.fixed_dictionaries({"vision": st.integers(1, 3), "llm": st.just(1), "generator": st.just(1)}),
     num_microbatches=st.integers(1, 9),
+    # gradients reach a module only through those after it: what stands behind a module with a backward has one too
+    has_backward=st.sampled_from([frozenset({"vision", "llm", "generator"}), frozenset({"llm", "generator"})]),
 )
 
 
@@ -41,6 +43,9 @@ def test_1f1b_keeps_few_units_alive(chain):
     # One unit per stage behind and itself; a longer unit may straddle one more (Narayanan et al. 2021, section 2.2).
     for lane, actions in SCHEDULES["1f1b"](chain).lanes.items():
         module, _, stage = lane.rpartition(".")
+        if module not in chain.has_backward:
+            assert all(action.kind is Kind.F for action in actions)
+            continue
         live = most = 0
         for action in actions:
             live += 1 if action.kind is Kind.F else -1
@@ -62,7 +67,13 @@ def test_parses_and_knows_its_needs():
 
 def test_a_longer_unit_waits_for_all_it_covers():
     schedule = SCHEDULES["1f1b"](
-        Chain(num_stages={"vision": 1, "llm": 2}, edges=EDGES[:1], units={"vision": 2, "llm": 1}, num_microbatches=3)
+        Chain(
+            num_stages={"vision": 1, "llm": 2},
+            edges=EDGES[:1],
+            units={"vision": 2, "llm": 1},
+            num_microbatches=3,
+            has_backward=frozenset({"vision", "llm"}),
+        )
     )
     assert [schedule.microbatches_of("vision", u) for u in range(schedule.num_units("vision"))] == [
         range(0, 2), range(2, 3)
@@ -73,7 +84,11 @@ def test_a_longer_unit_waits_for_all_it_covers():
 
 def test_1f1b_refuses_a_unit_that_would_deadlock():
     chain = Chain(
-        num_stages={"llm": 1, "generator": 1}, edges=EDGES[1:], units={"llm": 1, "generator": 3}, num_microbatches=3
+        num_stages={"llm": 1, "generator": 1},
+        edges=EDGES[1:],
+        units={"llm": 1, "generator": 3},
+        num_microbatches=3,
+        has_backward=frozenset({"llm", "generator"}),
     )
     with pytest.raises(ScheduleError, match=r"modules\.generator\.unit"):
         SCHEDULES["1f1b"](chain)
@@ -140,12 +155,12 @@ def _plan(**layouts):
 )
 def test_1f1b_golden(name, layouts):
     plan = _plan(**layouts)
-    assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, EDGES, "llm")))
+    assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, WORKLOAD)))
 
 
 def test_forward_only():
     plan = _plan(vision=Layout(dp=4), llm=Layout(pp=2, dp=2), generator=Layout(dp=4))
-    schedule = build_forward_only(plan, EDGES, 3)
+    schedule = build_forward_only(plan, WORKLOAD, 3)
     assert schedule.name == "forward_only"
     assert not schedule.has_backward("llm")
     assert [str(a) for a in schedule.lanes["llm.1"]] == ["llm.1F0", "llm.1F1", "llm.1F2"]
@@ -156,7 +171,7 @@ def test_refuses_schedules_by_name(name):
     plan = _plan(vision=Layout(dp=4), llm=Layout(dp=4), generator=Layout(dp=4))
     plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "schedule": name})
     with pytest.raises(ScheduleError) as caught:
-        build_schedule(plan, EDGES, "llm")
+        build_schedule(plan, WORKLOAD)
     assert name in caught.value.got
     assert ("not built yet" in caught.value.got) == (name in PLANNED)
     assert "1f1b" in caught.value.expected
@@ -167,11 +182,11 @@ def test_refuses_virtual_stages():
     wide = ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(pp=2, vpp=2))
     plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "modules": {"llm": wide}})
     with pytest.raises(ScheduleError, match=r"modules\.llm\.layout\.vpp"):
-        build_schedule(plan, (), "llm")
+        build_schedule(plan, BACKBONE_ONLY)
 
 
 @given(plans())
 def test_every_plan_has_a_schedule(plan):
-    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    schedule = build_schedule(plan, WORKLOAD)
     assert isinstance(schedule, Schedule)
     assert schedule.num_microbatches == plan.num_microbatches("llm")

@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> int:
     plan = load_plan(arguments.plan)
     workload = load_workload([f"model={plan.workload}", f"workload.global_batch_size={plan.global_batch_size}"])
     validate_plan(plan, workload)
-    schedule = format_schedule(build_schedule(plan, workload.edge_pairs, workload.backbone.name))
+    schedule = format_schedule(build_schedule(plan, workload))
     peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
     executable = note_executable(plan, workload)
     if arguments.json:

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     require_supported_plan(plan)
     if arguments.mosaic_schedule:
         schedule = load_schedule(arguments.mosaic_schedule)
-        Executor(plan, workload.edge_pairs, workload.backbone.name, rank=0).accept(schedule)
+        Executor(plan, workload, rank=0).accept(schedule)
     predicted = _predict(plan, workload, arguments.profile)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]

@@ -19,6 +19,7 @@ from megatron_mosaic.schedule import Action, Schedule, format_schedule
 from megatron_mosaic.schedules import build_forward_only, build_schedule
 from megatron_mosaic.schedules.program import rank_programs
 from megatron_mosaic.timeline import Span
+from megatron_mosaic.workload import Workload
 
 Clock = Callable[[], float]
 
@@ -29,10 +30,8 @@ class Executor:
     `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share.
     """
 
-    def __init__(
-        self, plan: Plan, edges: tuple[tuple[str, str], ...], backbone: str, rank: int, *, clock: Clock = time.monotonic
-    ) -> None:
-        self.plan, self.edges, self.backbone, self.rank = plan, edges, backbone, rank
+    def __init__(self, plan: Plan, workload: Workload, rank: int, *, clock: Clock = time.monotonic) -> None:
+        self.plan, self.workload, self.rank = plan, workload, rank
         self.flight = Flight(rank)
         self.spans: list[Span] = []
         self.step = 0
@@ -42,15 +41,15 @@ class Executor:
     def planned(self, num_microbatches: int, *, forward_only: bool = False) -> Schedule:
         """The plan's own schedule for a step of this many microbatches."""
         if forward_only:
-            return build_forward_only(self.plan, self.edges, num_microbatches)
-        return build_schedule(self.plan, self.edges, self.backbone, num_microbatches)
+            return build_forward_only(self.plan, self.workload, num_microbatches)
+        return build_schedule(self.plan, self.workload, num_microbatches)
 
     def accept(self, schedule: Schedule) -> None:
         """ScheduleError unless this is, to the letter, the plan's schedule of a training step.
 
         The order of lanes counts too: it decides which of two lanes on a rank goes first.
         """
-        planned = self.planned(self.plan.num_microbatches(self.backbone))
+        planned = self.planned(self.plan.num_microbatches(self.workload.backbone.name))
         got, expected = format_schedule(schedule).splitlines(), format_schedule(planned).splitlines()
         for number, (ours, theirs) in enumerate(
             itertools.zip_longest(got, expected, fillvalue="no such line"), start=1

@@ -55,7 +55,7 @@ class Program:
 
 def map_lanes(plan: Plan, workload: Workload) -> LaneMap:
     """Lanes of the plan's training step, and the classes of ranks they run on."""
-    chain = Chain.of(plan, workload.edge_pairs, plan.num_microbatches(workload.backbone.name))
+    chain = Chain.of(plan, workload, plan.num_microbatches(workload.backbone.name))
     lanes = tuple((module.name, s) for module in workload.modules for s in range(chain.num_stages[module.name]))
     by_name = rank_classes(plan)
     classes = tuple(by_name[f"{module}.{stage}"] for module, stage in lanes)
@@ -79,6 +79,7 @@ def build_program(schedule: str, lane_map: LaneMap) -> Program:
         chain.edges,
         tuple(chain.units.items()),
         chain.num_microbatches,
+        chain.has_backward,
         # classes 0, 1, ...: plans that differ only in the number of ranks share a program
         tuple(frozenset(names[name] for name in members) for members in lane_map.classes),
     )
@@ -91,10 +92,17 @@ def _build(
     edges: tuple[tuple[str, str], ...],
     units: tuple[tuple[str, int], ...],
     num_microbatches: int,
+    has_backward: frozenset[str],
     classes: tuple[frozenset[int], ...],
 ) -> Program:
     num_stages = {module: stage + 1 for module, stage in lanes}
-    chain = Chain(num_stages=num_stages, edges=edges, units=dict(units), num_microbatches=num_microbatches)
+    chain = Chain(
+        num_stages=num_stages,
+        edges=edges,
+        units=dict(units),
+        num_microbatches=num_microbatches,
+        has_backward=has_backward,
+    )
     schedule = SCHEDULES[name](chain)
     order = order_actions(schedule, {f"{module}.{stage}": members for (module, stage), members in zip(lanes, classes)})
     position = {action: index for index, action in enumerate(order)}
@@ -110,14 +118,20 @@ def _build(
         needs=needs,
         classes=classes,
         links=tuple(sorted(links)),
-        live_units=_live_units(order, lane_of, classes),
+        live_units=_live_units(order, lane_of, classes, has_backward),
     )
 
 
 def _live_units(
-    order: tuple[Action, ...], lane_of: tuple[int, ...], classes: tuple[frozenset[int], ...]
+    order: tuple[Action, ...],
+    lane_of: tuple[int, ...],
+    classes: tuple[frozenset[int], ...],
+    has_backward: frozenset[str],
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Per class, every combination of live units per lane that it meets: a forward adds one, a backward frees it."""
+    """Per class, every combination of live units per lane that it meets: a forward adds one, a backward frees it.
+
+    Without a backward (a frozen module) nothing outlives its forward.
+    """
     seen: list[dict[tuple[int, ...], None]] = [{} for _ in frozenset().union(*classes)]
     for name, combinations in enumerate(seen):
         live = [0] * len(classes)
@@ -127,4 +141,5 @@ def _live_units(
                 live[lane] += 1 if action.kind is Kind.F else -1
                 if live[lane] > before:
                     combinations[tuple(live)] = None
+                    live[lane] -= action.module not in has_backward
     return tuple(tuple(combinations) for combinations in seen)

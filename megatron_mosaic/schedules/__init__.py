@@ -9,16 +9,15 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.schedule import Schedule
 from megatron_mosaic.schedules.chain import Chain
 from megatron_mosaic.schedules.one_f_one_b import forward_only, one_f_one_b
+from megatron_mosaic.workload import Workload
 
 SCHEDULES: dict[str, Callable[[Chain], Schedule]] = {"1f1b": one_f_one_b}
 PLANNED = ("interleaved", "three_phase", "nested", "overlap", "bubble_fill", "waves")
 
 
-def build_schedule(
-    plan: Plan, edges: tuple[tuple[str, str], ...], backbone: str, num_microbatches: int | None = None
-) -> Schedule:
+def build_schedule(plan: Plan, workload: Workload, num_microbatches: int | None = None) -> Schedule:
     """The schedule that the plan names, for a step of `num_microbatches` (default: the plan's training step)."""
-    chain = Chain.of(plan, edges, num_microbatches or plan.num_microbatches(backbone))
+    chain = Chain.of(plan, workload, num_microbatches or plan.num_microbatches(workload.backbone.name))
     validate_schedule_name(plan.schedule)
     return SCHEDULES[plan.schedule](chain)
 
@@ -32,6 +31,6 @@ def validate_schedule_name(name: str) -> None:
         )
 
 
-def build_forward_only(plan: Plan, edges: tuple[tuple[str, str], ...], num_microbatches: int) -> Schedule:
+def build_forward_only(plan: Plan, workload: Workload, num_microbatches: int) -> Schedule:
     """The evaluation schedule: every forward, in order."""
-    return forward_only(Chain.of(plan, edges, num_microbatches))
+    return forward_only(Chain.of(plan, workload, num_microbatches))

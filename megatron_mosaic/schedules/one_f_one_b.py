@@ -34,6 +34,9 @@ def one_f_one_b(chain: Chain) -> Schedule:
                 ahead += 1
             warmup = min(ahead, num_units)
             forwards = [Action(module, stage, Kind.F, unit) for unit in range(num_units)]
+            if module not in chain.has_backward:
+                lanes[f"{module}.{stage}"] = tuple(forwards)
+                continue
             backwards = [Action(module, stage, Kind.B, unit) for unit in range(num_units)]
             steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
             lanes[f"{module}.{stage}"] = (*forwards[:warmup], *steady, *backwards[num_units - warmup :])

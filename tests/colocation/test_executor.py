@@ -13,7 +13,6 @@ from tests.cases import WORKLOAD, make_plan
 PLAN = make_plan(
     {"vision": ("0-2", Layout(dp=3)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("1", Layout())}, world_size=5
 )
-EDGES = WORKLOAD.edge_pairs
 
 
 class CountingClock:
@@ -31,7 +30,7 @@ STEP = PLAN.num_microbatches("llm")
 
 
 def make_executor(rank: int, plan=PLAN) -> Executor:
-    return Executor(plan, EDGES, "llm", rank, clock=CountingClock())
+    return Executor(plan, WORKLOAD, rank, clock=CountingClock())
 
 
 def take_two_looks(action: Action, clock) -> tuple[float, float]:

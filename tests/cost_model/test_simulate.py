@@ -54,7 +54,7 @@ def test_1f1b_closed_form(pp, m):
 
 def _alone_oracle(plan: Plan, model: CostModel) -> dict[str, tuple[float, float]]:
     """Every rank is a process that works through its program; ranks of a stage meet, then run together."""
-    schedule = build_schedule(plan, model.workload.edge_pairs, model.workload.backbone.name)
+    schedule = build_schedule(plan, model.workload)
     env = simpy.Environment()
     done = {action: env.event() for lane in schedule.lanes.values() for action in lane}
     arrived = dict.fromkeys(done, 0)
@@ -128,7 +128,7 @@ class _Cores:
 
 def _shared_oracle(plan: Plan, model: CostModel) -> float:
     """End of the last action when all ranks compute on the same cores; transfers are free."""
-    schedule = build_schedule(plan, model.workload.edge_pairs, model.workload.backbone.name)
+    schedule = build_schedule(plan, model.workload)
     env = simpy.Environment()
     cores = _Cores(env, model.cluster.shared_cores)
     done = {action: env.event() for lane in schedule.lanes.values() for action in lane}
@@ -195,7 +195,7 @@ def test_timeline_says_what_the_simulation_says(plan):
     timeline = simulation.timeline()  # its constructor refuses overlaps
     assert timeline.end_s == pytest.approx(simulation.step_s)
     assert {span.rank for span in timeline.spans} == {r for m in plan.modules.values() for r in m.ranks.ranks}
-    programs = rank_programs(plan, build_schedule(plan, WORKLOAD.edge_pairs, "llm"))
+    programs = rank_programs(plan, build_schedule(plan, WORKLOAD))
     for rank, program in programs.items():
         spans = sorted((s for s in timeline.spans if s.rank == rank and s.lane[0] != "~"), key=lambda s: s.start_s)
         assert [s.label for s in spans] == [str(a) for a in program]

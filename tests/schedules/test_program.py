@@ -33,7 +33,7 @@ def _run_to_the_end(plan, schedule, programs):
 
 @given(plans(world_size=8))
 def test_programs_never_deadlock(plan):
-    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    schedule = build_schedule(plan, WORKLOAD)
     programs = rank_programs(plan, schedule)
     done, cursor = _run_to_the_end(plan, schedule, programs)
     assert len(done) == sum(map(len, schedule.lanes.values()))
@@ -42,7 +42,7 @@ def test_programs_never_deadlock(plan):
 
 @given(plans(world_size=8))
 def test_programs_hold_each_lane_in_its_order(plan):
-    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    schedule = build_schedule(plan, WORKLOAD)
     order = merge_lanes(plan, schedule)
     for rank, program in rank_programs(plan, schedule).items():
         lanes = [
@@ -85,7 +85,7 @@ def test_program_golden():
         {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("2-3", Layout(dp=2))},
         global_batch_size=8,
     )
-    programs = rank_programs(plan, build_schedule(plan, WORKLOAD.edge_pairs, "llm"))
+    programs = rank_programs(plan, build_schedule(plan, WORKLOAD))
     assert_golden("programs", "".join(f"rank {r}: {' '.join(map(str, p))}\n" for r, p in programs.items()))
 
 
@@ -93,7 +93,7 @@ def test_program_golden():
 def test_messages_of_a_module_and_direction_are_sent_and_received_in_one_order(plan):
     """Two ranks see messages in the order they were sent, per communicator; one communicator per module and direction
     (`Grids.pipeline_group`) is enough exactly if sender and receiver agree on that order."""
-    schedule = build_schedule(plan, WORKLOAD.edge_pairs, "llm")
+    schedule = build_schedule(plan, WORKLOAD)
     programs = rank_programs(plan, schedule)
     for module, placed in plan.modules.items():
         for stage in range(placed.layout.pp - 1):
