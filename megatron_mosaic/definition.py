@@ -1,14 +1,17 @@
-"""What a multimodal model brings to the runtime: its workload, its stages, and how a batch falls into items.
+"""What a multimodal model brings to the runtime: its workload, its stages, and how a batch falls into items and rows.
 
 A *stage* is the part of one module that one pipeline stage runs. An *item* is what a module is data-parallel over:
-a sample for the backbone, an image for an image encoder or generator. Rows cross module borders, `[rows, width]`.
+a sample for the backbone, an image for an image encoder or generator. Rows (tokens) cross module borders along links.
 
     vision stage --exports["llm"]--> llm stage 0 --hidden--> llm stage 1 --exports["generator"]--> generator stage
+
+The runtime says which items and which of their tokens a rank holds (`Shard`), and where the rows of an edge stand in
+its hidden states (`Place`); a stage never computes with ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,39 +19,56 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
-from megatron_mosaic.plan import Layout
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.batch import Items, Links, Shard
+from megatron_mosaic.plan import ModulePlan
+from megatron_mosaic.workload import Edge, Workload
 
-Batch = Mapping[str, Tensor]  # one global microbatch, identical on every rank, on the CPU
+Batch = Mapping[str, Tensor]  # consecutive samples, identical on every rank, on the CPU
+Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index along the item dim) of hidden states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInputs:
+    """What one forward of a stage gets. Hidden states are [len(shard.tokens), len(shard.items), hidden_size].
+
+    `tensors`     `select_inputs` of this rank's shard, on the device
+    `hidden`      from the module's stage before; None on stage 0
+    `imports`     producer module -> rows [rows, width] for this shard; on stage 0 only; gradients flow back
+    `imports_at`  producer module -> where each of these rows goes in the hidden states
+    `exports_at`  consumer module -> where the rows it reads stand; on the last stage only
+    """
+
+    shard: Shard
+    tensors: Mapping[str, Tensor]
+    hidden: Tensor | None = None
+    imports: Mapping[str, Tensor] = field(default_factory=dict)
+    imports_at: Mapping[str, Place] = field(default_factory=dict)
+    exports_at: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOutput:
     """What one forward of a stage returns.
 
-    `hidden`  [tokens_per_item, items, hidden_size] for the module's next stage; None on the last stage
-    `exports` rows for each consumer module, [items * rows_per_item, width], item by item; on the last stage only
-    `loss`    scalar: the sum (not the mean) over this lane's loss tokens, already weighted; None without a loss
-    `num_tokens` how many tokens `loss` sums over; the global sum of it is the one divisor of all gradients
+    `hidden`  hidden states for the module's next stage; None on the last stage
+    `exports` consumer module -> the rows of `exports_at`, [rows, width]; for every key of `exports_at`
+    `loss`    scalar: the sum (not the mean) over this rank's loss tokens, already weighted; None without a loss
+    `num_tokens` how much `loss` sums over; the global sum of it is the one divisor of all gradients
     `report`  loss name -> tensor([sum, count]), for logging
-    Every value is replicated over the module's tp ranks.
+    `loss`, `num_tokens` and `report` are the same on all tp ranks, and count only the tokens of this cp rank.
     """
 
     hidden: Tensor | None = None
     exports: Mapping[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    num_tokens: int = 0
+    num_tokens: float = 0
     report: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Stage(Protocol):
     """A MegatronModule whose forward is this. Never called with zero items."""
 
-    def forward(
-        self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]
-    ) -> StageOutput:
-        """`inputs`: `select_inputs` of this lane's items. `hidden`: from the previous stage, None on stage 0.
-        `imports`: producer module -> rows for this lane's items (stage 0 only), gradients flow back through them."""
+    def forward(self, inputs: StageInputs) -> StageOutput: ...
 
 
 class ModelDefinition(Protocol):
@@ -62,14 +82,17 @@ class ModelDefinition(Protocol):
         """Every key that a `report` may have, the same on all ranks."""
 
     def build_stage(
-        self, module: str, layout: Layout, stage: int, pg_collection: ProcessGroupCollection
+        self, module: str, placed: ModulePlan, stage: int, pg_collection: ProcessGroupCollection, chunk: int = 0
     ) -> MegatronModule:
-        """Stage `stage` of `layout.pp`, in its module's groups. Parameters may be left as they come: the runtime
-        initialises them by name."""
+        """Virtual stage `chunk` of pipeline stage `stage`, in its module's groups. Parameters may be left as they
+        come: the runtime initialises them by name. `requires_grad` is False on what the workload freezes. Under
+        sequence parallelism, parameters that see only a tp rank's tokens carry `sequence_parallel = True`."""
 
-    def count_items(self, batch: Batch) -> Mapping[str, Sequence[int]]:
-        """Module -> number of items of each sample of the batch (all ones for the backbone). Item i of a module is
-        the i-th in sample order."""
+    def list_items(self, batch: Batch) -> Mapping[str, Items]:
+        """Module -> its items. The backbone has one per sample."""
 
-    def select_inputs(self, module: str, batch: Batch, items: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors that the module needs for these items of the batch, in this order."""
+    def list_links(self, edge: Edge, batch: Batch) -> Links:
+        """What flows along the edge, item numbers as in `list_items`."""
+
+    def select_inputs(self, module: str, batch: Batch, shard: Shard) -> dict[str, Tensor]:
+        """Tensors that the module's stages need for these items of the batch and for `shard.cp_tokens`."""
