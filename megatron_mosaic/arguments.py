@@ -20,7 +20,6 @@ from megatron_mosaic.workload import Workload
 PLAN_VARIABLE = "MOSAIC_PLAN"
 APPLIED = "mosaic_plan_applied"  # set on the arguments once a plan is in them
 _REFUSED = {  # Megatron arguments that this version does not carry over to several modules
-    "overlap_grad_reduce": "--overlap-grad-reduce",
     "overlap_param_gather": "--overlap-param-gather",
     "sequence_parallel": "--sequence-parallel",
     "use_megatron_fsdp": "--use-megatron-fsdp",
@@ -93,7 +92,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
     Megatron derives its data-parallel size from the world size; the backbone's is what counts samples, so validation
     sees the backbone's ranks as the world.
     """
-    _refuse_unsupported(args, plan)
+    _refuse_unsupported(args)
     if plan.world_size != args.world_size:
         raise ConfigError(
             "WORLD_SIZE",
@@ -122,7 +121,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
         megatron_arguments.validate_args(args, {})
     finally:
         args.world_size = world_size
-    _refuse_unsupported(args, plan)  # validation sets some of them from others
+    _refuse_unsupported(args)  # validation sets some of them from others
     if args.data_parallel_size != layout.dp:
         raise ConfigError(
             "data-parallel size",
@@ -132,18 +131,10 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
         )
 
 
-def _refuse_unsupported(args: argparse.Namespace, plan: Plan) -> None:
+def _refuse_unsupported(args: argparse.Namespace) -> None:
     for key, flag in _REFUSED.items():
         if getattr(args, key, None):
             raise ConfigError(flag, got="set", expected="not set: not supported under a plan yet", fix=f"remove {flag}")
-    sharded = [name for name, module in plan.modules.items() if module.layout.tp > 1]
-    if args.swiglu and sharded:
-        raise ConfigError(
-            "--swiglu",
-            got=f"set, and {sharded[0]} has tp {plan.modules[sharded[0]].layout.tp}",
-            expected="tp 1: shards of a gated layer are not initialised by name yet",
-            fix="remove --swiglu, or set tp: 1",
-        )
 
 
 def _data_parallel_plan(args: argparse.Namespace, workload: Workload) -> Plan:

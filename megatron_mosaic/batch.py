@@ -119,28 +119,28 @@ def item_costs(module: ModuleConfig, tokens: Integers) -> Integers:
     return tokens * per_token + tokens**2 * (module.hidden_size if module.causal else 2 * module.hidden_size)
 
 
-def balance_items(costs: Integers, preferred: Integers, num_lanes: int) -> tuple[tuple[int, ...], ...]:
+def balance_items(costs: Integers, preferred: Sequence[Sequence[int]], num_lanes: int) -> tuple[tuple[int, ...], ...]:
     """Items per lane, ascending: nearly the least possible load of the busiest lane, and few items moved.
 
     Longest processing time first (Graham 1969: at most 4/3 - 1/(3*lanes) of the optimum) says what load is reachable;
-    then each item stays on the lane it prefers (that of the rank that needs its rows; -1: none) while this load is
-    kept, and the others fill up the rest.
+    then each item stays on a lane it prefers (near the rank that owns its sample) while this load is kept, and the
+    others fill up the rest.
     """
     by_cost = sorted(range(len(costs)), key=lambda i: (-int(costs[i]), i))
     shortest = _fill([0] * num_lanes, by_cost, costs)
-    limit = max(_loads(shortest, costs), default=0)
+    limit = max(_loads(shortest, costs))
     kept: list[list[int]] = [[] for _ in range(num_lanes)]
     loads, moved = [0] * num_lanes, []
     for item in by_cost:
-        lane = int(preferred[item])
-        if lane >= 0 and loads[lane] + int(costs[item]) <= limit:
+        lane = min(preferred[item], key=lambda lane: loads[lane])
+        if loads[lane] + int(costs[item]) <= limit:
             kept[lane].append(item)
             loads[lane] += int(costs[item])
         else:
             moved.append(item)
     for lane, items in enumerate(_fill(loads, moved, costs)):
         kept[lane].extend(items)
-    chosen = kept if max(_loads(kept, costs), default=0) <= limit else shortest
+    chosen = kept if max(_loads(kept, costs)) <= limit else shortest
     return tuple(tuple(sorted(items)) for items in chosen)
 
 

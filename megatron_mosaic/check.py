@@ -89,8 +89,9 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
 
 def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
     """PlanError unless the reference model with these arguments can run under the plan. Needs no torch."""
-    validate_plan(plan, workload_of_command_line(megatron_args))
-    require_supported_plan(plan)
+    workload = workload_of_command_line(megatron_args)
+    validate_plan(plan, workload)
+    require_supported_plan(plan, workload)
     for flag in _WITHOUT_ORACLE:
         if flag in megatron_args:
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +13,32 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_mosaic.definition import StageOutput
+from megatron_mosaic.definition import StageInputs, StageOutput
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.plan import Recompute
+from megatron_mosaic.parameters import cut_of, whole_name
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
-_LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.*)$")
 
 
 @dataclass(frozen=True, slots=True)
 class StageCall:
-    """The arguments of one stage's forward: see definition.Stage."""
+    """One forward of one (virtual) stage."""
 
     module: str
-    inputs: Mapping[str, Tensor]
-    hidden: Tensor | None
-    imports: Mapping[str, Tensor]
+    chunk: int
+    inputs: StageInputs
+
+
+def stage_key(module: str, chunk: int) -> str:
+    """Under which name MosaicModel keeps a virtual stage."""
+    return f"{module}-v{chunk}" if chunk else module
+
+
+def module_of(key: str) -> str:
+    """The module of a stage's key."""
+    return key.partition("-v")[0]
 
 
 class MosaicModel(MegatronModule):
@@ -57,7 +64,11 @@ class MosaicModel(MegatronModule):
         self.scopes: Scopes | None = None  # RNG streams to be saved and restored with the model
 
     def forward(self, call: StageCall) -> StageOutput:
-        return self.stages[call.module](call.inputs, call.hidden, call.imports)
+        return self.stages[stage_key(call.module, call.chunk)](call.inputs)
+
+    def stages_of(self, module: str) -> list[DistributedDataParallel]:
+        """The module's (virtual) stages on this rank, in order."""
+        return [stage for key, stage in self.stages.items() if module_of(key) == module]
 
     def set_input_tensor(self, input_tensor: object) -> None:
         """Part of the loop's protocol; stages get their inputs as arguments."""
@@ -139,37 +150,15 @@ def empty_stage(
     return DistributedDataParallel(config, ddp_config, stage, pg_collection=groups)
 
 
-def apply_recompute(config: TransformerConfig, recompute: Recompute) -> None:
-    """Make a stage's layers compute their activations again in backward, as its plan says."""
-    if recompute is Recompute.full:
-        config.recompute_granularity = "full"
-        config.recompute_method = "uniform"
-        config.recompute_num_layers = 1
-
-
-def undivided_name(stage: nn.Module, parameter: str) -> str:
-    """The parameter's name in the module that is not cut into pipeline stages.
-
-    Layers of a stage count from 0; a transformer layer knows its number in the whole module (`layer_number`, from 1).
-    """
-    match = _LAYER.match(parameter)
-    if match is None:
-        return parameter
-    layer = stage.get_submodule(f"{match[1]}.{match[2]}")
-    number = getattr(layer, "layer_number", None)
-    return parameter if number is None else f"{match[1]}.{number - 1}.{match[3]}"
-
-
 @torch.no_grad()
 def initialize_by_name(stage: MegatronModule, module: str, seed: int) -> None:
     """Draw every matrix of the stage from a stream named after (seed, module, parameter).
 
-    So the weights do not depend on the layout: each rank draws the whole matrix and keeps its shard. Biases are 0;
+    So the weights do not depend on the layout: each rank draws the whole matrix and keeps its slice. Biases are 0;
     other vectors (norms) keep the constants they were built with. Standard deviations follow Megatron:
     `init_method_std`, divided by sqrt(2 * num_layers) at the outputs of residual branches.
     """
     config = stage.config
-    shards = stage.pg_collection.tp
     for name, parameter in stage.named_parameters():
         if parameter.dim() < 2:
             if name.endswith("bias"):
@@ -178,12 +167,9 @@ def initialize_by_name(stage: MegatronModule, module: str, seed: int) -> None:
         std = config.init_method_std
         if name.endswith(_SCALED):
             std /= (2 * config.num_layers) ** 0.5
-        dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        shape = list(parameter.shape)
-        if dim is not None:
-            shape[dim] *= shards.size()
-        digest = hashlib.sha256(f"{seed}/{module}/{undivided_name(stage, name)}".encode()).digest()
+        cut = cut_of(stage, name, parameter)
+        shape = cut.whole_shape(parameter.shape) if cut else parameter.shape
+        digest = hashlib.sha256(f"{seed}/{module}/{whole_name(stage, name)}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        whole = torch.randn(shape, generator=generator) * std
-        part = whole if dim is None else whole.chunk(shards.size(), dim)[shards.rank()]
-        parameter.copy_(part.to(parameter))
+        whole = torch.randn(tuple(shape), generator=generator) * std
+        parameter.copy_((cut.of(whole) if cut else whole).to(parameter))

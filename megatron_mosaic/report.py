@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_mosaic.model import MosaicModel, undivided_name
+from megatron_mosaic.model import MosaicModel, module_of
+from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
 from megatron_mosaic.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"
@@ -40,7 +41,7 @@ class StepReport:
         """Keep one step's spans of this rank."""
         self._steps.append(list(spans))
 
-    def write(self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, int]]) -> None:
+    def write(self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, float]]) -> None:
         """Collective. Rank 0 writes both files.
 
         `timeline.json`: seconds of the last 200 steps, and all spans of their median. The first tenth of the steps (at
@@ -51,7 +52,7 @@ class StepReport:
         dist.all_gather_object(gathered, (list(self._steps), measures), group=world)
         if self._rank != 0 or not self._steps:
             return
-        largest: dict[str, dict[str, int]] = {}
+        largest: dict[str, dict[str, float]] = {}
         for _, one in gathered:
             for key, by_module in one.items():
                 into = largest.setdefault(key, {})
@@ -74,7 +75,7 @@ class StepReport:
 class GradientDump:
     """Writes the finished gradients of every step: one .npz per step and rank, keyed by module and whole-module name.
 
-    Sharded parameters carry `|dim` behind their name: shards of all tp ranks are concatenated along it.
+    A slice of a tensor carries `|dim|pieces|rank` behind its name: see parameters.Cut.
     """
 
     def __init__(self, directory: str, model: MosaicModel, rank: int) -> None:
@@ -84,35 +85,34 @@ class GradientDump:
 
     def __call__(self) -> None:
         arrays = {}
-        for module, wrapped in self._model.stages.items():
+        for key, wrapped in self._model.stages.items():
             stage = wrapped.module
-            groups = stage.pg_collection
             for name, parameter in stage.named_parameters():
-                if groups.dp.rank() or not parameter.requires_grad:
+                if not parameter.requires_grad or not is_spokesman(stage, name, parameter):
                     continue
-                sharded = getattr(parameter, "tensor_model_parallel", False) and groups.tp.size() > 1
-                if groups.tp.rank() and not sharded:
-                    continue
-                place = f"|{parameter.partition_dim}|{groups.tp.rank()}" if sharded else ""
-                arrays[f"{module}/{undivided_name(stage, name)}{place}"] = parameter.main_grad.float().cpu().numpy()
+                cut = cut_of(stage, name, parameter)
+                place = f"|{cut.dim}|{cut.pieces}|{cut.rank}" if cut else ""
+                whole = f"{module_of(key)}/{whole_name(stage, name)}{place}"
+                arrays[whole] = parameter.main_grad.float().cpu().numpy()
         np.savez(self._directory / f"step-{self._step:04d}-rank-{self._rank:05d}.npz", **arrays)
         self._step += 1
 
 
 def read_gradients(directory: str | Path, step: int) -> dict[str, np.ndarray]:
     """`module/parameter` -> whole gradient of one step, shards put together."""
-    shards: dict[str, dict[int, tuple[int, np.ndarray]]] = {}
+    slices: dict[str, dict[int, np.ndarray]] = {}
+    cuts: dict[str, tuple[int, int]] = {}
     whole: dict[str, np.ndarray] = {}
     for path in sorted(Path(directory).glob(f"step-{step:04d}-rank-*.npz")):
         with np.load(path, allow_pickle=False) as arrays:
             for key, array in arrays.items():
-                name, _, place = key.partition("|")
+                name, *place = key.split("|")
                 if place:
-                    dim, position = map(int, place.split("|"))
-                    shards.setdefault(name, {})[position] = (dim, array)
+                    dim, pieces, rank = map(int, place)
+                    cuts[name] = (dim, pieces)
+                    slices.setdefault(name, {})[rank] = array
                 else:
                     whole[name] = array
-    for name, parts in shards.items():
-        dim = parts[0][0]
-        whole[name] = np.concatenate([parts[i][1] for i in sorted(parts)], axis=dim)
+    for name, parts in slices.items():
+        whole[name] = put_together([parts[rank] for rank in sorted(parts)], *cuts[name])
     return whole

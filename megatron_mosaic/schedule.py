@@ -9,6 +9,7 @@ Text form, one line per lane after a header, parsed strictly (`parse_schedule(fo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -99,6 +100,15 @@ class Schedule:
     def num_stages(self, module: str) -> int:
         return self._num_stages[module]
 
+    def num_chunks(self, module: str) -> int:
+        """Virtual stages on each pipeline stage of the module."""
+        return self._num_chunks[module]
+
+    @cached_property
+    def _num_chunks(self) -> Mapping[str, int]:
+        """Every lane of a module has the same chunks; the first lane says how many."""
+        return {m: 1 + max([action.chunk for action in self.lanes[f"{m}.0"]], default=0) for m in self.units}
+
     @cached_property
     def _num_stages(self) -> Counter[str]:
         return Counter(lane.rpartition(".")[0] for lane in self.lanes)
@@ -127,21 +137,25 @@ class Schedule:
         return {}
 
     def _find_needs(self, action: Action) -> tuple[Action, ...]:
-        module, stage, unit = action.module, action.stage, action.unit
+        module, stage, unit, chunk = action.module, action.stage, action.unit, action.chunk
         covered = self.microbatches_of(module, unit)
         last = self.num_stages(module) - 1
         if action.kind is Kind.F:
             if stage > 0:
-                return (Action(module, stage - 1, Kind.F, unit),)
+                return (Action(module, stage - 1, Kind.F, unit, chunk),)
+            if chunk > 0:
+                return (Action(module, last, Kind.F, unit, chunk - 1),)
             return tuple(
-                Action(source, self.num_stages(source) - 1, Kind.F, u)
+                Action(source, self.num_stages(source) - 1, Kind.F, u, self.num_chunks(source) - 1)
                 for source, target in self.edges
                 if target == module
                 for u in self.units_covering(source, covered)
             )
-        own = (Action(module, stage, Kind.F, unit),)
+        own = (Action(module, stage, Kind.F, unit, chunk),)
         if stage < last:
-            return (*own, Action(module, stage + 1, Kind.B, unit))
+            return (*own, Action(module, stage + 1, Kind.B, unit, chunk))
+        if chunk < self.num_chunks(module) - 1:
+            return (*own, Action(module, 0, Kind.B, unit, chunk + 1))
         return own + tuple(
             Action(target, 0, Kind.B, u)
             for source, target in self.edges
@@ -190,12 +204,13 @@ class Schedule:
         kinds = {action.kind for action in actions}
         for kind in kinds - {Kind.F, Kind.B}:
             raise ScheduleError(where, got=f"kind {kind}", expected="F or B", fix="split backwards are not built yet")
-        for kind in sorted(kinds | {Kind.F}):
-            units = sorted(action.unit for action in actions if action.kind is kind)
+        chunks = range(self.num_chunks(module))
+        for kind, chunk in itertools.product(sorted(kinds | {Kind.F}), chunks):
+            units = sorted(action.unit for action in actions if (action.kind, action.chunk) == (kind, chunk))
             if units != list(range(self.num_units(module))):
                 raise ScheduleError(
                     where,
-                    got=f"{kind} of units {units}",
+                    got=f"{kind} of units {units}" + (f" of chunk {chunk}" if len(chunks) > 1 else ""),
                     expected=f"{kind} of each unit 0..{self.num_units(module) - 1} once",
                     fix="add the missing action, or remove the repeated one",
                 )

@@ -31,7 +31,7 @@ from megatron.training.utils import print_rank_0
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
-from megatron_mosaic.model import MosaicModel, apply_recompute, empty_stage, initialize_by_name
+from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, stage_key
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
@@ -41,8 +41,8 @@ from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedule import load_schedule
-from megatron_mosaic.step import StepRunner
-from megatron_mosaic.supported import require_supported_plan, require_supported_workload
+from megatron_mosaic.step import Samples, StepRunner
+from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.units import format_seconds
 
 
@@ -55,8 +55,7 @@ class Runtime:
 
     def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition) -> None:
         validate_plan(plan, definition.workload)
-        require_supported_workload(definition.workload)
-        require_supported_plan(plan)
+        require_supported_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         _initialize_distributed(args, timeout)
@@ -85,21 +84,22 @@ class Runtime:
         self,
         make_datasets: Callable[[Sequence[int]], Sequence[Any]],
         collate: Callable[[Sequence[Any]], Batch],
-    ) -> Callable[[Sequence[int]], Sequence[Iterator[Batch] | None]]:
+    ) -> Callable[[Sequence[int]], Sequence[Iterator[Samples] | None]]:
         """A provider for `pretrain()`: every rank gets the same global microbatches, in dataset order.
 
         `make_datasets` is the script's own provider of (train, valid, test) map-style datasets.
         """
 
-        def provider(num_samples: Sequence[int]) -> Sequence[Iterator[Batch] | None]:
+        def provider(num_samples: Sequence[int]) -> Sequence[Iterator[Samples] | None]:
             args = get_args()
             size = self.plan.micro_batch_size * self.plan.modules[self.definition.workload.backbone.name].layout.dp
             starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
             return tuple(
-                None if dataset is None else _microbatches(dataset, collate, start, size)
+                None if dataset is None else _microbatches(dataset, start, size)
                 for dataset, start in zip(make_datasets(num_samples), starts, strict=True)
             )
 
+        self.step.collate = collate
         provider.is_distributed = True  # type: ignore[attr-defined]
         return provider
 
@@ -107,15 +107,16 @@ class Runtime:
         """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
         stages = {}
         for name, groups in self.grids.collections.items():
-            layout = self.plan.modules[name].layout
-            with self.scopes.enter(name):
-                stage_idx = coordinates_of(self.plan.modules[name], self.grids.rank).pp
-                stage = self.definition.build_stage(name, layout, stage_idx, groups)
-                apply_recompute(stage.config, self.plan.modules[name].recompute)
-                stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
-                initialize_by_name(stage, name, self._args.seed)
-                stage.to(device=cpu.device(), dtype=self._args.params_dtype)
-                stages[name] = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
+            placed = self.plan.modules[name]
+            stage_idx = coordinates_of(placed, self.grids.rank).pp
+            for chunk in range(placed.layout.vpp):
+                with self.scopes.enter(name):
+                    stage = self.definition.build_stage(name, placed, stage_idx, groups, chunk)
+                    stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
+                    initialize_by_name(stage, name, self._args.seed)
+                    stage.to(device=cpu.device(), dtype=self._args.params_dtype)
+                    wrapped = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
+                    stages[stage_key(name, chunk)] = wrapped
         if self._args.mosaic_measure_activations:
             self.step.meter = ActivationMeter()
             for wrapped in stages.values():
@@ -143,6 +144,7 @@ class Runtime:
             meter = self.step.meter
             peaks = dict.fromkeys(self.plan.modules, 0) | (meter.peak_bytes if meter else {})
             measures = {"peak_activation_bytes_by_module": peaks, "empty_units_by_module": self.step.empty_units}
+            measures |= self.step.imbalance
             self._report.write(self.grids.world, measures)
         self.grids.destroy()
         dist.destroy_process_group()
@@ -153,7 +155,7 @@ class Runtime:
         (model,) = model_chunks
         optimizer = build_optimizer(
             tuple(self.plan.modules),
-            dict(model.stages),
+            {name: model.stages_of(name) for name in self.grids.collections},
             self.grids.collections,
             empty_stage(model.config, model.ddp_config, self.grids.alone_view()),
             self.grids.world,
@@ -201,8 +203,8 @@ def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> Non
     )
 
 
-def _microbatches(dataset: Any, collate: Callable[[Sequence[Any]], Batch], start: int, size: int) -> Iterator[Batch]:
+def _microbatches(dataset: Any, start: int, size: int) -> Iterator[Samples]:
     """Consecutive blocks of `size` samples, from sample `start` on, wrapping at the end of the dataset."""
     while True:
-        yield collate([dataset[i % len(dataset)] for i in range(start, start + size)])
+        yield [dataset[i % len(dataset)] for i in range(start, start + size)]
         start += size

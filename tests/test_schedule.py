@@ -1,5 +1,7 @@
 """Schedules: text round trip, refusals, and what 1F1B promises (order, few live units, no deadlock)."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,11 +29,18 @@ chains = st.builds(
     # gradients reach a module only through those after it: what stands behind a module with a backward has one too
     has_backward=st.sampled_from([frozenset({"vision", "llm", "generator"}), frozenset({"llm", "generator"})]),
 )
+chunked_chains = st.builds(
+    lambda chain, chunks: replace(chain, num_chunks=chunks),
+    chains,
+    st.dictionaries(st.sampled_from(["vision", "llm", "generator"]), st.integers(2, 3), min_size=1),
+)
 
 
-@given(chains, st.sampled_from(sorted(SCHEDULES)))
-def test_text_round_trips_and_nothing_deadlocks(chain, name):
+@given(st.one_of(st.tuples(chains, st.just("1f1b")), st.tuples(chunked_chains, st.just("interleaved"))))
+def test_text_round_trips_and_nothing_deadlocks(case):
+    chain, name = case
     schedule = SCHEDULES[name](chain)  # the constructor refuses deadlocks
+    assert {module: schedule.num_chunks(module) for module in chain.units} == {m: chain.chunks(m) for m in chain.units}
     assert parse_schedule(format_schedule(schedule)) == schedule
     order = {action: i for i, action in enumerate(schedule.topological_order)}
     assert len(order) == sum(map(len, schedule.lanes.values()))
@@ -156,6 +165,19 @@ def _plan(**layouts):
 def test_1f1b_golden(name, layouts):
     plan = _plan(**layouts)
     assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, WORKLOAD)))
+
+
+def test_interleaved_golden():
+    plan = replace(
+        make_plan(
+            {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(pp=2, vpp=2, dp=2)), "generator": ("3", Layout())},
+            global_batch_size=8,
+        ),
+        schedule="interleaved",
+    )
+    assert_golden("schedule_interleaved", format_schedule(build_schedule(plan, WORKLOAD)))
+    with pytest.raises(ScheduleError, match="no module with vpp"):
+        build_schedule(replace(_plan(llm=Layout(pp=2)), schedule="interleaved"), BACKBONE_ONLY)
 
 
 def test_forward_only():

@@ -14,7 +14,7 @@ from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.program import stage_ranks
-from megatron_mosaic.supported import require_supported_plan, require_supported_workload
+from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 from megatron_mosaic.workload import Workload
 
@@ -48,8 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
 def note_executable(plan: Plan, workload: Workload) -> bool:
     """Whether this version runs the plan; if not, a line on stderr says what it does not execute."""
     try:
-        require_supported_plan(plan)
-        require_supported_workload(workload)
+        require_supported_plan(plan, workload)
     except MosaicError as error:
         print_note(f"this version does not execute {error.where} {error.got}: expected {error.expected}")
         return False

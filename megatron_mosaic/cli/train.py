@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     _validate_length(arguments.megatron_args)
     workload = workload_of_command_line(arguments.megatron_args)
     validate_plan(plan, workload)
-    require_supported_plan(plan)
+    require_supported_plan(plan, workload)
     if arguments.mosaic_schedule:
         schedule = load_schedule(arguments.mosaic_schedule)
         Executor(plan, workload, rank=0).accept(schedule)

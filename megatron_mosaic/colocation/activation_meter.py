@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class ActivationMeter:
 
     def __init__(self) -> None:
         self.peak_bytes: dict[str, int] = {}
-        self._live: dict[str, dict[int, int]] = {}
+        self._live: dict[str, dict[Hashable, int]] = {}
         self._parameters: set[int] = set()
 
     def ignore(self, module: torch.nn.Module) -> None:
@@ -25,7 +25,7 @@ class ActivationMeter:
         self._parameters |= {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     @contextlib.contextmanager
-    def forward(self, module: str, unit: int) -> Iterator[None]:
+    def forward(self, module: str, unit: Hashable) -> Iterator[None]:
         """Count what the body saves as one live unit of the module."""
         storages: dict[int, int] = {}
 
@@ -41,6 +41,6 @@ class ActivationMeter:
         live[unit] = sum(storages.values())
         self.peak_bytes[module] = max(self.peak_bytes.get(module, 0), sum(live.values()))
 
-    def backward(self, module: str, unit: int) -> None:
+    def backward(self, module: str, unit: Hashable) -> None:
         """The unit's activations are gone."""
         self._live[module].pop(unit)

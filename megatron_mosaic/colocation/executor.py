@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
@@ -62,22 +62,20 @@ class Executor:
                     fix="run the schedule that the plan names, or make a plan with the one you want",
                 )
 
-    def run(
-        self,
-        num_microbatches: int,
-        perform: Callable[[Action, Clock], tuple[float, float]],
-        *,
-        forward_only: bool = False,
-    ) -> None:
-        """Perform this rank's actions. `perform` returns when the action's own work began and ended.
-
-        Collective: every rank of the plan runs the same schedule. Raises RankFailure naming rank, lane and action.
-        """
+    def program(self, num_microbatches: int, *, forward_only: bool = False) -> tuple[Action, ...]:
+        """This rank's actions of a step, in order."""
         key = (num_microbatches, forward_only)
         if key not in self._programs:
             planned = self.planned(num_microbatches, forward_only=forward_only)
             self._programs[key] = rank_programs(self.plan, planned)[self.rank]
-        for action in self._programs[key]:
+        return self._programs[key]
+
+    def run(self, program: Iterable[Action], perform: Callable[[Action, Clock], tuple[float, float]]) -> None:
+        """Perform the actions in their order. `perform` returns when the action's own work began and ended.
+
+        Collective: every rank of the plan runs its part of one schedule. RankFailure names rank, lane and action.
+        """
+        for action in program:
             with self.doing(action.lane, str(action)):
                 start_s, end_s = perform(action, self._clock)
             self.spans.append(Span(self.rank, action.lane, start_s, end_s, str(action)))

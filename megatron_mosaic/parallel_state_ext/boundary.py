@@ -1,13 +1,13 @@
 """The hand-over of rows between two modules' layouts: forward, and backward as its exact adjoint.
 
 One `RowChannel` per direction. The producer's action posts its rows and goes on; the consumer's action waits for
-them. Rows that stay on their rank are handed over by reference.
+them. Rows that stay on their rank are handed over by reference, and never copied where a rank keeps all of them.
 
-    forward   source lanes --build_route(source, target)--> target lanes   a row once to every rank that reads it
-    backward  target lanes --build_route(target, source)--> source lanes   its gradient once to every maker
+    forward   source groups --StepMap.sends/receives--> target groups   a row once to every rank that reads it
+    backward  target groups --the same, sides swapped-> source groups   its gradient once to every maker
 
-Why the adjoint is a route and not a sum: a target lane's replicas (tensor parallel) all hold the *full* gradient of
-their input, so one replica speaks for the lane; a row read by several modules is summed by the caller, edge by edge.
+Why the adjoint is a route and not a sum: a target group's replicas (tensor parallel) all hold the *full* gradient of
+their rows, so one replica speaks for the group; a row read through several links is summed by its producer's autograd.
 """
 
 from __future__ import annotations
@@ -18,77 +18,91 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.routes import Transfer
+from megatron_mosaic.parallel_state_ext.routes import Part, Rows
 
 
 class RowChannel:
-    """Rows of one edge in one direction. `rows_per_item` rows of `width` values belong to each item."""
+    """Rows of one edge in one direction, `width` values each."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, *, rows_per_item: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._group, self._rank = group, dist.get_rank()
-        self._item_shape = (rows_per_item, width)
-        self._dtype, self._device = dtype, device
+        self._width, self._dtype, self._device = width, dtype, device
         self._kept: dict[Hashable, Tensor] = {}
-        self._outbox: list[tuple[dist.Work, Tensor]] = []
+        self._outbox: list[tuple[dist.Work, Tensor, bool]] = []
+        self._spare: dict[int, list[Tensor]] = {}  # staging buffers by number of rows
         self.sent_bytes = 0
 
-    def send(self, key: Hashable, route: Sequence[Transfer], rows: Tensor) -> None:
-        """Post this rank's part of `route`; never waits. `rows`: [items * rows_per_item, width] of its lane's items."""
-        items = rows.detach().reshape(-1, *self._item_shape)
-        self._outbox = [(work, buffer) for work, buffer in self._outbox if not work.is_completed()]
-        for transfer in route:
-            if transfer.sender != self._rank:
+    def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor) -> None:
+        """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units."""
+        rows = rows.detach()
+        self._collect()
+        for part in parts:
+            if part.rank == self._rank:
+                self._kept[key] = rows[_index(part.rows, rows.device)]
                 continue
-            part = _pick(items, transfer.from_positions)
-            if transfer.is_local:
-                self._kept[key] = part
+            staged = not isinstance(part.rows, slice)
+            if staged:
+                buffer = self._take(part.num_rows)
+                torch.index_select(rows, 0, _index(part.rows, rows.device), out=buffer)
             else:
-                part = part.contiguous()
-                self.sent_bytes += part.numel() * part.element_size()
-                self._outbox.append((dist.isend(part, dst=transfer.receiver, group=self._group), part))
+                buffer = rows[part.rows].contiguous()
+            self.sent_bytes += buffer.numel() * buffer.element_size()
+            self._outbox.append((dist.isend(buffer, dst=part.rank, group=self._group), buffer, staged))
 
-    def receive(self, key: Hashable, route: Sequence[Transfer], num_items: int) -> Tensor:
-        """The rows of this lane's `num_items` items, [num_items * rows_per_item, width]. Waits for them."""
-        mine = [transfer for transfer in route if transfer.receiver == self._rank]
-        if len(mine) == 1 and mine[0].is_local and len(mine[0].to_positions) == num_items:
-            return self._kept.pop(key).reshape(-1, self._item_shape[1])
-        items = torch.empty(num_items, *self._item_shape, dtype=self._dtype, device=self._device)
+    def receive(self, arrivals: Sequence[tuple[Hashable, Sequence[Part]]], num_rows: int) -> Tensor:
+        """All of this rank's rows of a unit, [num_rows, width]. Waits for them. `arrivals`: by key, what comes."""
+        if len(arrivals) == 1 and len(arrivals[0][1]) == 1:
+            key, (part,) = arrivals[0]
+            if part.rank == self._rank and part.num_rows == num_rows:
+                return self._kept.pop(key)
+        rows = torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
         waiting = []
-        for transfer in mine:
-            if transfer.is_local:
-                _put(items, transfer.to_positions, self._kept.pop(key))
-            else:
-                buffer = torch.empty(len(transfer.items), *self._item_shape, dtype=self._dtype, device=self._device)
-                work = dist.irecv(buffer, src=transfer.sender, group=self._group)
-                waiting.append((work, transfer, buffer))
-        for work, transfer, buffer in waiting:
+        for key, parts in arrivals:
+            for part in parts:
+                if part.rank == self._rank:
+                    rows[_index(part.rows, rows.device)] = self._kept.pop(key)
+                    continue
+                staged = not isinstance(part.rows, slice)
+                buffer = self._take(part.num_rows) if staged else rows[part.rows]
+                waiting.append((dist.irecv(buffer, src=part.rank, group=self._group), part, buffer, staged))
+        for work, part, buffer, staged in waiting:
             work.wait()
-            _put(items, transfer.to_positions, buffer)
-        return items.reshape(-1, self._item_shape[1])
+            if staged:
+                rows[_index(part.rows, rows.device)] = buffer
+                self._give(buffer)
+        return rows
 
     def drain(self) -> None:
         """Wait until every posted message has left."""
-        for work, _ in self._outbox:
-            work.wait()
-        self._outbox.clear()
+        self._collect(wait=True)
         assert not self._kept, f"rows nobody took: {list(self._kept)}"
 
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging buffers that are free; messages of the same size use them again."""
+        return sum(buffer.numel() * buffer.element_size() for spare in self._spare.values() for buffer in spare)
 
-def _is_span(positions: Sequence[int]) -> bool:
-    return list(positions) == list(range(positions[0], positions[0] + len(positions)))
+    def _collect(self, *, wait: bool = False) -> None:
+        """Forget messages that have left; their staging buffers are free again."""
+        posted, self._outbox = self._outbox, []
+        for work, buffer, staged in posted:
+            if wait:
+                work.wait()
+            elif not work.is_completed():
+                self._outbox.append((work, buffer, staged))
+                continue
+            if staged:
+                self._give(buffer)
+
+    def _take(self, num_rows: int) -> Tensor:
+        spare = self._spare.get(num_rows)
+        if spare:
+            return spare.pop()
+        return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
+
+    def _give(self, buffer: Tensor) -> None:
+        self._spare.setdefault(len(buffer), []).append(buffer)
 
 
-def _pick(items: Tensor, positions: Sequence[int]) -> Tensor:
-    """A view where the positions are consecutive, else a copy."""
-    if _is_span(positions):
-        return items[positions[0] : positions[0] + len(positions)]
-    return items[torch.tensor(positions, device=items.device)]
-
-
-def _put(items: Tensor, positions: Sequence[int], values: Tensor) -> None:
-    if _is_span(positions):
-        items[positions[0] : positions[0] + len(positions)] = values
-    else:
-        items[torch.tensor(positions, device=items.device)] = values
+def _index(rows: Rows, device: torch.device) -> slice | Tensor:
+    return rows if isinstance(rows, slice) else torch.as_tensor(rows, device=device)

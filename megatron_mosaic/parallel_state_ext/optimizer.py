@@ -10,7 +10,7 @@ MAX, because every rank of a module holds the same value and all others hold 0: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def _is_placed(value: object) -> bool:
 
 def build_optimizer(
     names: tuple[str, ...],
-    modules: Mapping[str, DistributedDataParallel],
+    modules: Mapping[str, Sequence[DistributedDataParallel]],
     collections: Mapping[str, ProcessGroupCollection],
     absent: DistributedDataParallel,
     world: dist.ProcessGroup,
@@ -127,14 +127,15 @@ def build_optimizer(
     """A Megatron optimizer for each of this rank's modules, in that module's own groups.
 
     Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
-    ranks that do not run a module take part with `absent`, a stage without parameters.
+    ranks that do not run a module take part with `absent`, a stage without parameters. A module has several stages on a
+    rank if they are virtual.
     """
     by_module = {}
     for name in names:
-        stage = modules.get(name, absent)
+        stages = list(modules.get(name, [absent]))
         optimizer = get_megatron_optimizer(
             config,
-            [stage],
+            stages,
             config_overrides=config_overrides,
             use_gloo_process_groups=False,
             pg_collection=collections[name] if name in modules else absent.module.pg_collection,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from megatron_mosaic.plan import ModulePlan
+from megatron_mosaic.plan import ModulePlan, Plan
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -59,6 +59,27 @@ def axis_groups(module: ModulePlan, axes: tuple[str, ...]) -> tuple[tuple[int, .
             )
         )
     return tuple(groups)
+
+
+def near_lanes(plan: Plan, owner: str, module: str) -> tuple[tuple[int, ...], ...]:
+    """For each lane of `owner`, the lanes of another module that its items should stay on.
+
+    Those that share a rank with it; where none does, those at the same height, so that few pairs of lanes talk.
+    """
+    owners = [_lane_ranks(plan.modules[owner], dp) for dp in range(plan.modules[owner].layout.dp)]
+    lanes = [_lane_ranks(plan.modules[module], dp) for dp in range(plan.modules[module].layout.dp)]
+    found = []
+    for lane, ranks in enumerate(owners):
+        shared = tuple(dp for dp, others in enumerate(lanes) if ranks & others)
+        low, high = lane * len(lanes) // len(owners), -(-(lane + 1) * len(lanes) // len(owners))
+        found.append(shared or tuple(range(low, high)))
+    return tuple(found)
+
+
+def _lane_ranks(module: ModulePlan, dp: int) -> set[int]:
+    layout = module.layout
+    places = itertools.product(range(layout.tp), range(layout.cp), range(layout.pp))
+    return {rank_at(module, tp=tp, cp=cp, dp=dp, pp=pp) for tp, cp, pp in places}
 
 
 def expert_groups(module: ModulePlan, name: str) -> tuple[tuple[int, ...], ...]:

@@ -1,13 +1,14 @@
-"""Which rank sends which items to which rank when a tensor changes layout between two modules. Pure integers.
+"""Which of its rows a rank sends to whom, and which it gets from whom. Pure integers, computed from local rows alone.
 
-Both sides are lists of *lanes* (data-parallel replicas). A lane holds some items, and each of its ranks (the tensor-
-parallel replicas) has a copy of all of them. Items are routed once to every rank that needs them:
+Each side of an edge is cut into *groups*: the ranks of a group are replicas, all holding the same rows; different
+groups hold different rows. With plain tensor parallelism a group is a lane's tp ranks; with cp or sequence parallelism
+every shard of the tokens is a group of its own.
 
-    source lanes            target lanes              a rank that is in both keeps its own items: no message
-    lane 0: ranks 0 1   ->  lane 0: ranks 2           else target replica t reads from source replica t mod TP,
-    items 0 1 2             items 0 1                 so the traffic spreads over the source's replicas
+    source groups           target groups            a rank that is in both keeps its own rows: no message
+    0: ranks 0 1        ->  0: rank 2                else replica t of group g reads from source replica (g + t) mod n,
+    rows 0 1 2              rows 0 1                 so the traffic spreads over the source's replicas
 
-The backward route is the same function with the sides swapped.
+Every row goes once to every rank that needs it. The way back is the same with the sides swapped.
 """
 
 from __future__ import annotations
@@ -15,40 +16,107 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LaneItems = Sequence[tuple[Sequence[int], Sequence[int]]]  # per lane: (ranks of its replicas, items it holds)
+import numpy as np
+
+from megatron_mosaic.batch import Integers, padded_length
+from megatron_mosaic.parallel_state_ext.ranks import Coordinates, rank_at
+from megatron_mosaic.plan import ModulePlan
+
+Rows = slice | Integers  # positions in a rank's rows; a slice wherever they are consecutive
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Rows that go to, or come from, one other rank (or the rank itself: no message)."""
+
+    rank: int
+    rows: Rows
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """Items that `sender` hands to `receiver`; positions into their lanes' item lists. Local if they are the same."""
+class Side:
+    """How one module holds the tokens of a unit, on its first or last stage."""
 
-    sender: int
-    receiver: int
-    items: tuple[int, ...]
-    from_positions: tuple[int, ...]
-    to_positions: tuple[int, ...]
+    placed: ModulePlan
+    stage: int
+    lane_of_item: Integers
+    index_in_lane: Integers
+    lengths: Integers  # padded tokens per item, lane by lane
 
-    @property
-    def is_local(self) -> bool:
-        return self.sender == self.receiver
+    def locate(self, items: Integers, tokens: Integers) -> tuple[Integers, Integers, Integers]:
+        """For each row (item, token): its group, and where it stands in that group's hidden states (token, item)."""
+        layout, lanes = self.placed.layout, self.lane_of_item[items]
+        if layout.cp == 1:
+            cp, place = np.zeros_like(tokens), tokens
+        else:
+            size = self.lengths[lanes] // (2 * layout.cp)
+            chunk, within = np.divmod(tokens, size)
+            mirrored = chunk >= layout.cp
+            cp = np.where(mirrored, 2 * layout.cp - 1 - chunk, chunk)
+            place = within + size * mirrored
+        group = lanes * layout.cp + cp
+        if self.placed.sequence_parallel:
+            tp, place = np.divmod(place, self.lengths[lanes] // (layout.cp * layout.tp))
+            group = group * layout.tp + tp
+        return group, place, self.index_in_lane[items]
+
+    def group_of(self, at: Coordinates) -> tuple[int, int]:
+        """(group, number of the replica in it) of the rank at these coordinates."""
+        group = at.dp * self.placed.layout.cp + at.cp
+        return (group * self.placed.layout.tp + at.tp, 0) if self.placed.sequence_parallel else (group, at.tp)
+
+    def ranks_of(self, group: int) -> tuple[int, ...]:
+        """The replicas of a group."""
+        tps: Sequence[int] = range(self.placed.layout.tp)
+        if self.placed.sequence_parallel:
+            group, tp = divmod(group, self.placed.layout.tp)
+            tps = (tp,)
+        dp, cp = divmod(group, self.placed.layout.cp)
+        return tuple(rank_at(self.placed, tp=tp, cp=cp, dp=dp, pp=self.stage) for tp in tps)
 
 
-def build_route(source: LaneItems, target: LaneItems) -> tuple[Transfer, ...]:
-    """Every transfer, ordered by receiver then sender. Each rank of a target lane gets each of its items once.
+def make_side(placed: ModulePlan, stage: int, lanes: Sequence[Sequence[int]], tokens: Integers) -> Side:
+    """The side of a module whose lanes hold these items; `tokens`: how many every item of the unit has."""
+    lane_of_item = np.zeros(len(tokens), dtype=np.int64)
+    index_in_lane = np.zeros(len(tokens), dtype=np.int64)
+    lengths = np.zeros(len(lanes), dtype=np.int64)
+    for lane, items in enumerate(lanes):
+        members = list(items)
+        lane_of_item[members] = lane
+        index_in_lane[members] = np.arange(len(members))
+        lengths[lane] = padded_length(placed, int(tokens[members].max())) if members else 0
+    return Side(placed, stage, lane_of_item, index_in_lane, lengths)
 
-    Raises KeyError if a target lane needs an item that no source lane holds.
-    """
-    holder = {item: (lane, position) for lane, (_, items) in enumerate(source) for position, item in enumerate(items)}
-    transfers = []
-    for ranks, items in target:
-        by_lane: dict[int, list[tuple[int, int, int]]] = {}
-        for position, item in enumerate(items):
-            lane, held_at = holder[item]
-            by_lane.setdefault(lane, []).append((item, held_at, position))
-        for replica, receiver in enumerate(ranks):
-            for lane, moved in by_lane.items():
-                senders = source[lane][0]
-                sender = receiver if receiver in senders else senders[replica % len(senders)]
-                item_ids, from_positions, to_positions = zip(*moved, strict=True)
-                transfers.append(Transfer(sender, receiver, item_ids, from_positions, to_positions))
-    return tuple(sorted(transfers, key=lambda t: (t.receiver, t.sender)))
+
+def sender_of(receiver: int, group: int, replica: int, holders: Sequence[int]) -> int:
+    """The replica among `holders` that serves `receiver`, which is `replica` of `group` on the receiving side."""
+    return receiver if receiver in holders else holders[(group + replica) % len(holders)]
+
+
+def outgoing(rank: int, replicas: Sequence[int], other: Side, other_groups: Integers, first: int) -> tuple[Part, ...]:
+    """What `rank`, one of the `replicas` of its group, sends: row first + i goes to all of group other_groups[i]."""
+    parts = []
+    for group, rows in _by_group(other_groups, first):
+        for replica, receiver in enumerate(other.ranks_of(group)):
+            if sender_of(receiver, group, replica, replicas) == rank:
+                parts.append(Part(receiver, _compact(rows), len(rows)))
+    return tuple(parts)
+
+
+def incoming(rank: int, group: int, replica: int, other: Side, other_groups: Integers, first: int) -> tuple[Part, ...]:
+    """What `rank`, `replica` of `group`, receives: its row first + i comes from one of group other_groups[i]."""
+    return tuple(
+        Part(sender_of(rank, group, replica, other.ranks_of(held_by)), _compact(rows), len(rows))
+        for held_by, rows in _by_group(other_groups, first)
+    )
+
+
+def _by_group(groups: Integers, first: int) -> list[tuple[int, Integers]]:
+    """(group, row numbers) for each group that occurs, ascending."""
+    return [(group, np.flatnonzero(groups == group) + first) for group in np.unique(groups).tolist()]
+
+
+def _compact(rows: Integers) -> Rows:
+    first, count = int(rows[0]), len(rows)
+    return slice(first, first + count) if int(rows[-1]) == first + count - 1 else rows

@@ -16,6 +16,7 @@ from megatron_mosaic.schedules.chain import Chain
 
 def one_f_one_b(chain: Chain) -> Schedule:
     """1F1B: at most d + 1 units of a stage are alive, whatever the batch size."""
+    chain.require_no_chunks("1f1b")
     for source, target in chain.edges:
         if chain.units[target] > chain.units[source]:
             raise ScheduleError(
@@ -26,36 +27,46 @@ def one_f_one_b(chain: Chain) -> Schedule:
             )
     lanes = {}
     for module, num_stages in chain.num_stages.items():
-        num_units = -(-chain.num_microbatches // chain.units[module])
+        units = range(chain.num_units(module))
         for stage in range(num_stages):
-            # A unit of k microbatches outlives k of its consumers' steps, so fewer units cover the same way.
-            ahead = -(-chain.stages_after(module, stage) // chain.units[module])
-            if chain.units[module] > 1 and chain.stages_after(module, stage):
-                ahead += 1
-            warmup = min(ahead, num_units)
-            forwards = [Action(module, stage, Kind.F, unit) for unit in range(num_units)]
-            if module not in chain.has_backward:
-                lanes[f"{module}.{stage}"] = tuple(forwards)
-                continue
-            backwards = [Action(module, stage, Kind.B, unit) for unit in range(num_units)]
-            steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
-            lanes[f"{module}.{stage}"] = (*forwards[:warmup], *steady, *backwards[num_units - warmup :])
-    return _schedule("1f1b", chain, lanes)
+            forwards = [Action(module, stage, Kind.F, unit) for unit in units]
+            backwards = [Action(module, stage, Kind.B, unit) for unit in units if module in chain.has_backward]
+            lanes[f"{module}.{stage}"] = alternate(forwards, backwards, units_ahead(chain, module, stage))
+    return make_schedule("1f1b", chain, lanes)
+
+
+def units_ahead(chain: Chain, module: str, stage: int) -> int:
+    """Forwards that a stage runs before its first backward can come, beside the one that it belongs to."""
+    behind, size = chain.stages_after(module, stage), chain.units[module]
+    # A unit of k microbatches outlives k of its consumers' steps, so fewer units cover the same way.
+    return -(-behind // size) + (1 if size > 1 and behind else 0)
+
+
+def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> tuple[Action, ...]:
+    """So many forwards, then forward and backward in turn, then the backwards that are left."""
+    if not backwards:
+        return tuple(forwards)
+    warmup = min(warmup, len(forwards))
+    steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
+    return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
 
 
 def forward_only(chain: Chain) -> Schedule:
     """Every forward in order, no backward (evaluation)."""
     lanes = {
         f"{module}.{stage}": tuple(
-            Action(module, stage, Kind.F, unit) for unit in range(-(-chain.num_microbatches // chain.units[module]))
+            Action(module, stage, Kind.F, unit, chunk)
+            for unit in range(chain.num_units(module))
+            for chunk in range(chain.chunks(module))
         )
         for module, num_stages in chain.num_stages.items()
         for stage in range(num_stages)
     }
-    return _schedule("forward_only", chain, lanes)
+    return make_schedule("forward_only", chain, lanes)
 
 
-def _schedule(name: str, chain: Chain, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
+def make_schedule(name: str, chain: Chain, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
+    """The schedule of these lanes. ScheduleError if they deadlock."""
     return Schedule(
         name=name, num_microbatches=chain.num_microbatches, edges=chain.edges, units=dict(chain.units), lanes=lanes
     )

@@ -47,7 +47,9 @@ def with_line(text: str, number: int, line: str) -> str:
 def test_performs_the_ranks_program_in_order(rank) -> None:
     executor = make_executor(rank)
     performed = []
-    executor.run(3, lambda action, clock: (performed.append(action), take_two_looks(action, clock))[1])
+    executor.run(
+        executor.program(3), lambda action, clock: (performed.append(action), take_two_looks(action, clock))[1]
+    )
     assert tuple(performed) == rank_programs(PLAN, executor.planned(3))[rank]
     assert [(s.rank, s.lane, s.label) for s in executor.spans] == [(rank, a.lane, str(a)) for a in performed]
     assert [s.start_s for s in executor.spans] == [1.0 + 2 * i for i in range(len(performed))]
@@ -58,11 +60,11 @@ def test_performs_the_ranks_program_in_order(rank) -> None:
 def test_spans_are_those_of_the_last_step_and_of_its_tail() -> None:
     executor = make_executor(0)
     executor.begin_step()
-    executor.run(2, take_two_looks)
+    executor.run(executor.program(2), take_two_looks)
     first = [span.label for span in executor.spans]
     executor.begin_step()
     assert executor.spans == []
-    executor.run(2, take_two_looks)
+    executor.run(executor.program(2), take_two_looks)
     assert executor.record("~grads", lambda: "result") == "result"
     assert [span.label for span in executor.spans] == [*first, "~grads"]
     tail = executor.spans[-1]
@@ -73,7 +75,7 @@ def test_spans_are_those_of_the_last_step_and_of_its_tail() -> None:
 def test_evaluation_runs_forwards_only_and_counts_no_step() -> None:
     executor = make_executor(1)
     executor.begin_step(forward_only=True)
-    executor.run(2, take_two_looks, forward_only=True)
+    executor.run(executor.program(2, forward_only=True), take_two_looks)
     assert executor.spans and all("F" in span.label for span in executor.spans)
     assert executor.step == 0
 
@@ -134,7 +136,7 @@ def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch)
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     executor = make_executor(2)
     executor.begin_step()
-    executor.run(2, take_two_looks)
+    executor.run(executor.program(2), take_two_looks)
     executor.begin_step()
 
     def fail(action: Action, clock) -> tuple[float, float]:
@@ -143,7 +145,7 @@ def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch)
         return take_two_looks(action, clock)
 
     with pytest.raises(RankFailure) as failure:
-        executor.run(2, fail)
+        executor.run(executor.program(2), fail)
     assert failure.value.where == "rank 2, step 2 lane llm.1 action llm.1B1"
     assert failure.value.got == "ZeroDivisionError: no tokens"
     assert isinstance(failure.value.__cause__, ZeroDivisionError)

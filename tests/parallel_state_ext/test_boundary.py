@@ -1,70 +1,68 @@
 """RowChannels over four gloo ranks: many borders in one world, against plain indexing of the whole tensor.
 
-The oracle is indexing: item i's rows are rows[i], wherever they travelled. Values are small integers, so that sums in
-the adjoint identity are exact.
+The oracle is indexing: the row of a token is a function of its source item and position, wherever it travelled. Values
+are small integers, so that sums in the adjoint identity are exact.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.batch import split_evenly
 from megatron_mosaic.parallel_state_ext.boundary import RowChannel
-from megatron_mosaic.parallel_state_ext.routes import build_route
+from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.routes import Part
+from megatron_mosaic.parallel_state_ext.step_map import StepMap
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.workload import Edge, Role, Workload
 from tests.forked import run_gloo
+from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, bring_items, module
 
 pytestmark = pytest.mark.dist
 
-ROWS_PER_ITEM, WIDTH = 3, 5
-ITEM_BYTES = ROWS_PER_ITEM * WIDTH * 4
-
-
-def dealt(lanes, *sizes):
-    """Lanes with so many consecutive items each."""
-    items = iter(range(sum(sizes)))
-    return [(ranks, [next(items) for _ in range(size)]) for ranks, size in zip(lanes, sizes, strict=True)]
-
-
-def even(lanes, num_items):
-    return [(ranks, list(block)) for ranks, block in zip(lanes, split_evenly(num_items, len(lanes)), strict=True)]
-
-
-FOUR = [(0,), (1,), (2,), (3,)]
-PAIRS = [(0, 1), (2, 3)]
+EDGE = Edge(source="encoder0", target=BACKBONE, rows_per_item=ITEM_TOKENS, width=WIDTH)
+WORKLOAD = Workload(
+    name="random", modules=(module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)), edges=(EDGE,)
+)
 BORDERS = {
-    "equal": (even(FOUR, 7), even(FOUR, 7)),
-    "equal ranks, other shares": (dealt(FOUR, 3, 0, 3, 1), even(FOUR, 7)),
-    "dp 4 to tp 2 dp 2": (even(FOUR, 6), dealt(PAIRS, 5, 1)),
-    "disjoint": (even([(0,), (1,)], 5), even([(2,), (3,)], 5)),
-    "disjoint, tp to tp": (even([(0, 1)], 4), even([(2, 3)], 4)),
-    "nested": (even([(1,), (2,)], 5), even(FOUR, 5)),
-    "partial overlap": (even([(0,), (1,), (2,)], 8), even([(1, 2), (3, 0)], 8)),
-    "dp 3 to dp 2": (even([(0,), (1,), (2,)], 7), dealt([(0,), (3,)], 2, 5)),
-    "scattered replicas": (even([(0, 2)], 3), even([(1, 3)], 3)),
-    "one to four replicas": (even([(2,)], 3), even([(0, 1, 2, 3)], 3)),
-    "items in another order": ([((0,), [3, 0]), ((1,), [2, 4, 1])], [((1,), [1, 3]), ((2,), [4, 0, 2])]),
-    "two items to many lanes": (even(FOUR, 2), even([(3,), (2,), (1,)], 2)),
-    "nothing": (even(FOUR, 0), even(PAIRS, 0)),
+    "equal": (("0-3", {"dp": 4}), ("0-3", {"dp": 4})),
+    "tp4 to dp4": (("0-3", {"tp": 4}), ("0-3", {"dp": 4})),
+    "dp4 to tp2 dp2": (("0-3", {"dp": 4}), ("0-3", {"tp": 2, "dp": 2})),
+    "disjoint": (("0-1", {"dp": 2}), ("2-3", {"dp": 2})),
+    "disjoint, tp to tp": (("0-1", {"tp": 2}), ("2-3", {"tp": 2})),
+    "nested": (("1-2", {"dp": 2}), ("0-3", {"dp": 4})),
+    "partial overlap": (("0-2", {"dp": 3}), ("1-3", {"dp": 3})),
+    "dp3 to dp2": (("0-2", {"dp": 3}), ("0,3", {"dp": 2})),
+    "scattered replicas": (("0,2", {"tp": 2}), ("1,3", {"tp": 2})),
+    "one to four replicas": (("2", {}), ("0-3", {"tp": 4})),
+    "cp4": (("0-3", {"dp": 4}), ("0-3", {"cp": 4})),
+    "cp2 dp2 to cp2 tp2": (("0-3", {"cp": 2, "dp": 2}), ("0-3", {"cp": 2, "tp": 2})),
+    "sequence parallel": (("0-3", {"tp": 2, "dp": 2, "sp": True}), ("0-3", {"tp": 2, "cp": 2, "sp": True})),
+    "a unit of three": (("0-1", {"dp": 2, "unit": 3}), ("0-3", {"dp": 4})),
 }
 
 
-def lower_bound(source, target) -> int:
-    """Item copies that no route can avoid: what a target rank needs and does not hold."""
-    held = {rank: set(items) for ranks, items in source for rank in ranks}
-    return sum(len(set(items) - held.get(rank, set())) for ranks, items in target for rank in ranks)
+def placed(ranks: str, settings: dict) -> ModulePlan:
+    settings = dict(settings)
+    unit, split = settings.pop("unit", 0), settings.pop("sp", False)
+    return ModulePlan(ranks=RankSet.parse(ranks), layout=Layout(**settings), unit=unit, sequence_parallel=split)
 
 
-def lane_of(rank, side):
-    """(this rank's items, whether it speaks for its lane); None if it has no lane with items."""
-    for ranks, items in side:
-        if rank in ranks and items:
-            return items, rank == ranks[0]
-    return None
+def make_plan(source, target) -> Plan:
+    modules = {"encoder0": placed(*source), BACKBONE: placed(*target)}
+    size = 2 * modules[BACKBONE].layout.dp
+    return Plan(
+        workload="random",
+        world_size=4,
+        global_batch_size=4 * size,
+        micro_batch_size=2,
+        schedule="1f1b",
+        modules=modules,
+    )
 
 
-def integers(num_items, seed) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-9, 10, (num_items, ROWS_PER_ITEM, WIDTH), generator=generator).float()
+def make_channel() -> RowChannel:
+    return RowChannel(dist.new_group(), width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def summed(value: float) -> float:
@@ -73,63 +71,108 @@ def summed(value: float) -> float:
     return float(total)
 
 
-def make_channel(group) -> RowChannel:
-    return RowChannel(group, rows_per_item=ROWS_PER_ITEM, width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+class Border:
+    """One border on this rank: rows that it holds on either side, and messages for all units."""
 
+    def __init__(self, number: int, plan: Plan) -> None:
+        self.plan, self.rank = plan, dist.get_rank()
+        rng = np.random.default_rng(number)
+        size = plan.micro_batch_size * plan.modules[BACKBONE].layout.dp
+        metadata = [bring_items(WORKLOAD, size, rng) for _ in range(4)]
+        self.map = StepMap(plan, WORKLOAD, self.rank, metadata)
 
-def pass_over(channel, source, target, messages) -> list[torch.Tensor]:
-    """Send all messages, then receive them; per message what this rank's target lane got, as items."""
-    rank, route = dist.get_rank(), build_route(source, target)
-    if (sends := lane_of(rank, source)) is not None:
-        for key, rows in enumerate(messages):
-            channel.send(key, route, rows[sends[0]].flatten(0, 1))
-    got = []
-    if (reads := lane_of(rank, target)) is not None:
-        got = [channel.receive(key, route, len(reads[0])) for key in range(len(messages))]
-    channel.drain()
-    for rows, expected in zip(got, messages, strict=False):
-        assert rows.shape == (len(reads[0]) * ROWS_PER_ITEM, WIDTH)
-        torch.testing.assert_close(rows.unflatten(0, (-1, ROWS_PER_ITEM)), expected[reads[0]], rtol=0, atol=0)
-    return got
+    def units(self, *, at_source: bool) -> range:
+        name = EDGE.source if at_source else EDGE.target
+        return (
+            range(-(-4 // (self.plan.modules[name].unit or 1))) if name in self.plan.modules_on(self.rank) else range(0)
+        )
 
+    def values(self, unit: int, seed: int, *, at_source: bool) -> torch.Tensor:
+        """Rows of this rank: small integers that depend on where the row is in the unit on the *source* side."""
+        rows = self.map.rows(EDGE, unit, at_source=at_source)
+        generator = torch.Generator().manual_seed(1000 * seed + unit)
+        table = torch.randint(-9, 10, (64, 64, WIDTH), generator=generator).float()
+        name = EDGE.source if at_source else EDGE.target
+        shard = self.map.shard(name, unit)
+        items = torch.tensor([shard.items[i] for i in rows.items], dtype=torch.long)
+        return table[items, torch.as_tensor(shard.tokens[rows.tokens])]
 
-def inner_product(rank, side, got, others) -> float:
-    """<got, others> over the lanes of a side, each lane once."""
-    lane = lane_of(rank, side)
-    if lane is None or not lane[1]:
-        return 0.0
-    return float((got[0].flatten().double() * others[lane[0]].flatten().double()).sum())
+    def carry(self, channel: RowChannel, rows: dict[int, torch.Tensor], *, forward: bool) -> dict[int, torch.Tensor]:
+        """Send these rows by unit; what this rank gets on the other side."""
+        for unit, values in rows.items():
+            for peer in self.map.peers(EDGE, unit, at_source=forward):
+                if len(values):
+                    channel.send((unit, peer), self.map.sends(EDGE, unit, peer, at_source=forward), values)
+        got = {}
+        for unit in self.units(at_source=not forward):
+            held = self.map.rows(EDGE, unit, at_source=not forward)
+            if held:
+                arrivals = [
+                    ((peer, unit), self.map.receives(EDGE, unit, peer, at_source=not forward))
+                    for peer in self.map.peers(EDGE, unit, at_source=not forward)
+                ]
+                got[unit] = channel.receive(arrivals, len(held))
+        channel.drain()
+        return got
+
+    def counts(self, *, at_source: bool) -> bool:
+        """Whether this rank speaks for its replicas."""
+        name = EDGE.source if at_source else EDGE.target
+        module_plan = self.plan.modules[name]
+        return module_plan.sequence_parallel or coordinates_of(module_plan, self.rank).tp == 0
 
 
 def check_all_borders() -> None:
-    rank = dist.get_rank()
-    forward, backward = make_channel(dist.new_group()), make_channel(dist.new_group())
-    for number, (name, (source, target)) in enumerate(BORDERS.items()):
-        num_items = sum(len(items) for _, items in source)
-        x, y = ([integers(num_items, seed) for seed in (10 * number + i, 10 * number + i + 5)] for i in (0, 1))
-        before = forward.sent_bytes, backward.sent_bytes
-        ax = pass_over(forward, source, target, x)
-        aty = pass_over(backward, target, source, y)
-        left = summed(inner_product(rank, target, ax, y[0]))
-        right = summed(inner_product(rank, source, aty, x[0]))
+    forward, backward = make_channel(), make_channel()
+    for number, (name, sides) in enumerate(BORDERS.items()):
+        border = Border(number, make_plan(*sides))
+        x = {unit: border.values(unit, number, at_source=True) for unit in border.units(at_source=True)}
+        y = {unit: border.values(unit, 99 - number, at_source=False) for unit in border.units(at_source=False)}
+        before = forward.sent_bytes
+        ax, aty = border.carry(forward, x, forward=True), border.carry(backward, y, forward=False)
+        left = sum(float((rows * y[u]).double().sum()) for u, rows in ax.items() if border.counts(at_source=False))
+        right = sum(float((rows * x[u]).double().sum()) for u, rows in aty.items() if border.counts(at_source=True))
+        left, right = summed(left), summed(right)
         assert left == right, f"{name}: <Ax, y> = {left}, <x, A^T y> = {right}"
-        assert left or not num_items, f"{name}: a test of zeros"
-        sent = [summed(channel.sent_bytes - was) for channel, was in zip((forward, backward), before, strict=True)]
-        least = [2 * lower_bound(*sides) * ITEM_BYTES for sides in ((source, target), (target, source))]
-        assert sent == least, f"{name}: sent {sent} bytes, at least {least}"
+        assert left, f"{name}: a test of zeros"
+        assert all(len(rows) == len(border.map.rows(EDGE, u, at_source=False)) for u, rows in ax.items())
+        if sides[0][0] == sides[1][0] and set(sides[0][1]) == {"tp"}:
+            # every rank holds every row: what it needs is a part of what it has
+            assert summed(forward.sent_bytes - before) == 0, name
 
 
 def test_rows_arrive_where_indexing_says_and_backward_is_the_adjoint() -> None:
     run_gloo(4, check_all_borders)
 
 
-def leave_rows_behind() -> None:
-    channel = make_channel(dist.group.WORLD)
-    route = build_route([((0,), (0,))], [((0,), (0,))])
-    channel.send("unit 3", route, torch.zeros(ROWS_PER_ITEM, WIDTH))
-    with pytest.raises(AssertionError, match="unit 3"):
+def keep_rows() -> None:
+    channel, rows = make_channel(), torch.arange(12.0).view(3, 4)
+    everything = (Part(dist.get_rank(), slice(0, 3), 3),)
+    channel.send("unit 3", everything, rows)
+    assert channel.receive([("unit 3", everything)], 3).data_ptr() == rows.data_ptr(), "a copy where none is needed"
+    channel.send("unit 4", everything, rows)
+    with pytest.raises(AssertionError, match="unit 4"):
         channel.drain()
 
 
-def test_rows_that_nobody_takes_are_an_error() -> None:
-    run_gloo(1, leave_rows_behind)
+def test_rows_that_stay_are_not_copied_and_rows_that_nobody_takes_are_an_error() -> None:
+    run_gloo(1, keep_rows)
+
+
+def use_buffers_again() -> None:
+    """Rows 0 and 2 travel through a staging buffer each way; the second message finds it free."""
+    rank = dist.get_rank()
+    channel = RowChannel(dist.new_group(), width=2, dtype=torch.float32, device=torch.device("cpu"))
+    rows = torch.arange(8.0).view(4, 2)
+    for turn in range(3):
+        if rank == 0:
+            channel.send(turn, (Part(1, np.array([0, 2]), 2),), rows + turn)
+            channel.drain()
+        else:
+            got = channel.receive([(turn, (Part(0, np.array([1, 3]), 2),))], 4)
+            torch.testing.assert_close(got[[1, 3]], (rows + turn)[[0, 2]], rtol=0, atol=0)
+    assert channel.staging_bytes == 2 * 2 * 4
+
+
+def test_staging_buffers_are_used_again() -> None:
+    run_gloo(2, use_buffers_again)

@@ -137,7 +137,7 @@ def test_baselines_are_what_they_say():
     space = _space()
     for plan in homogeneous_plans(space):
         validate_plan(plan, WORKLOAD, space.cluster)
-        require_supported_plan(plan)
+        require_supported_plan(plan, WORKLOAD)
         assert len({(m.ranks, m.layout) for m in plan.modules.values()}) == 1
         assert plan.modules["llm"].ranks == RankSet.parse("0-3")
     found = list(disaggregated_plans(space))
@@ -158,7 +158,7 @@ def test_every_step_is_better_than_the_one_before_and_explained():
     assert len(starts) == len([n for n in BASELINES if best_baseline(n, space, evaluator)])
     for i, step in enumerate(steps):
         validate_plan(step.plan, space.workload, space.cluster)
-        require_supported_plan(step.plan)
+        require_supported_plan(step.plan, space.workload)
         assert evaluator.simulate(step.plan).step_s == pytest.approx(step.step_s)
         if i not in starts and "the better of the ends" not in step.reason:
             assert step.step_s < steps[i - 1].step_s

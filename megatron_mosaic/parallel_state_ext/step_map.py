@@ -1,0 +1,232 @@
+"""Who holds what in one step: items of units, shards of tokens, rows of edges, seen from one rank. Pure integers.
+
+    metadata of every microbatch (items, links) --balance--> lanes of every unit --locate--> own rows, messages
+
+A *unit* of a module covers `units[module]` microbatches, so a module may work on several of the backbone's at once.
+Rows of an edge are ordered by microbatch, then link, then position in the link, on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_mosaic.batch import (
+    Integers,
+    Items,
+    Links,
+    Shard,
+    balance_items,
+    imbalance,
+    item_costs,
+    shard_of,
+    split_evenly,
+)
+from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of, near_lanes
+from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, make_side, outgoing
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.workload import Edge, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What is known of one microbatch before any tensor is touched."""
+
+    items: Mapping[str, Items]
+    links: Mapping[tuple[str, str], Links]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """Rows of an edge that this rank holds on one side of a unit: where they stand, and who holds them opposite.
+
+    `first[i]` is the row number at which the i-th microbatch of the unit begins.
+    """
+
+    tokens: Integers
+    items: Integers
+    opposite: Integers  # group on the other side
+    first: Integers
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class StepMap:
+    """One step as `rank` sees it. Every rank computes its own from the same metadata."""
+
+    def __init__(self, plan: Plan, workload: Workload, rank: int, microbatches: Sequence[Metadata]) -> None:
+        self._plan, self._workload, self._rank = plan, workload, rank
+        self._microbatches = microbatches
+        self._units: dict[tuple[str, int], _Unit] = {}
+        self._rows: dict[tuple[str, str, bool, int], HeldRows] = {}
+        self._at: dict[str, Coordinates] = {
+            name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
+        }
+
+    def covered(self, module: str, unit: int) -> range:
+        """The microbatches of a unit."""
+        size = self._plan.modules[module].unit or 1
+        return range(unit * size, min((unit + 1) * size, len(self._microbatches)))
+
+    def shard(self, module: str, unit: int) -> Shard:
+        """What this rank computes. No items: the unit is empty here."""
+        at = self._at[module]
+        return self._unit(module, unit).shard(at.dp, at)
+
+    def is_ghost(self, module: str, unit: int) -> bool:
+        """Whether this rank computes an item that counts for nothing.
+
+        Experts on other ranks wait for every lane: a lane without items sends them those of the unit's first.
+        """
+        found = self._unit(module, unit)
+        return found.is_ghost(self._at[module].dp)
+
+    def imbalance(self, module: str, unit: int) -> tuple[float, float]:
+        """Load of the busiest lane over the mean: if owners computed their items themselves, and as it is."""
+        found = self._unit(module, unit)
+        return imbalance(found.owned, found.costs), imbalance(found.lanes, found.costs)
+
+    def rows(self, edge: Edge, unit: int, *, at_source: bool) -> HeldRows:
+        """The edge's rows that this rank holds in a unit of its source (or target)."""
+        key = (edge.source, edge.target, at_source, unit)
+        if key not in self._rows:
+            self._rows[key] = self._find_rows(edge, unit, at_source)
+        return self._rows[key]
+
+    def peers(self, edge: Edge, unit: int, *, at_source: bool) -> range:
+        """The units on the other side that share microbatches with this one."""
+        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
+        covered, size = self.covered(module, unit), self._plan.modules[other].unit or 1
+        return range(covered[0] // size, covered[-1] // size + 1)
+
+    def sends(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
+        """This rank's rows of `unit` that go to other ranks for their unit `peer`; forward if `at_source`."""
+        held, rows = self._shared(edge, unit, peer, at_source)
+        own, other = self._sides(edge, unit, peer, at_source)
+        group, _ = own.group_of(self._at[edge.source if at_source else edge.target])
+        return outgoing(self._rank, own.ranks_of(group), other, held.opposite[rows], rows.start)
+
+    def receives(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
+        """This rank's rows of `unit` that come from the other side's unit `peer`; backward if `at_source`."""
+        held, rows = self._shared(edge, unit, peer, at_source)
+        own, other = self._sides(edge, unit, peer, at_source)
+        group, replica = own.group_of(self._at[edge.source if at_source else edge.target])
+        return incoming(self._rank, group, replica, other, held.opposite[rows], rows.start)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _unit(self, module: str, unit: int) -> _Unit:
+        key = (module, unit)
+        if key not in self._units:
+            covered = [self._microbatches[m].items for m in self.covered(module, unit)]
+            self._units[key] = _Unit(self._plan, self._workload, module, covered)
+        return self._units[key]
+
+    def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
+        found = self._unit(edge.source if at_source else edge.target, unit)
+        return found.last if at_source else found.first
+
+    def _sides(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Side, Side]:
+        return self._side(edge, unit, at_source=at_source), self._side(edge, peer, at_source=not at_source)
+
+    def _shared(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[HeldRows, slice]:
+        """This unit's rows, and which of them belong to microbatches of `peer` too."""
+        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
+        held, covered, peers = (
+            self.rows(edge, unit, at_source=at_source),
+            self.covered(module, unit),
+            self.covered(other, peer),
+        )
+        low, high = max(covered.start, peers.start), min(covered.stop, peers.stop)
+        return held, slice(int(held.first[low - covered.start]), int(held.first[high - covered.start]))
+
+    def _find_rows(self, edge: Edge, unit: int, at_source: bool) -> HeldRows:
+        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
+        at = self._at[module]
+        found = self._unit(module, unit)
+        own = self._side(edge, unit, at_source=at_source)
+        mine, _ = own.group_of(at)
+        columns: list[list[Integers]] = [[], [], []]
+        first = [0]
+        for index, m in enumerate(self.covered(module, unit)):
+            links = self._microbatches[m].links[edge.source, edge.target]
+            ends = [(links.source_items, links.source_starts), (links.target_items, links.target_starts)]
+            (items, starts), (far_items, far_starts) = ends if at_source else reversed(ends)
+            items = items + found.offsets[index]
+            near = np.flatnonzero(own.lane_of_item[items] == at.dp) if len(items) else items
+            link, within = _expand(links.rows[near])
+            rows = near[link]
+            group, token, item = own.locate(items[rows], starts[rows] + within)
+            kept = group == mine
+            size = self._plan.modules[other].unit or 1
+            opposite = self._unit(other, m // size)
+            far = far_items[rows][kept] + opposite.offsets[m - (m // size) * size]
+            side = self._side(edge, m // size, at_source=not at_source)
+            columns[0].append(token[kept])
+            columns[1].append(item[kept])
+            columns[2].append(side.locate(far, (far_starts[rows] + within)[kept])[0])
+            first.append(first[-1] + int(kept.sum()))
+        tokens, row_items, groups = (np.concatenate(column) for column in columns)
+        return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))
+
+
+class _Unit:
+    """The items of one unit of one module, and which lane computes which."""
+
+    def __init__(self, plan: Plan, workload: Workload, module: str, covered: Sequence[Mapping[str, Items]]) -> None:
+        self._placed = plan.modules[module]
+        self.offsets = np.cumsum([0, *(len(items[module]) for items in covered)])
+        self.tokens = np.concatenate([items[module].tokens for items in covered])
+        self.costs = item_costs(workload.by_name[module], self.tokens)
+        backbone = workload.backbone.name
+        if module == backbone:
+            assert len(covered) == 1, "the backbone's unit is its microbatch"
+            lanes = split_evenly(len(self.tokens), self._placed.layout.dp)
+            self.lanes = self.owned = tuple(map(tuple, lanes))
+        else:
+            near = near_lanes(plan, backbone, module)
+            owners = [int(s) // plan.micro_batch_size for items in covered for s in items[module].samples]
+            self.owned = _owned(near, owners, self._placed.layout.dp)
+            balanced = balance_items(self.costs, [near[owner] for owner in owners], self._placed.layout.dp)
+            stay = imbalance(self.owned, self.costs) <= imbalance(balanced, self.costs)
+            self.lanes = self.owned if stay else balanced
+
+    def is_ghost(self, lane: int) -> bool:
+        layout = self._placed.layout
+        return not self.lanes[lane] and len(self.tokens) > 0 and layout.ep * layout.etp > 1
+
+    def shard(self, lane: int, at: Coordinates) -> Shard:
+        items = (0,) if self.is_ghost(lane) else self.lanes[lane]
+        return shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
+
+    @cached_property
+    def first(self) -> Side:
+        """Where rows arrive: the first stage."""
+        return self._make_side(0)
+
+    @cached_property
+    def last(self) -> Side:
+        """Where rows leave: the last stage."""
+        return self._make_side(self._placed.layout.pp - 1)
+
+    def _make_side(self, stage: int) -> Side:
+        return make_side(self._placed, stage, self.lanes, self.tokens)
+
+
+def _owned(near: Sequence[Sequence[int]], owners: Sequence[int], num_lanes: int) -> tuple[tuple[int, ...], ...]:
+    """Lanes, if each item stayed with its owner: the first of the lanes next to it."""
+    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
+    for item, owner in enumerate(owners):
+        lanes[near[owner][0]].append(item)
+    return tuple(map(tuple, lanes))
+
+
+def _expand(counts: Integers) -> tuple[Integers, Integers]:
+    """For each of sum(counts) rows: which count it belongs to, and its number within."""
+    link = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return link, np.arange(len(link)) - np.repeat(starts, counts)

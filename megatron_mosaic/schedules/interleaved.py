@@ -1,0 +1,62 @@
+"""Interleaved 1F1B (Narayanan et al. 2021, section 2.2): each stage holds several virtual stages, the bubble shrinks.
+
+Units go through the virtual stages in groups as large as the pipeline is long: 2 stages, 2 chunks, 4 units:
+
+    forwards   F0 F1 v1F0 v1F1 F2 F3 v1F2 v1F3        backwards   v1B0 v1B1 B0 B1 v1B2 v1B3 B2 B3
+
+A stage warms up with some forwards, then alternates, then drains. Modules without virtual stages run 1F1B beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.chain import Chain
+from megatron_mosaic.schedules.one_f_one_b import alternate, make_schedule, units_ahead
+
+
+def interleaved(chain: Chain) -> Schedule:
+    """1F1B where modules with virtual stages interleave them. ScheduleError without any such module."""
+    if not chain.num_chunks:
+        raise ScheduleError(
+            "schedule",
+            got="interleaved, and no module with vpp above 1",
+            expected="virtual stages to interleave",
+            fix="set schedule: 1f1b, or give a module vpp",
+        )
+    # Later virtual stages keep more forwards in flight everywhere before them. How many depends on the whole graph, so
+    # longer and longer warm-ups are tried; the longest runs all forwards first and never waits for a backward.
+    longest = chain.num_microbatches * max(chain.num_chunks.values())
+    for extra in range(longest + 1):
+        try:
+            return make_schedule("interleaved", chain, _lanes(chain, extra))
+        except ScheduleError:
+            if extra == longest:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _lanes(chain: Chain, extra: int) -> dict[str, tuple[Action, ...]]:
+    """Every lane, with `extra` forwards more before the first backward than the module alone would need."""
+    lanes = {}
+    for module, num_stages in chain.num_stages.items():
+        chunks = chain.chunks(module)
+        for stage in range(num_stages):
+            warmup = units_ahead(chain, module, stage)
+            if chunks > 1:  # Narayanan et al. 2021: 2 (p - s - 1) + (v - 1) p within the module
+                warmup += num_stages - stage - 1 + (chunks - 1) * num_stages
+            order = list(_turns(chain.num_units(module), num_stages, chunks))
+            forwards = [Action(module, stage, Kind.F, unit, chunk) for unit, chunk in order]
+            backwards = [Action(module, stage, Kind.B, unit, chunks - 1 - chunk) for unit, chunk in order]
+            trained = backwards if module in chain.has_backward else []
+            lanes[f"{module}.{stage}"] = alternate(forwards, trained, warmup + extra)
+    return lanes
+
+
+def _turns(num_units: int, num_stages: int, num_chunks: int) -> Iterator[tuple[int, int]]:
+    """(unit, chunk) in the order of forwards: a group of units through chunk 0, then the same through chunk 1, ..."""
+    for start in range(0, num_units, num_stages):
+        group = range(start, min(start + num_stages, num_units))
+        yield from ((unit, chunk) for chunk in range(num_chunks) for unit in group)

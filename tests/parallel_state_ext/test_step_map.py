@@ -1,0 +1,165 @@
+"""Random workloads under random plans: rows arrive where their token is, once, and their gradients return.
+
+All ranks are simulated in this process; messages are queues per pair of ranks, first in, first out. The oracle is the
+links themselves: a row is worth a number made of its source item and token, and must be found at its target's.
+"""
+
+from collections import defaultdict, deque
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.step_map import StepMap
+from tests.worlds import BACKBONE, bring_items, plans, workloads
+
+
+@st.composite
+def steps(draw):
+    """(plan, workload, metadata of a step)."""
+    workload = draw(workloads())
+    plan = draw(plans(workload))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = plan.micro_batch_size * plan.modules[BACKBONE].layout.dp
+    return plan, workload, [bring_items(workload, size, rng) for _ in range(plan.num_microbatches(BACKBONE))]
+
+
+def ranks_of_end(plan, name, *, last):
+    """(rank, replicas that hold the same) of a module's first or last stage."""
+    placed = plan.modules[name]
+    stage = placed.layout.pp - 1 if last else 0
+    return [rank for rank in placed.ranks.ranks if coordinates_of(placed, rank).pp == stage]
+
+
+def units_of(plan, name, num_microbatches):
+    return range(-(-num_microbatches // (plan.modules[name].unit or 1)))
+
+
+def value_of(metadata, maps, name, unit, item, token):
+    """A number for token `token` of item `item` of a unit: unique over the step."""
+    offset = 0
+    for m in maps.covered(name, unit):
+        count = len(metadata[m].items[name])
+        if item < offset + count:
+            return (m * 1000 + item - offset) * 1000 + token
+        offset += count
+    raise AssertionError(item)
+
+
+def held_values(metadata, maps, edge, unit, *, at_source):
+    """What this rank's rows are worth, by the numbers of their tokens on the side given."""
+    name = edge.source if at_source else edge.target
+    shard, rows = maps.shard(name, unit), maps.rows(edge, unit, at_source=at_source)
+    return np.array(
+        [
+            value_of(metadata, maps, name, unit, shard.items[item], int(shard.tokens[token]))
+            for token, item in zip(rows.tokens, rows.items, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def links_by_token(metadata, edge):
+    """Value of a target token -> value of the source token that its row comes from."""
+    table = {}
+    for m, microbatch in enumerate(metadata):
+        links = microbatch.links[edge.source, edge.target]
+        for k in range(len(links)):
+            for row in range(int(links.rows[k])):
+                target = (m * 1000 + int(links.target_items[k])) * 1000 + int(links.target_starts[k]) + row
+                source = (m * 1000 + int(links.source_items[k])) * 1000 + int(links.source_starts[k]) + row
+                assert target not in table
+                table[target] = source
+    return table
+
+
+def deliver(plan, edge, maps, num_microbatches, values, *, forward):
+    """Send every row over simulated messages. Returns (rank, unit) -> received values, and rows sent to other ranks."""
+    source, target = (edge.source, edge.target) if forward else (edge.target, edge.source)
+    mail, sent = defaultdict(deque), 0
+    for rank in ranks_of_end(plan, source, last=forward):
+        for unit in units_of(plan, source, num_microbatches):
+            if not len(maps[rank].rows(edge, unit, at_source=forward)):
+                continue
+            for peer in maps[rank].peers(edge, unit, at_source=forward):
+                for part in maps[rank].sends(edge, unit, peer, at_source=forward):
+                    mail[rank, part.rank, unit, peer].append(values[rank, unit][part.rows])
+                    sent += part.num_rows * (part.rank != rank)
+                    assert len(values[rank, unit][part.rows]) == part.num_rows
+    received = {}
+    for rank in ranks_of_end(plan, target, last=not forward):
+        for unit in units_of(plan, target, num_microbatches):
+            rows = np.full(len(maps[rank].rows(edge, unit, at_source=not forward)), -1, dtype=np.int64)
+            if len(rows):
+                for peer in maps[rank].peers(edge, unit, at_source=not forward):
+                    for part in maps[rank].receives(edge, unit, peer, at_source=not forward):
+                        assert (rows[part.rows] == -1).all(), "a row came twice"
+                        rows[part.rows] = mail[part.rank, rank, peer, unit].popleft()
+            assert (rows >= 0).all(), "a row never came"
+            received[rank, unit] = rows
+    assert not any(mail.values()), "a message nobody took"
+    return received, sent
+
+
+@settings(max_examples=150)
+@given(steps())
+def test_rows_and_gradients_arrive_once_where_they_belong(step):
+    plan, workload, metadata = step
+    maps = {rank: StepMap(plan, workload, rank, metadata) for rank in range(plan.world_size)}
+    for edge in workload.edges:
+        table = links_by_token(metadata, edge)
+        ends = {}
+        for at_source, name in ((True, edge.source), (False, edge.target)):
+            ends[at_source] = {
+                (rank, unit): held_values(metadata, maps[rank], edge, unit, at_source=at_source)
+                for rank in ranks_of_end(plan, name, last=at_source)
+                for unit in units_of(plan, name, len(metadata))
+            }
+        forward, sent = deliver(plan, edge, maps, len(metadata), ends[True], forward=True)
+        for place, rows in forward.items():
+            assert rows.tolist() == [table[target] for target in ends[False][place].tolist()]
+        # Lower bound: each row once to each rank that needs it and does not hold it.
+        held = defaultdict(set)
+        for (rank, _), rows in ends[True].items():
+            held[rank] |= set(rows.tolist())
+        remote = sum(
+            table[target] not in held[rank] for (rank, _), rows in ends[False].items() for target in rows.tolist()
+        )
+        assert sent == remote
+        # Backward: the gradient of a row is worth the row's target; one link may be one of several of its source.
+        backward, _ = deliver(plan, edge, maps, len(metadata), ends[False], forward=False)
+        for place, rows in backward.items():
+            assert [table[target] for target in rows.tolist()] == ends[True][place].tolist()
+
+
+@settings(max_examples=100)
+@given(steps())
+def test_every_token_of_every_item_is_computed_once_per_replica(step):
+    plan, workload, metadata = step
+    maps = {rank: StepMap(plan, workload, rank, metadata) for rank in range(plan.world_size)}
+    for config in workload.modules:
+        placed, seen = plan.modules[config.name], defaultdict(int)
+        for rank in ranks_of_end(plan, config.name, last=False):
+            for unit in units_of(plan, config.name, len(metadata)):
+                shard = maps[rank].shard(config.name, unit)
+                for item in shard.items:
+                    for token in shard.tokens.tolist():
+                        seen[unit, item, token] += 1
+        replicas = 1 if placed.sequence_parallel else placed.layout.tp
+        assert set(seen.values()) <= {replicas}
+        for unit in units_of(plan, config.name, len(metadata)):
+            tokens = [t for m in maps[0].covered(config.name, unit) for t in metadata[m].items[config.name].tokens]
+            assert all((unit, item, t) in seen for item, n in enumerate(tokens) for t in range(int(n)))
+
+
+@settings(max_examples=50)
+@given(steps())
+def test_balancing_never_makes_a_lane_busier_than_owners_would(step):
+    plan, workload, metadata = step
+    for rank in range(plan.world_size):
+        maps = StepMap(plan, workload, rank, metadata)
+        for name in plan.modules_on(rank):
+            for unit in units_of(plan, name, len(metadata)):
+                by_owner, balanced = maps.imbalance(name, unit)
+                assert 1.0 <= balanced <= by_owner
