@@ -86,6 +86,12 @@ class MosaicModel(MegatronModule):
         for stage in self.stages.values():
             stage.start_grad_sync(*args)
 
+    def start_module_sync(self, module: str, *, whole: bool) -> None:
+        """Begin to sum one module's gradients over its data-parallel ranks; `whole`: all of them on every rank."""
+        for stage in self.stages_of(module):
+            for buckets in stage.bucket_groups + stage.expert_parallel_bucket_groups:
+                buckets.start_grad_sync(force_all_reduce=whole)
+
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         for stage in self.stages.values():
             stage.finish_grad_sync(force_all_reduce=force_all_reduce)

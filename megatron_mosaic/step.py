@@ -153,8 +153,7 @@ class StepRunner:
         if action.kind is not Kind.F:
             self._backwards_left[action.module] -= 1
             if self._overlaps and not self._backwards_left[action.module]:
-                for stage in self._model.stages_of(action.module):
-                    stage.start_grad_sync()
+                self._model.start_module_sync(action.module, whole=self.whole_gradients)
         return times
 
     def _run_forward(self, action: Action, shard: Shard, clock: Clock) -> tuple[float, float]:
