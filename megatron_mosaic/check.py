@@ -21,7 +21,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
-from megatron_mosaic.supported import require_supported_plan
+from megatron_mosaic.schedules import build_schedule
 
 TOLERANCE = 1e-5  # relative, fp32
 # A gradient much smaller than its module's is compared on the module's scale: below this share it is rounding.
@@ -91,7 +91,7 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
     """PlanError unless the reference model with these arguments can run under the plan. Needs no torch."""
     workload = workload_of_command_line(megatron_args)
     validate_plan(plan, workload)
-    require_supported_plan(plan, workload)
+    build_schedule(plan, workload)  # refuses what the plan's schedule cannot order
     for flag in _WITHOUT_ORACLE:
         if flag in megatron_args:
             raise ConfigError(

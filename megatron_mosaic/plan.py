@@ -213,6 +213,13 @@ def validate_plan(plan: Plan, workload: Workload, cluster: Cluster | None = None
     _validate_names(plan, workload)
     for module in workload.modules:
         _validate_layout(plan.modules[module.name], module)
+    if plan.modules[workload.backbone.name].unit > 1:
+        raise PlanError(
+            f"modules.{workload.backbone.name}.unit",
+            got=plan.modules[workload.backbone.name].unit,
+            expected="1: units count this module's microbatches",
+            fix="omit unit",
+        )
     lane_batch = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp
     if plan.global_batch_size % lane_batch:
         raise PlanError(

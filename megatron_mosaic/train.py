@@ -42,7 +42,6 @@ from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.step import Samples, StepRunner
-from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.units import format_seconds
 
 
@@ -55,7 +54,6 @@ class Runtime:
 
     def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition) -> None:
         validate_plan(plan, definition.workload)
-        require_supported_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         _initialize_distributed(args, timeout)

@@ -12,11 +12,12 @@ from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arg
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.arguments import parse_and_validate_args
-from megatron_mosaic.model import initialize_by_name, undivided_name
+from megatron_mosaic.model import initialize_by_name
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan_file import save_plan
 from tests.cases import make_plan
 from tests.forked import run_gloo
@@ -38,9 +39,12 @@ def parse(path):
     return Any2Any.from_args(args), plan
 
 
-def build(definition, module, layout, stage, groups, seed=5) -> torch.nn.Module:
+WHOLE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
+
+
+def build(definition, module, placed, stage, groups, seed=5) -> torch.nn.Module:
     torch.manual_seed(dist.get_rank())  # whatever the constructors draw must not matter
-    built = definition.build_stage(module, layout, stage, groups)
+    built = definition.build_stage(module, placed, stage, groups)
     built.pg_collection = groups
     initialize_by_name(built, module, seed)
     return built
@@ -49,29 +53,31 @@ def build(definition, module, layout, stage, groups, seed=5) -> torch.nn.Module:
 def check_shards(path) -> None:
     definition, plan = parse(path)
     grids = Grids(plan, (), timeout=timedelta(seconds=30))
-    whole = {module: build(definition, module, Layout(), 0, grids.alone_view()) for module in plan.modules}
-    mine = {}  # (module, undivided name, tp) -> (dim it is cut along, values)
+    whole = {module: build(definition, module, WHOLE, 0, grids.alone_view()) for module in plan.modules}
+    mine = {}  # (module, name in the whole module, number of the slice) -> (where it is cut, values)
     for module, groups in grids.collections.items():
         place = coordinates_of(plan.modules[module], grids.rank)
-        stage = build(definition, module, plan.modules[module].layout, place.pp, groups)
+        stage = build(definition, module, plan.modules[module], place.pp, groups)
         for name, parameter in stage.named_parameters():
-            cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            mine[module, undivided_name(stage, name), place.tp] = cut, parameter.detach()
+            cut = cut_of(stage, name, parameter)
+            if cut is not None or is_spokesman(stage, name, parameter):
+                mine[module, whole_name(stage, name), cut.rank if cut else 0] = cut, parameter.detach()
     gathered = [None] * 4
     dist.all_gather_object(gathered, mine)
-    shards = {}
+    slices = {}
     for one in gathered:
         for key, (cut, values) in one.items():
-            assert key not in shards or torch.equal(values, shards[key][1]), f"data-parallel copies of {key} differ"
-            shards[key] = cut, values
+            assert key not in slices or torch.equal(values, slices[key][1]), f"copies of {key} differ"
+            slices[key] = cut, values
     num_cut = 0
     for module, undivided in whole.items():
         parameters = dict(undivided.named_parameters())
-        assert {name for m, name, _ in shards if m == module} == set(parameters)
+        assert {name for m, name, _ in slices if m == module} == set(parameters)
         for name, expected in parameters.items():
-            cut, values = shards[module, name, 0]
-            if cut is not None and plan.modules[module].layout.tp == 2:
-                values = torch.cat([values, shards[module, name, 1][1]], dim=cut)
+            cut, values = slices[module, name, 0]
+            if cut is not None:
+                parts = [slices[module, name, rank][1].numpy() for rank in range(cut.size)]
+                values = torch.from_numpy(put_together(parts, cut.dim, cut.pieces))
                 num_cut += 1
             assert torch.equal(values, expected), f"{module}/{name}"
     assert num_cut > 10
@@ -87,8 +93,8 @@ def check_streams(path) -> None:
     """Every matrix has its own stream, of Megatron's standard deviation; another seed gives other weights."""
     definition, plan = parse(path)
     groups = Grids(plan, (), timeout=timedelta(seconds=30)).alone_view()
-    stages = {module: build(definition, module, Layout(), 0, groups) for module in plan.modules}
-    other = build(definition, "vision", Layout(), 0, groups, seed=6)
+    stages = {module: build(definition, module, WHOLE, 0, groups) for module in plan.modules}
+    other = build(definition, "vision", WHOLE, 0, groups, seed=6)
     first = set()
     for module, stage in stages.items():
         for name, parameter in stage.named_parameters():

@@ -15,8 +15,8 @@ def test_shards_are_joined_along_their_dim_in_tp_order(tmp_path) -> None:
     rows, columns, plain = np.arange(24.0).reshape(12, 2), np.arange(24.0).reshape(2, 12), np.arange(3.0)
     for tp, rank in enumerate((7, 2, 5)):
         arrays = {
-            f"llm/a.weight|0|{tp}": rows[4 * tp : 4 * tp + 4],
-            f"llm/b.weight|1|{tp}": columns[:, 4 * tp : 4 * tp + 4],
+            f"llm/a.weight|0|1|{tp}": rows[4 * tp : 4 * tp + 4],
+            f"llm/b.weight|1|1|{tp}": columns[:, 4 * tp : 4 * tp + 4],
         }
         np.savez(tmp_path / f"step-0003-rank-{rank:05d}.npz", **arrays)
     np.savez(tmp_path / "step-0003-rank-00011.npz", **{"vision/bias": plain})
@@ -30,8 +30,17 @@ def test_shards_are_joined_along_their_dim_in_tp_order(tmp_path) -> None:
 
 def test_twelve_shards_join_by_number_not_by_text(tmp_path) -> None:
     for tp in range(12):
-        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/w|0|{tp}": np.array([float(tp)])})
+        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/w|0|1|{tp}": np.array([float(tp)])})
     np.testing.assert_array_equal(read_gradients(tmp_path, 0)["llm/w"], np.arange(12.0))
+
+
+def test_halves_of_a_gated_matrix_are_joined_each_by_itself(tmp_path) -> None:
+    """Shard 0 holds rows 0-1 of the gate and 0-1 of the values; whole, all gates come first."""
+    gate, value = np.arange(8.0).reshape(4, 2), -np.arange(8.0).reshape(4, 2)
+    for tp in range(2):
+        shard = np.concatenate([gate[2 * tp : 2 * tp + 2], value[2 * tp : 2 * tp + 2]])
+        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/fc1|0|2|{tp}": shard})
+    np.testing.assert_array_equal(read_gradients(tmp_path, 0)["llm/fc1"], np.concatenate([gate, value]))
 
 
 @pytest.fixture

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_mosaic.cli.output import print_json, print_note, print_table
+from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.memory import estimate_peak_bytes, precision_of
-from megatron_mosaic.errors import MosaicError
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.program import stage_ranks
-from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 from megatron_mosaic.workload import Workload
 
@@ -26,7 +24,6 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
     peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
-    executable = note_executable(plan, workload)
     if arguments.json:
         print_json(
             {
@@ -34,7 +31,6 @@ def main(arguments: argparse.Namespace) -> int:
                 "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
-                "executable": executable,
             }
         )
         return 0
@@ -43,16 +39,6 @@ def main(arguments: argparse.Namespace) -> int:
     print()
     print(schedule, end="")
     return 0
-
-
-def note_executable(plan: Plan, workload: Workload) -> bool:
-    """Whether this version runs the plan; if not, a line on stderr says what it does not execute."""
-    try:
-        require_supported_plan(plan, workload)
-    except MosaicError as error:
-        print_note(f"this version does not execute {error.where} {error.got}: expected {error.expected}")
-        return False
-    return True
 
 
 def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:

@@ -6,7 +6,6 @@ import argparse
 
 from megatron_mosaic.cli.output import print_json, print_table, write_text
 from megatron_mosaic.cli.page import render_page
-from megatron_mosaic.cli.show import note_executable
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.plan import Plan, validate_plan
@@ -21,7 +20,6 @@ def main(arguments: argparse.Namespace) -> int:
     task = load_task(complete_overrides(plan, arguments.overrides), profile_path=arguments.profile)
     validate_plan(plan, task.workload, task.cluster)
     simulation = simulate(plan, task.cost_model())
-    note_executable(plan, task.workload)
     timeline = simulation.timeline()
     if arguments.trace:
         write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))

@@ -24,7 +24,7 @@ from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import load_schedule
-from megatron_mosaic.supported import require_supported_plan
+from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 from megatron_mosaic.workload import Workload
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     _validate_length(arguments.megatron_args)
     workload = workload_of_command_line(arguments.megatron_args)
     validate_plan(plan, workload)
-    require_supported_plan(plan, workload)
+    build_schedule(plan, workload)  # refuses what the plan's schedule cannot order
     if arguments.mosaic_schedule:
         schedule = load_schedule(arguments.mosaic_schedule)
         Executor(plan, workload, rank=0).accept(schedule)

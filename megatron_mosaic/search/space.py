@@ -1,6 +1,6 @@
 """Which plans are legal: layouts of a module on n ranks, rank sets, micro-batch sizes, shares.
 
-`RUNTIME` is what the search asks of the runtime; every plan passes `supported.require_supported_plan` (a test).
+`RUNTIME` is what the search asks of the runtime; every plan has a schedule (a test).
 """
 
 from __future__ import annotations

@@ -302,28 +302,6 @@ def test_a_loss_curve_that_ends_in_nan():
     assert [line.count("#") for line in lines] == [0, 50, 25, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "where"),
-    [
-        ("tp: 2, cp: 1, pp: 2", "tp: 1, cp: 2, pp: 2", "modules.llm.layout.cp 2"),
-        ("    ranks: 0-3", "    ranks: 0-3\n    recompute: selective", "modules.llm.recompute selective"),
-        ("    ranks: 0-1", "    ranks: 0-1\n    unit: 2", "modules.vision.unit 2"),
-    ],
-)
-def test_a_plan_beyond_the_runtime_is_shown_with_a_note(capsys, plan, profile, old, new, where):
-    assert run_json(capsys, "show", plan)["executable"] is True
-    text = plan.read_text()
-    assert old in text
-    plan.write_text(text.replace(old, new))
-    status, out, err = run(capsys, "show", plan, "--json")
-    assert status == 0
-    assert json.loads(out)["executable"] is False
-    for notes in (err, run(capsys, "simulate", plan, "cluster=h100_1x8")[2]):
-        assert notes.count("\n") == 1
-        assert "this version does not execute" in notes
-        assert where in notes
-
-
 def test_sigterm_removes_temporary_directories(tmp_path):
     code = (
         "import sys, tempfile, time; from megatron_mosaic.cli import main; from megatron_mosaic.cli import show\n"

@@ -5,12 +5,13 @@ Ranks are forked from this process, so a patch made here is what they run.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
 from megatron_mosaic import model, step, train
 from megatron_mosaic.check import TOLERANCE, check_plan
-from megatron_mosaic.parallel_state_ext.routes import Transfer
+from megatron_mosaic.parallel_state_ext.step_map import StepMap
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written
 
@@ -72,15 +73,14 @@ def test_gradients_that_are_not_summed_over_dp(parity_of_two_ranks, monkeypatch)
 
 def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> None:
     """The llm reads the wrong picture: its loss is another one, and so are the gradients of both ends."""
-    build_route = step.build_route
+    sends = StepMap.sends
 
-    def swapped(source, target):
-        return tuple(
-            Transfer(t.sender, t.receiver, t.items, t.from_positions[::-1], t.to_positions)
-            for t in build_route(source, target)
-        )
+    def swapped(self, edge, unit, peer, *, at_source):
+        found = sends(self, edge, unit, peer, at_source=at_source)
+        numbers = np.arange(len(self.rows(edge, unit, at_source=at_source)))
+        return tuple(replace(part, rows=numbers[part.rows][::-1].copy()) for part in found)
 
-    monkeypatch.setattr(step, "build_route", swapped)
+    monkeypatch.setattr(StepMap, "sends", swapped)
     parity = parity_of_two_ranks()
     assert not parity.ok and parity.loss_rel_err > TOLERANCE
     assert {"vision", "llm"} <= {name for name, e in parity.grad_rel_err_by_module.items() if e > TOLERANCE}

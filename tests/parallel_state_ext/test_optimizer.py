@@ -64,7 +64,7 @@ def build(use_distributed_optimizer: bool, clip_grad: float):
     grids = Grids(PLAN, (), timeout=timedelta(seconds=30))
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer)
     stages = {
-        module: DistributedDataParallel(CONFIG, ddp_config, Toy(groups), pg_collection=groups)
+        module: [DistributedDataParallel(CONFIG, ddp_config, Toy(groups), pg_collection=groups)]
         for module, groups in grids.collections.items()
     }
     empty = MegatronModule(CONFIG)
@@ -84,7 +84,7 @@ def build(use_distributed_optimizer: bool, clip_grad: float):
             use_distributed_optimizer=use_distributed_optimizer,
         ),
     )
-    for module, wrapped in stages.items():
+    for module, (wrapped,) in stages.items():
         place = coordinates_of(PLAN.modules[module], dist.get_rank())
         for name, parameter in wrapped.module.named_parameters():
             parameter.main_grad.copy_(own_part(module, place, name))
@@ -102,7 +102,7 @@ def check_norm_and_clipping(use_distributed_optimizer: bool) -> None:
     stepped, norm, _ = optimizer.step()
     assert stepped
     assert norm == pytest.approx(expected_norm(), rel=1e-6)
-    for module, wrapped in stages.items():
+    for module, (wrapped,) in stages.items():
         place = coordinates_of(PLAN.modules[module], dist.get_rank())
         for name, parameter in wrapped.module.named_parameters():
             # Adam's first step from ones, learning rate and eps 1: g / (|g| + 1) of the clipped gradient g
@@ -121,7 +121,7 @@ def check_skipping() -> None:
     if dist.get_rank() == 2:  # has vision and llm; ranks 3 (llm, generator) and 4 (idle) see it only over the world
         optimizer.by_module["vision"].prepare_grads = lambda: True
     assert optimizer.step() == (False, None, None)
-    for wrapped in stages.values():
+    for (wrapped,) in stages.values():
         for parameter in wrapped.parameters():
             torch.testing.assert_close(parameter.data, torch.ones_like(parameter), rtol=0, atol=0)
 

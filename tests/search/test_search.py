@@ -9,6 +9,7 @@ from megatron_mosaic.cost_model.hardware import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan import Layout, Quota, RankSet, validate_plan
+from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.search.baselines import (
     BASELINES,
     best_baseline,
@@ -21,7 +22,6 @@ from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.run import find_plan
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
-from megatron_mosaic.supported import require_supported_plan
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_profile
 
@@ -137,7 +137,7 @@ def test_baselines_are_what_they_say():
     space = _space()
     for plan in homogeneous_plans(space):
         validate_plan(plan, WORKLOAD, space.cluster)
-        require_supported_plan(plan, WORKLOAD)
+        build_schedule(plan, WORKLOAD)
         assert len({(m.ranks, m.layout) for m in plan.modules.values()}) == 1
         assert plan.modules["llm"].ranks == RankSet.parse("0-3")
     found = list(disaggregated_plans(space))
@@ -158,7 +158,7 @@ def test_every_step_is_better_than_the_one_before_and_explained():
     assert len(starts) == len([n for n in BASELINES if best_baseline(n, space, evaluator)])
     for i, step in enumerate(steps):
         validate_plan(step.plan, space.workload, space.cluster)
-        require_supported_plan(step.plan, space.workload)
+        build_schedule(step.plan, space.workload)
         assert evaluator.simulate(step.plan).step_s == pytest.approx(step.step_s)
         if i not in starts and "the better of the ends" not in step.reason:
             assert step.step_s < steps[i - 1].step_s
