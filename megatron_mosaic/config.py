@@ -20,53 +20,17 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.profile import Profile, default_profile_path, load_profile
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.search.space import SearchConfig
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.workload import Workload
+from megatron_mosaic.workload_file import Count, ModelSection, make_workload
 from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation
 
 GROUPS = ("model", "cluster", "workload", "search")
 _KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the branch of the union in a path
 _GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
 
-Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class ModuleSection(_Strict):
-    role: Role
-    num_layers: Count
-    hidden_size: Count
-    num_heads: Count
-    ffn_hidden_size: Count
-    tokens_per_item: Count
-    items_per_sample: float = 1.0
-    num_query_groups: OptionalSize = 0
-    vocab_size: OptionalSize = 0
-    input_size: OptionalSize = 0
-    output_size: OptionalSize = 0
-    gated: bool = False
-    causal: bool = False
-    num_experts: OptionalSize = 0
-    moe_top_k: Count = 2
-    frozen: bool = False
-    trains_projector: bool = False
-
-
-class EdgeSection(_Strict):
-    source: str
-    target: str
-    rows_per_item: Count
-    width: Count
-
-
-class ModelSection(_Strict):
-    name: str
-    global_batch_size: Count
-    modules: dict[str, ModuleSection]
-    edges: list[EdgeSection] = []
 
 
 class LinkSection(_Strict):
@@ -175,18 +139,7 @@ def build_workload(sections: Sections) -> Workload:
             expected=f"one of {list(model.modules)}",
             fix="name a module of the model",
         )
-    modules = []
-    for name, section in model.modules.items():
-        sizes = section.model_dump()
-        if name in items:
-            sizes["items_per_sample"] = items[name]
-        modules.append(ModuleConfig(name=name, **sizes))
-    return Workload(
-        name=model.name,
-        modules=tuple(modules),
-        edges=tuple(Edge(**edge.model_dump()) for edge in model.edges),
-        global_batch_size=sections.workload.global_batch_size,
-    )
+    return make_workload(model, global_batch_size=sections.workload.global_batch_size, items_per_sample=items)
 
 
 def _gpu_cluster(section: GpuClusterSection) -> Cluster:

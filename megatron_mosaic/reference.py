@@ -15,9 +15,12 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_mosaic.definition import Batch, ModelDefinition
+from megatron_mosaic.batch import Integers, shard_of
+from megatron_mosaic.definition import Batch, ModelDefinition, Place, StageInputs
 from megatron_mosaic.model import initialize_by_name
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+
+ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +45,12 @@ class Reference:
             parallel_state._set_global_memory_buffer()
         self.modules = nn.ModuleDict()
         for module in definition.workload.modules:
-            stage = definition.build_stage(module.name, Layout(), 0, groups)
+            stage = definition.build_stage(module.name, ALONE, 0, groups)
             stage.pg_collection = groups
             initialize_by_name(stage, module.name, args.seed)
             self.modules[module.name] = stage
-        decayed = [p for p in self.modules.parameters() if p.dim() > 1]
-        plain = [p for p in self.modules.parameters() if p.dim() <= 1]
+        decayed = [p for p in self.modules.parameters() if p.requires_grad and p.dim() > 1]
+        plain = [p for p in self.modules.parameters() if p.requires_grad and p.dim() <= 1]
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=args.lr,
@@ -63,6 +66,8 @@ class Reference:
         gradients = {}
         for module, stage in self.modules.items():
             for name, parameter in stage.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 if parameter.grad is None:  # no item of this batch reached it
                     parameter.grad = torch.zeros_like(parameter)
                 gradients[f"{module}/{name}"] = parameter.grad.numpy().copy()
@@ -71,28 +76,47 @@ class Reference:
         self._optimizer.step()
         return ReferenceStep(losses={name: float(v[0] / v[1]) for name, v in report.items()}, gradients=gradients)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, float, dict[str, Tensor]]:
         """(weighted loss sum, loss tokens, report) over all modules, in the DAG's order."""
-        counts = self._definition.count_items(batch)
-        exports: dict[str, Any] = {}
+        workload, items = self._definition.workload, self._definition.list_items(batch)
+        rows: dict[tuple[str, str], Tensor] = {}
         total: Tensor | None = None
-        num_tokens = 0
+        num_tokens = 0.0
         report: dict[str, Tensor] = {}
-        for module in self._definition.workload.modules:
-            items = range(sum(counts[module.name]))
-            if not items:
+        for module in workload.modules:
+            if not len(items[module.name]):
                 continue
-            inputs = self._definition.select_inputs(module.name, batch, items)
-            imports = {
-                edge.source: exports[edge.source][module.name]
-                for edge in self._definition.workload.edges
-                if edge.target == module.name and edge.source in exports
+            shard = shard_of(ALONE, range(len(items[module.name])), items[module.name].tokens)
+            found = {
+                e: self._definition.list_links(e, batch) for e in workload.edges if module.name in (e.source, e.target)
             }
-            output = self.modules[module.name](inputs, None, imports)
-            exports[module.name] = output.exports
+            links = {edge: link for edge, link in found.items() if len(link)}
+            inputs = StageInputs(
+                shard=shard,
+                tensors=self._definition.select_inputs(module.name, batch, shard),
+                imports={e.source: rows[e.source, e.target] for e in links if e.target == module.name},
+                imports_at={
+                    e.source: _place(link.target_items, link.target_starts, link.rows)
+                    for e, link in links.items()
+                    if e.target == module.name
+                },
+                exports_at={
+                    e.target: _place(link.source_items, link.source_starts, link.rows)
+                    for e, link in links.items()
+                    if e.source == module.name
+                },
+            )
+            output = self.modules[module.name](inputs)
+            rows |= {(module.name, target): exported for target, exported in output.exports.items()}
             if output.loss is not None:
                 total = output.loss if total is None else total + output.loss
                 num_tokens += output.num_tokens
                 report |= dict(output.report)
         assert total is not None, "a workload without a loss"
         return total, num_tokens, report
+
+
+def _place(items: Integers, starts: Integers, rows: Integers) -> Place:
+    """(token, item) of every row, link by link."""
+    tokens = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, rows, strict=True)])
+    return torch.from_numpy(tokens), torch.from_numpy(np.repeat(items, rows))

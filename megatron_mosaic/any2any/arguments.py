@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes, workload
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.workload import Workload
+from megatron_mosaic.workload_file import load_workload_file
 
 SIZES = Any2AnySizes()
 MIX = DigitsMix()
@@ -63,6 +65,22 @@ def add_any2any_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--digits-generate-frac", type=float, default=MIX.generate_frac, help="share of samples that ask for a drawing"
     )
+    group.add_argument(
+        "--workload", metavar="FILE", help="a model file like those in conf/model: trained on made-up data, not digits"
+    )
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="train nothing of these modules; MODULE+projector: but what makes its output rows",
+    )
+    group.add_argument(
+        "--loss-mean-over",
+        choices=("tokens", "samples"),
+        default="tokens",
+        help="every loss token counts the same, or every sample (and drawing)",
+    )
     group.add_argument("--digits-seed", type=int, default=1234, help="which samples are drawn; not the weights")
     return parser
 
@@ -76,6 +94,39 @@ def sizes_from_args(args: Namespace) -> Any2AnySizes:
         seq_length=args.seq_length,
         vocab_size=args.vocab_size,
     )
+
+
+def workload_from_args(args: Namespace) -> Workload:
+    """The model that the arguments describe. With `--workload` Megatron's own arguments are set to its backbone."""
+    batch = args.global_batch_size or 1
+    if args.workload is None:
+        return _frozen(workload(sizes_from_args(args), batch, mix_from_args(args)), args.freeze)
+    model = replace(load_workload_file(args.workload), global_batch_size=batch)
+    backbone = model.backbone
+    for name, value in {
+        "num_layers": backbone.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "num_attention_heads": backbone.num_heads,
+        "ffn_hidden_size": backbone.ffn_hidden_size,
+        "seq_length": backbone.tokens_per_item,
+        "max_position_embeddings": backbone.tokens_per_item,
+        "vocab_size": backbone.vocab_size,
+    }.items():
+        setattr(args, name, value)
+    return _frozen(model, args.freeze)
+
+
+def _frozen(model: Workload, names: Sequence[str]) -> Workload:
+    """The workload with these modules frozen; `NAME+projector` trains what makes its rows all the same."""
+    modules = {module.name: module for module in model.modules}
+    for word in names:
+        name, _, kept = word.partition("+")
+        if name not in modules or kept not in ("", "projector"):
+            raise ConfigError(
+                "--freeze", got=word, expected=f"one of {list(modules)}, or NAME+projector", fix="name a module"
+            )
+        modules[name] = replace(modules[name], frozen=True, trains_projector=bool(kept))
+    return replace(model, modules=tuple(modules.values()))
 
 
 def mix_from_args(args: Namespace) -> DigitsMix:
@@ -92,8 +143,8 @@ def workload_of_command_line(arguments: Sequence[str]) -> Workload:
     parser = add_any2any_arguments(ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
     for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "vocab_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=MEGATRON_DEFAULTS[name])
-    args = parse_known(parser, arguments)
-    return workload(sizes_from_args(args), 1, mix_from_args(args))
+    parser.add_argument("--global-batch-size", type=int, default=None)
+    return workload_from_args(parse_known(parser, arguments))
 
 
 def parse_known(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

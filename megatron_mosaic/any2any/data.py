@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_mosaic.any2any import text
-from megatron_mosaic.any2any.sizes import IMAGE_SIZE, NUM_PATCHES, PATCH_PIXELS, PATCH_SIZE, Any2AnySizes, DigitsMix
+from megatron_mosaic.any2any.sizes import (
+    GENERATOR,
+    IMAGE_SIZE,
+    LLM,
+    NUM_PATCHES,
+    PATCH_PIXELS,
+    PATCH_SIZE,
+    VISION,
+    Any2AnySizes,
+    DigitsMix,
+)
 from megatron_mosaic.errors import ConfigError
 
 # Share of the target in the generator's noisy input, next to unit noise that keeps the variance. So small that the
@@ -186,16 +196,19 @@ class SampleWriter:
 
 
 def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The batch of these samples: text stacked [N, S]; images and drawings one after the other, in sample order.
-
-    `image_sample` and `gen_sample` say which sample each belongs to, `..._start` at which position it stands there.
-    """
+    """The batch of these samples, with the keys of definition.py: text stacked, images one after the other."""
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")}
-    for key in ("images", "image_start", "gen_noisy", "gen_target", "gen_start"):
-        batch[key] = torch.cat([sample[key] for sample in samples])
-    for key in ("image", "gen"):
-        counts = torch.tensor([len(sample[f"{key}_start"]) for sample in samples])
-        batch[f"{key}_sample"] = torch.repeat_interleave(torch.arange(len(samples)), counts)
+    for module, values, kind in ((VISION, "images", "image"), (GENERATOR, "gen_noisy", "gen")):
+        counts = torch.tensor([len(sample[f"{kind}_start"]) for sample in samples])
+        start = torch.cat([sample[f"{kind}_start"] for sample in samples])
+        owner = torch.repeat_interleave(torch.arange(len(samples)), counts)
+        batch[f"{module}/samples"], batch[f"{module}/tokens"] = owner, torch.full_like(owner, NUM_PATCHES)
+        batch[f"{module}/values"] = torch.cat([sample[values] for sample in samples])
+        item_end, sample_end = (torch.arange(len(owner)), torch.zeros_like(owner)), (owner, start)
+        ends = (item_end, sample_end) if module == VISION else (sample_end, item_end)
+        edge = f"{VISION}>{LLM}" if module == VISION else f"{LLM}>{GENERATOR}"
+        batch[edge] = torch.stack([*ends[0], *ends[1], batch[f"{module}/tokens"]])
+    batch[f"{GENERATOR}/targets"] = torch.cat([sample["gen_target"] for sample in samples])
     return batch
 
 

@@ -1,139 +1,146 @@
-"""The reference model as the runtime sees it: a ModelDefinition."""
+"""A ViT-GPT-generator model of any Workload as the runtime sees it: a ModelDefinition.
+
+A batch is a flat dict of tensors. For the backbone: `tokens`, `labels`, `loss_mask` [samples, S]. For another module m:
+
+    m/samples [n]   whose each item is, ascending            m/values  [n, T, input_size]  padded
+    m/tokens  [n]   how many tokens it has                   m/targets [n, T, output_size] of a generator
+
+and for every edge a>b a table `a>b` [5, links] in the order of batch.Links' fields.
+"""
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
-from megatron_mosaic.any2any import sizes as any2any_sizes
-from megatron_mosaic.any2any.arguments import mix_from_args, sizes_from_args
-from megatron_mosaic.any2any.sizes import GENERATOR, LLM, VISION, Any2AnySizes, DigitsMix
-from megatron_mosaic.any2any.stages import BackboneStage, GeneratorStage, VisionStage
+from megatron_mosaic.any2any.blocks import config_from_args
+from megatron_mosaic.any2any.stages import BackboneStage, ItemStage
+from megatron_mosaic.batch import Items, Links, Shard, integers
 from megatron_mosaic.definition import Batch
-from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan import Layout
-from megatron_mosaic.workload import ModuleConfig, Workload
+from megatron_mosaic.plan import ModulePlan
+from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
 
-BuildConfig = Callable[[ModuleConfig, Layout], TransformerConfig]
-
-# Which keys of a batch belong to the items of a module other than the backbone, and which say whose they are.
-ITEM_KEYS = {VISION: ("images",), GENERATOR: ("gen_noisy", "gen_target")}
-SAMPLE_KEY = {VISION: "image_sample", GENERATOR: "gen_sample"}
+BuildConfig = Callable[[ModuleConfig, ModulePlan], TransformerConfig]
 
 
 class Any2Any:
-    """ViT, GPT and image generator over handwritten digits, as a ModelDefinition."""
-
-    loss_names = ("lm loss", "generator loss")
+    """Encoders, a GPT and generators as a ModelDefinition."""
 
     def __init__(
         self,
+        workload: Workload,
         *,
-        sizes: Any2AnySizes,
-        mix: DigitsMix,
-        global_batch_size: int,
         build_config: BuildConfig,
         generator_loss_weight: float = 1.0,
+        mean_over_samples: bool = False,
     ) -> None:
-        self.sizes = sizes
-        self.workload: Workload = any2any_sizes.workload(sizes, global_batch_size, mix)
+        self.workload = workload
         self._build_config = build_config
-        self._stage_classes: dict[str, Callable[..., MegatronModule]] = {
-            VISION: VisionStage,
-            LLM: BackboneStage,
-            GENERATOR: partial(GeneratorStage, loss_weight=generator_loss_weight),
-        }
+        self._generator_loss_weight = generator_loss_weight
+        self._mean_over_samples = mean_over_samples
+        generators = [module.name for module in workload.modules if module.role is Role.generator]
+        self.loss_names = ("lm loss", *(f"{name} loss" for name in generators))
 
     @classmethod
-    def from_args(cls, args: Namespace) -> Any2Any:
+    def from_args(cls, args: Namespace, workload: Workload) -> Any2Any:
         """The model of Megatron's arguments together with those of `add_any2any_arguments`."""
         return cls(
-            sizes=sizes_from_args(args),
-            mix=mix_from_args(args),
-            global_batch_size=args.global_batch_size,
+            workload,
             build_config=partial(config_from_args, args),
             generator_loss_weight=args.generator_loss_weight,
+            mean_over_samples=args.loss_mean_over == "samples",
         )
 
     def build_stage(
-        self, module: str, layout: Layout, stage: int, pg_collection: ProcessGroupCollection
+        self, module: str, placed: ModulePlan, stage: int, pg_collection: ProcessGroupCollection, chunk: int = 0
     ) -> MegatronModule:
-        for axis in ("cp", "vpp", "ep"):
-            if getattr(layout, axis) > 1:
-                raise PlanError(
-                    f"modules.{module}.layout.{axis}",
-                    got=getattr(layout, axis),
-                    expected="1: any2any does not split along this axis",
-                    fix=f"set {axis}: 1 and raise dp",
-                )
         assert pg_collection.pp.rank() == stage, "the layers to build are counted from the pp group's rank"
-        return self._stage_classes[module](
-            self._build_config(self.workload.by_name[module], layout),
-            sizes=self.sizes,
-            is_first=stage == 0,
-            is_last=stage == layout.pp - 1,
+        sizes, layout = self.workload.by_name[module], placed.layout
+        is_first, is_last = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.vpp - 1)
+        config = self._build_config(sizes, placed)
+        if sizes.role is Role.backbone:
+            return BackboneStage(
+                config, sizes, is_first=is_first, is_last=is_last, chunk=chunk, pg_collection=pg_collection
+            )
+        return ItemStage(
+            config,
+            sizes,
+            self.workload.edges,
+            is_first=is_first,
+            is_last=is_last,
+            chunk=chunk,
             pg_collection=pg_collection,
+            loss_weight=self._generator_loss_weight,
         )
 
-    def count_items(self, batch: Batch) -> dict[str, list[int]]:
-        num_samples = len(batch["tokens"])
-        counts = {
-            module: torch.bincount(batch[key], minlength=num_samples).tolist() for module, key in SAMPLE_KEY.items()
-        }
-        return {VISION: counts[VISION], LLM: [1] * num_samples, GENERATOR: counts[GENERATOR]}
+    def list_items(self, batch: Batch) -> dict[str, Items]:
+        num_samples, length = batch["tokens"].shape
+        backbone = self.workload.backbone.name
+        items = {backbone: Items(np.arange(num_samples), np.full(num_samples, length))}
+        for module in self.workload.modules:
+            if module.name != backbone:
+                samples, tokens = batch[f"{module.name}/samples"], batch[f"{module.name}/tokens"]
+                items[module.name] = Items(integers(samples.numpy()), integers(tokens.numpy()))
+        return items
 
-    def select_inputs(self, module: str, batch: Batch, items: Sequence[int]) -> dict[str, Tensor]:
-        """For vision `images`, for the generator `gen_noisy` and `gen_target`, [items, 16, 4].
+    def list_links(self, edge: Edge, batch: Batch) -> Links:
+        return Links(*map(integers, batch[f"{edge.source}>{edge.target}"].numpy()))
 
-        For the llm `tokens`, `labels`, `loss_mask` [items, S], and where images and drawings stand:
-        `image_sample` and `image_start` (`gen_...`), sample by sample in the order of `items`, counted within `items`.
+    def select_inputs(self, module: str, batch: Batch, shard: Shard) -> dict[str, Tensor]:
+        """For the backbone `tokens`, `labels`, `weights` [items, S/cp] and `positions` [S/cp].
+
+        For others, over this rank's tokens: `positions` [T'], `values` and `targets` [T', items, size], `weights`
+        [T', items] of the loss, and over all tokens `padding` [items, 1, 1, T] (True where there is none; only if any).
         """
-        picked = torch.tensor(items, dtype=torch.long)
-        if module != LLM:
-            return {key: batch[key][picked] for key in ITEM_KEYS[module]}
-        inputs = {key: batch[key][picked] for key in ("tokens", "labels", "loss_mask")}
-        lane_idx = torch.full((len(batch["tokens"]),), -1)
-        lane_idx[picked] = torch.arange(len(items))
-        for kind in ("image", "gen"):
-            sample = lane_idx[batch[f"{kind}_sample"]]
-            order = torch.argsort(sample, stable=True)
-            order = order[sample[order] >= 0]
-            inputs |= {f"{kind}_sample": sample[order], f"{kind}_start": batch[f"{kind}_start"][order]}
+        items = torch.tensor(shard.items, dtype=torch.long)
+        if module == self.workload.backbone.name:
+            tokens = torch.from_numpy(shard.cp_tokens)
+            mask = batch["loss_mask"][items]
+            weights = mask / mask.sum(1, keepdim=True).clamp(min=1) if self._mean_over_samples else mask
+            return {
+                "tokens": batch["tokens"][items][:, tokens],
+                "labels": batch["labels"][items][:, tokens],
+                "weights": weights[:, tokens],
+                "positions": tokens,
+            }
+        return self._select_item_inputs(module, batch, shard, items)
+
+    def _select_item_inputs(self, module: str, batch: Batch, shard: Shard, items: Tensor) -> dict[str, Tensor]:
+        sizes, tokens = self.workload.by_name[module], torch.from_numpy(shard.tokens)
+        lengths = batch[f"{module}/tokens"][items]
+        inputs = {"positions": tokens.clamp(max=sizes.tokens_per_item - 1)}
+        if sizes.input_size:
+            inputs["values"] = _take_tokens(batch[f"{module}/values"][items], shard.tokens)
+        if int(lengths.min()) < shard.length:
+            inputs["padding"] = (torch.arange(shard.length) >= lengths[:, None])[:, None, None]
+        if sizes.role is Role.generator:
+            weights = _weights(lengths, tokens, mean=self._mean_over_samples)
+            in_cp = _weights(lengths, torch.from_numpy(shard.cp_tokens), mean=self._mean_over_samples)
+            inputs |= {
+                "targets": _take_tokens(batch[f"{module}/targets"][items], shard.tokens),
+                "weights": weights,
+                "weight_sum": in_cp.sum(dtype=torch.float64),
+                "num_tokens": (in_cp > 0).sum().float(),
+            }
         return inputs
 
 
-def config_from_args(args: Namespace, module: ModuleConfig, layout: Layout) -> TransformerConfig:
-    """Megatron's own config of `args`, with this module's sizes and this layout's degrees."""
-    from megatron.training.arguments import core_transformer_config_from_args
+def _take_tokens(values: Tensor, tokens: np.ndarray) -> Tensor:
+    """[items, T, size] -> [tokens, items, size]; zeros behind the end, where items are padded further than the data."""
+    missing = int(tokens.max()) + 1 - values.shape[1]
+    if missing > 0:
+        values = torch.nn.functional.pad(values, (0, 0, 0, missing))
+    return values[:, torch.from_numpy(tokens)].transpose(0, 1).contiguous()
 
-    resized = copy.copy(args)
-    for name, value in {
-        "num_layers": module.num_layers,
-        "hidden_size": module.hidden_size,
-        "num_attention_heads": module.num_heads,
-        "kv_channels": module.head_size,
-        "ffn_hidden_size": module.ffn_hidden_size,
-        "seq_length": module.tokens_per_item,
-        "tensor_model_parallel_size": layout.tp,
-        "tensor_parallel_num_weight_shards": layout.tp,
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": None,
-        "pipeline_model_parallel_layout": None,
-        "decoder_first_pipeline_num_layers": None,
-        "decoder_last_pipeline_num_layers": None,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": layout.tp,
-        "expert_tensor_parallel_num_weight_shards": layout.tp,
-        "sequence_parallel": False,
-        "tp_comm_overlap": False,
-    }.items():
-        setattr(resized, name, value)
-    return core_transformer_config_from_args(resized)
+
+def _weights(lengths: Tensor, tokens: Tensor, *, mean: bool) -> Tensor:
+    """[tokens, items]: weight of each token in the loss; 0 for padding."""
+    real = (tokens[:, None] < lengths).float()
+    return real / lengths if mean else real

@@ -11,17 +11,23 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, mix_from_args, sizes_from_args
-from megatron_mosaic.any2any.data import DigitsDataset, collate
+from megatron_mosaic.any2any import data, synthetic
+from megatron_mosaic.any2any.arguments import (
+    MEGATRON_DEFAULTS,
+    add_any2any_arguments,
+    mix_from_args,
+    sizes_from_args,
+    workload_from_args,
+)
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.any2any.sizes import workload
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
 from megatron_mosaic.model import MosaicModel, StageCall
+from megatron_mosaic.workload import Workload
 
 
-def loss_func(output: StageOutput) -> tuple[Tensor | None, int, dict[str, Tensor]]:
+def loss_func(output: StageOutput) -> tuple[Tensor | None, float, dict[str, Tensor]]:
     """(sum over loss tokens, their number, what to log), as Megatron's per-token loss wants it."""
     return output.loss, output.num_tokens, dict(output.report)
 
@@ -33,39 +39,44 @@ def forward_step(
     return model(next(data_iterator)), loss_func
 
 
-def make_datasets(args: Any) -> Callable[[Sequence[int]], tuple[DigitsDataset, ...]]:
-    """Provider of the train, valid and test datasets."""
+def make_datasets(args: Any, workload: Workload) -> Callable[[Sequence[int]], tuple[Any, ...]]:
+    """Provider of the train, valid and test datasets: digits, or made-up samples of a `--workload`."""
 
-    def provider(num_samples: Sequence[int]) -> tuple[DigitsDataset, ...]:
-        return tuple(
-            DigitsDataset(
-                split,
-                sizes=sizes_from_args(args),
-                mix=mix_from_args(args),
-                num_samples=max(1, count or 1),
-                seed=args.digits_seed,
-            )
-            for split, count in zip(("train", "valid", "test"), num_samples, strict=True)
-        )
+    def provider(num_samples: Sequence[int]) -> tuple[Any, ...]:
+        datasets: list[Any] = []
+        for split, wanted in zip(("train", "valid", "test"), num_samples, strict=True):
+            count = max(1, wanted or 1)
+            if args.workload is None:
+                sizes, mix = sizes_from_args(args), mix_from_args(args)
+                datasets.append(
+                    data.DigitsDataset(split, sizes=sizes, mix=mix, num_samples=count, seed=args.digits_seed)
+                )
+            else:
+                made_up = synthetic.SyntheticDataset(split, workload=workload, num_samples=count, seed=args.digits_seed)
+                datasets.append(made_up)
+        return tuple(datasets)
 
     return provider
+
+
+def make_collate(args: Any, workload: Workload) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """What makes a batch of the samples of `make_datasets`."""
+    return data.collate if args.workload is None else synthetic.collate(workload)
 
 
 def main() -> int:
     """Train. Exit status 2 if the input is wrong, 1 if a rank failed."""
     try:
-        args, plan = parse_and_validate_args(
-            lambda args: workload(sizes_from_args(args), args.global_batch_size or 1, mix_from_args(args)),
-            add_any2any_arguments,
-            MEGATRON_DEFAULTS,
-        )
+        args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
+        definition = Any2Any.from_args(args, workload_from_args(args))
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
 
         from megatron_mosaic.train import Runtime
 
-        runtime = Runtime(args, plan, Any2Any.from_args(args))
-        provider = runtime.data_provider(make_datasets(args), collate)
+        runtime = Runtime(args, plan, definition)
+        workload = definition.workload
+        provider = runtime.data_provider(make_datasets(args, workload), make_collate(args, workload))
         with runtime.finishing():
             pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
     except RankFailure:

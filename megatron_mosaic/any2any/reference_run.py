@@ -7,11 +7,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, mix_from_args, sizes_from_args
-from megatron_mosaic.any2any.data import collate
+from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.any2any.pretrain import make_datasets
-from megatron_mosaic.any2any.sizes import workload
+from megatron_mosaic.any2any.pretrain import make_collate, make_datasets
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.reference import Reference
@@ -19,16 +17,14 @@ from megatron_mosaic.reference import Reference
 
 def main(directory: str) -> int:
     """Train on one process, whole global batches, and write `reference-N.npz` per step into the directory."""
-    args, plan = parse_and_validate_args(
-        lambda args: workload(sizes_from_args(args), args.global_batch_size, mix_from_args(args)),
-        add_any2any_arguments,
-        MEGATRON_DEFAULTS,
-    )
+    args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     dist.init_process_group("gloo", world_size=1, rank=0)
     model_parallel_cuda_manual_seed(args.seed, tp_rank=0, ep_rank=0, etp_rank=0)
     groups = Grids(plan, (), timeout=timedelta(minutes=1)).alone_view()
-    reference = Reference(Any2Any.from_args(args), groups, args)
-    samples = make_datasets(args)((args.train_iters * args.global_batch_size, 1, 1))[0]
+    definition = Any2Any.from_args(args, workload_from_args(args))
+    reference = Reference(definition, groups, args)
+    samples = make_datasets(args, definition.workload)((args.train_iters * args.global_batch_size, 1, 1))[0]
+    collate = make_collate(args, definition.workload)
     for step in range(args.train_iters):
         first = step * args.global_batch_size
         batch = collate([samples[i] for i in range(first, first + args.global_batch_size)])

@@ -1,197 +1,167 @@
-"""The part of each module that one pipeline stage runs, from megatron-core's TransformerBlock.
+"""The part of each module that one virtual stage runs. Hidden states are [tokens, items, hidden_size].
 
-Hidden states are [tokens, items, hidden_size]. The layers at the edges (patch projection, projector, pixel head,
-position embeddings) are replicated over tp: their inputs and the gradients of their outputs are too.
+    ItemStage      encoders and generators: values per token in, rows for other modules or values per token out
+    BackboneStage  text in, rows of other modules in the places held for them, the text loss and rows out
+
+The layers at the edges (patch projections, projectors, pixel heads) are replicated over tp. With sequence parallelism
+each tp rank runs them on its own tokens, and their gradients are summed over tp.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_mosaic.any2any.sizes import GENERATOR, LLM, NUM_PATCHES, PATCH_PIXELS, VISION, Any2AnySizes
-from megatron_mosaic.definition import StageOutput
-
-Tensors = Mapping[str, Tensor]
-
-
-def build_block(
-    config: TransformerConfig, mask: AttnMaskType, is_last: bool, pg_collection: ProcessGroupCollection
-) -> TransformerBlock:
-    """This pipeline stage's share of the layers, and the final norm on the last stage."""
-    if HAVE_TE and config.transformer_impl == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.self_attention.params["attn_mask_type"] = mask
-    # pre_process=True on every stage: the hidden states are always an argument.
-    return TransformerBlock(config, spec, pre_process=True, post_process=is_last, pg_collection=pg_collection)
+from megatron_mosaic.any2any.blocks import build_block, split_over_tp
+from megatron_mosaic.definition import StageInputs, StageOutput
+from megatron_mosaic.workload import Edge, ModuleConfig, Role
 
 
-class VisionStage(MegatronModule):
-    """Patches -> a ViT -> rows as wide as the llm."""
+class ItemStage(MegatronModule):
+    """Values per token (patches, audio frames, noise) and rows of other modules -> transformer -> rows, or a loss."""
 
     def __init__(
         self,
         config: TransformerConfig,
+        module: ModuleConfig,
+        edges: Sequence[Edge],
         *,
-        sizes: Any2AnySizes,
         is_first: bool,
         is_last: bool,
+        chunk: int,
         pg_collection: ProcessGroupCollection,
+        loss_weight: float,
     ) -> None:
         super().__init__(config)
-        self.is_last = is_last
+        self.is_last, self.loss_weight, self.name = is_last, loss_weight, module.name
+        self.tp_group = pg_collection.tp
+        width = config.hidden_size
         if is_first:
-            self.patch_projection = nn.Linear(PATCH_PIXELS, config.hidden_size)
-            self.position_embeddings = nn.Embedding(NUM_PATCHES, config.hidden_size)
-        self.block = build_block(config, AttnMaskType.no_mask, is_last, pg_collection)
+            self.input_projection = nn.Linear(module.input_size, width) if module.input_size else None
+            self.position_embeddings = nn.Embedding(module.tokens_per_item, width)
+            sources = {edge.source: edge.width for edge in edges if edge.target == module.name}
+            self.conditions = nn.ModuleDict({name: nn.Linear(size, width) for name, size in sources.items()})
+        self.block = build_block(
+            config, AttnMaskType.no_mask, is_last=is_last, chunk=chunk, pg_collection=pg_collection
+        )
         if is_last:
-            self.projector = nn.Linear(config.hidden_size, sizes.llm.hidden_size)
+            targets = {edge.target: edge.width for edge in edges if edge.source == module.name}
+            self.projectors = nn.ModuleDict({name: nn.Linear(width, size) for name, size in targets.items()})
+            generates = module.role is Role.generator
+            self.output_head = nn.Linear(width, module.output_size) if generates else None
+        for part in self.children():
+            if part is not self.block and part is not None:
+                split_over_tp(part, config)
+        if module.frozen:
+            self.requires_grad_(False)
+            if is_last and module.trains_projector:
+                self.projectors.requires_grad_(True)
 
-    def forward(
-        self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]
-    ) -> StageOutput:
-        if hidden is None:
-            images = inputs["images"].to(self.patch_projection.weight.dtype)
-            hidden = _tokens_first(self.patch_projection(images) + self.position_embeddings.weight)
-        hidden = self.block(hidden, attention_mask=None)
+    def forward(self, inputs: StageInputs) -> StageOutput:
+        hidden = inputs.hidden if inputs.hidden is not None else self._embed(inputs)
+        hidden = self.block(hidden, attention_mask=inputs.tensors.get("padding"))
         if not self.is_last:
             return StageOutput(hidden=hidden)
-        return StageOutput(exports={LLM: self.projector(hidden).transpose(0, 1).flatten(0, 1)})
+        exports = {name: self.projectors[name](hidden[at]) for name, at in inputs.exports_at.items()}
+        if self.output_head is None:
+            return StageOutput(exports=exports)
+        return self._with_loss(hidden, inputs.tensors, exports)
+
+    def _embed(self, inputs: StageInputs) -> Tensor:
+        positions = inputs.tensors["positions"]
+        hidden = self.position_embeddings(positions)[:, None].expand(-1, len(inputs.shard.items), -1)
+        if self.input_projection is not None:
+            values = inputs.tensors["values"].to(self.input_projection.weight.dtype)
+            hidden = hidden + self.input_projection(values)
+        for source, rows in inputs.imports.items():
+            condition = self.conditions[source]
+            hidden = hidden.index_put(
+                inputs.imports_at[source], condition(rows.to(condition.weight.dtype)), accumulate=True
+            )
+        return hidden.contiguous()
+
+    def _with_loss(self, hidden: Tensor, tensors: Mapping[str, Tensor], exports: Mapping[str, Tensor]) -> StageOutput:
+        """Squared error of this cp rank's tokens; with sequence parallelism, put together from the tp ranks."""
+        assert self.output_head is not None
+        errors = (self.output_head(hidden).float() - tensors["targets"]).square().mean(-1)
+        weights = tensors["weights"]
+        sums = torch.stack([(errors * weights).sum(), (errors.detach() * (weights > 0)).sum()])
+        if self.config.sequence_parallel:
+            sums = reduce_from_tensor_model_parallel_region(sums, group=self.tp_group)
+        return StageOutput(
+            exports=exports,
+            loss=self.loss_weight * sums[0],
+            num_tokens=float(tensors["weight_sum"]),
+            report={f"{self.name} loss": torch.stack([sums[1].detach(), tensors["num_tokens"]])},
+        )
 
 
 class BackboneStage(MegatronModule):
-    """Text, with image rows in the places held for them -> a GPT -> the text loss, and rows to draw from."""
+    """Text, with rows of other modules in the places held for them -> a GPT -> the text loss and rows out."""
 
     def __init__(
         self,
         config: TransformerConfig,
+        module: ModuleConfig,
         *,
-        sizes: Any2AnySizes,
         is_first: bool,
         is_last: bool,
+        chunk: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.is_last = is_last
-        self.tp_group = pg_collection.tp
+        self.is_last, self.tp_group = is_last, pg_collection.tp
         if is_first:
             self.embedding = LanguageModelEmbedding(
-                config, sizes.vocab_size, sizes.seq_length, tp_group=pg_collection.tp
+                config, module.vocab_size, module.tokens_per_item, tp_group=pg_collection.tp
             )
-        self.block = build_block(config, AttnMaskType.causal, is_last, pg_collection)
+        mask = AttnMaskType.causal if module.causal else AttnMaskType.no_mask
+        self.block = build_block(config, mask, is_last=is_last, chunk=chunk, pg_collection=pg_collection)
         if is_last:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
-                sizes.vocab_size,
+                module.vocab_size,
                 config=config,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
                 tp_group=pg_collection.tp,
             )
+        if module.frozen:
+            self.requires_grad_(False)
 
-    def forward(
-        self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]
-    ) -> StageOutput:
+    def forward(self, inputs: StageInputs) -> StageOutput:
+        hidden = inputs.hidden
         if hidden is None:
-            hidden = self._embed(inputs, imports)
+            tokens, positions = inputs.tensors["tokens"], inputs.tensors["positions"]
+            hidden = self.embedding(tokens, positions.expand_as(tokens))
+            for source, rows in inputs.imports.items():
+                hidden = hidden.index_put(inputs.imports_at[source], rows.to(hidden.dtype))
         hidden = self.block(hidden, attention_mask=None)
         if not self.is_last:
             return StageOutput(hidden=hidden)
-        loss, num_tokens = self._sum_loss(hidden, inputs)
-        return StageOutput(
-            exports={GENERATOR: hidden[_places(inputs["gen_start"], inputs["gen_sample"])]},
-            loss=loss,
-            num_tokens=int(num_tokens),
-            report={"lm loss": torch.stack([loss.detach(), num_tokens])},
-        )
+        exports = {name: hidden[at] for name, at in inputs.exports_at.items()}
+        return self._with_loss(hidden, inputs.tensors, exports)
 
-    def _embed(self, inputs: Tensors, imports: Tensors) -> Tensor:
-        """Embedded tokens [S, N, H]; the rows imported for this lane's images replace their placeholders."""
-        tokens = inputs["tokens"]
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden = self.embedding(tokens, positions)
-        if not len(inputs["image_start"]):
-            return hidden
-        return hidden.index_put(
-            _places(inputs["image_start"], inputs["image_sample"]), imports[VISION].to(hidden.dtype)
-        )
-
-    def _sum_loss(self, hidden: Tensor, inputs: Tensors) -> tuple[Tensor, Tensor]:
-        """Cross entropy summed over the tokens of `loss_mask`, and how many these are."""
+    def _with_loss(self, hidden: Tensor, tensors: Mapping[str, Tensor], exports: Mapping[str, Tensor]) -> StageOutput:
+        """Cross entropy over this cp rank's tokens, weighted."""
         logits, _ = self.output_layer(hidden)
         losses = tensor_parallel.vocab_parallel_cross_entropy(
-            logits.float(), inputs["labels"].transpose(0, 1).contiguous(), tp_group=self.tp_group
+            logits.float(), tensors["labels"].transpose(0, 1).contiguous(), tp_group=self.tp_group
         )
-        loss_mask = inputs["loss_mask"].float()
-        return (losses * loss_mask.transpose(0, 1)).sum(), loss_mask.sum()
-
-
-class GeneratorStage(MegatronModule):
-    """Noisy patches and the llm's rows for them -> a ViT -> clean patches, and the pixel loss."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        sizes: Any2AnySizes,
-        is_first: bool,
-        is_last: bool,
-        pg_collection: ProcessGroupCollection,
-        loss_weight: float,
-    ) -> None:
-        super().__init__(config)
-        self.is_last = is_last
-        self.loss_weight = loss_weight
-        if is_first:
-            self.patch_projection = nn.Linear(PATCH_PIXELS, config.hidden_size)
-            self.condition_projection = nn.Linear(sizes.llm.hidden_size, config.hidden_size)
-            self.position_embeddings = nn.Embedding(NUM_PATCHES, config.hidden_size)
-        self.block = build_block(config, AttnMaskType.no_mask, is_last, pg_collection)
-        if is_last:
-            self.pixel_head = nn.Linear(config.hidden_size, PATCH_PIXELS)
-
-    def forward(
-        self, inputs: Mapping[str, Tensor], hidden: Tensor | None, imports: Mapping[str, Tensor]
-    ) -> StageOutput:
-        if hidden is None:
-            dtype = self.patch_projection.weight.dtype
-            patches = self.patch_projection(inputs["gen_noisy"].to(dtype))
-            condition = self.condition_projection(imports[LLM].to(dtype)).unflatten(0, (-1, NUM_PATCHES))
-            hidden = _tokens_first(patches + condition + self.position_embeddings.weight)
-        hidden = self.block(hidden, attention_mask=None)
-        if not self.is_last:
-            return StageOutput(hidden=hidden)
-        drawn = self.pixel_head(hidden).float()
-        loss = (drawn - inputs["gen_target"].transpose(0, 1)).square().mean(-1).sum()
-        num_tokens = drawn.shape[0] * drawn.shape[1]
+        weights = tensors["weights"].transpose(0, 1)
+        counted = weights > 0
         return StageOutput(
-            loss=self.loss_weight * loss,
-            num_tokens=num_tokens,
-            report={"generator loss": torch.stack([loss.detach(), loss.new_tensor(num_tokens)])},
+            exports=exports,
+            loss=(losses * weights).sum(),
+            num_tokens=float(weights.sum(dtype=torch.float64)),
+            report={"lm loss": torch.stack([(losses.detach() * counted).sum(), counted.sum()])},
         )
-
-
-def _tokens_first(items_first: Tensor) -> Tensor:
-    return items_first.transpose(0, 1).contiguous()
-
-
-def _places(start: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """(position, sample) of every patch in [S, N, ...], item by item: for indexing with the rows of a border."""
-    positions = start[:, None] + torch.arange(NUM_PATCHES, device=start.device)
-    return positions.flatten(), sample.repeat_interleave(NUM_PATCHES)

@@ -1,0 +1,111 @@
+"""Model files: the YAML form of a Workload, as in conf/model/, checked against one pydantic schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModuleSection(_Strict):
+    role: Role
+    num_layers: Count
+    hidden_size: Count
+    num_heads: Count
+    ffn_hidden_size: Count
+    tokens_per_item: Count
+    items_per_sample: float = 1.0
+    num_query_groups: OptionalSize = 0
+    vocab_size: OptionalSize = 0
+    input_size: OptionalSize = 0
+    output_size: OptionalSize = 0
+    gated: bool = False
+    causal: bool = False
+    num_experts: OptionalSize = 0
+    moe_top_k: Count = 2
+    frozen: bool = False
+    trains_projector: bool = False
+
+
+class EdgeSection(_Strict):
+    source: str
+    target: str
+    rows_per_item: Count
+    width: Count
+
+
+class ModelSection(_Strict):
+    name: str
+    global_batch_size: Count
+    modules: dict[str, ModuleSection]
+    edges: list[EdgeSection] = []
+
+
+def make_workload(
+    model: ModelSection, *, global_batch_size: int = 0, items_per_sample: Mapping[str, float] | None = None
+) -> Workload:
+    """The workload of a model, with another batch size or mean number of items where given."""
+    items = items_per_sample or {}
+    modules = [
+        ModuleConfig(name=name, **(section.model_dump() | ({"items_per_sample": items[name]} if name in items else {})))
+        for name, section in model.modules.items()
+    ]
+    return Workload(
+        name=model.name,
+        modules=tuple(modules),
+        edges=tuple(Edge(**edge.model_dump()) for edge in model.edges),
+        global_batch_size=global_batch_size or model.global_batch_size,
+    )
+
+
+def load_workload_file(path: str | Path) -> Workload:
+    """The workload in a model file. ConfigError names the file and the key."""
+    try:
+        data: Any = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            str(path), got=str(error), expected="a model file like those in conf/model", fix="check the path"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            str(path), got=describe_yaml_error(error), expected="valid YAML", fix="correct it there"
+        ) from error
+    try:
+        return make_workload(ModelSection.model_validate(data))
+    except ValidationError as error:
+        raise ConfigError(**describe_violation(error, where=f"{path}: ", known="a key of a model file")) from error
+
+
+def format_workload(workload: Workload) -> str:
+    """YAML text; a file of it loads as this workload."""
+    defaults = ModuleSection.model_fields
+    modules = {
+        module.name: {
+            key: (module.role.value if key == "role" else getattr(module, key))
+            for key, field in defaults.items()
+            if field.is_required() or getattr(module, key) != field.default
+        }
+        for module in workload.modules
+    }
+    edges = [{key: getattr(edge, key) for key in EdgeSection.model_fields} for edge in workload.edges]
+    data = {
+        "name": workload.name,
+        "global_batch_size": workload.global_batch_size,
+        "modules": modules,
+        "edges": edges,
+    }
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
