@@ -34,7 +34,6 @@ DECIDED_BY_PLAN = (
     "tensor_model_parallel_size",
     "context_parallel_size",
     "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
     "micro_batch_size",
     "global_batch_size",
 )
@@ -101,7 +100,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
             fix=f"start {plan.world_size} processes, or plan for {args.world_size}",
         )
     layout = plan.modules[backbone].layout
-    decided = (layout.tp, layout.cp, layout.pp, layout.ep, plan.micro_batch_size, plan.global_batch_size)
+    decided = (layout.tp, layout.cp, layout.pp, plan.micro_batch_size, plan.global_batch_size)
     for key, value in zip(DECIDED_BY_PLAN, decided, strict=True):
         if typed.get(key, value) != value:
             raise ConfigError(

@@ -136,6 +136,8 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         "swiglu": module.gated or args.swiglu,
         "seq_length": module.tokens_per_item,
         "num_experts": module.num_experts or None,
+        # megatron-core has no biases in experts that are cut over tp; a model must not depend on its layout
+        "add_bias_linear": args.add_bias_linear and not module.num_experts,
         "moe_router_topk": module.moe_top_k,
         "moe_ffn_hidden_size": module.ffn_hidden_size if module.num_experts else None,
         # Balancing losses depend on which tokens meet in a microbatch, so on the layout.

@@ -6,6 +6,7 @@ function of (seed, split, i), so every rank and every plan sees the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -107,9 +108,9 @@ def collate(workload: Workload) -> Callable[[Sequence[Sample]], dict[str, Tensor
 
 
 def _draw_items(rng: np.random.Generator, module: ModuleConfig) -> dict[str, NDArray[np.generic]]:
-    """0 to twice the mean number of items, of 1 to tokens_per_item tokens."""
-    count = int(rng.integers(0, round(2 * module.items_per_sample) + 1))
-    size = module.tokens_per_item
+    """As many items as the workload says in the mean, of 1 to tokens_per_item tokens."""
+    most, size = math.ceil(2 * module.items_per_sample), module.tokens_per_item
+    count = int(rng.binomial(most, module.items_per_sample / most))
     items: dict[str, NDArray[np.generic]] = {f"{module.name}/tokens": rng.integers(1, size + 1, count)}
     if module.input_size:
         items[f"{module.name}/values"] = rng.standard_normal((count, size, module.input_size), dtype=np.float32)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.parallel_state_ext import gloo
+
 CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
 
@@ -56,7 +58,10 @@ class _Moment:
     def _nothing(self, *args: object, **kwargs: object) -> None:
         return None
 
-    record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
+    record = wait = synchronize = wait_stream = wait_event = _nothing
+
+    def record_event(self, *args: object, **kwargs: object) -> _Moment:
+        return self
 
     def query(self) -> bool:
         return True
@@ -88,6 +93,18 @@ def install() -> None:
     dist.new_group = _with_gloo(dist.new_group)
     dist.new_subgroups_by_enumeration = _with_gloo(dist.new_subgroups_by_enumeration)
     _replace_initialisation()
+    _replace_host_copies()
+    gloo.install()
+
+
+def _replace_host_copies() -> None:
+    """Experts' token counts come to the host as numpy arrays; on a CPU they are there already, but as tensors."""
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
 def _replace_device_queries() -> None:
