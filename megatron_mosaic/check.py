@@ -29,7 +29,19 @@ _NOISE_FRAC = 1e-6
 _WITHOUT_ORACLE = ("--bf16", "--fp16", "--optimizer")
 # No warm-up and no decay: the reference has one learning rate. A large eps, because Adam's first step is otherwise the
 # *sign* of the gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
-_STEADY = ["--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--adam-eps", "1e-3", "--eval-iters", "0"]
+# Small models on local processes: who waits for minutes waits for nothing.
+_STEADY = [
+    "--distributed-timeout-minutes",
+    "2",
+    "--lr-decay-style",
+    "constant",
+    "--lr-warmup-fraction",
+    "0.0",
+    "--adam-eps",
+    "1e-3",
+    "--eval-iters",
+    "0",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
