@@ -30,6 +30,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mosaic.parallel_state_ext.cpu import device
+from megatron_mosaic.parallel_state_ext.optimizer_state import build_record, fill_from_record, keep_torch_adam_steps
 
 
 class ModuleOptimizers(ChainedOptimizer):
@@ -92,22 +93,33 @@ class ModuleOptimizers(ChainedOptimizer):
         """State per module, every key under the module's name, so that modules never collide in a checkpoint.
 
         What is not sharded (step counts, learning rates) would be saved by rank 0 alone, which may not run the module;
-        it travels as one object per module instead.
+        it travels as one record per module instead, that fits any layout.
         """
         states: ShardedStateDict = {}
         for name, optimizer in self.by_module.items():
-            state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
-            sharded, common = extract_matching_values(state, _is_placed)
-            add_prefix_for_sharding(sharded, f"{name}.optimizer.")
+            if optimizer.is_stub_optimizer:  # nothing of this module is trained on this rank
+                sharded, common = {}, {}
+            else:
+                state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+                sharded, common = extract_matching_values(state, _is_placed)
+                add_prefix_for_sharding(sharded, f"{name}.optimizer.")
             groups = self._collections[name]
+            record = {} if is_loading else build_record(common, groups.intra_dist_opt)
             replica = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
-            everything = ShardedObject(f"{name}.optimizer.common", common, (1,), (0,), replica_id=replica)
-            states[name] = {"sharded": sharded, "common": everything}
+            states[name] = {
+                "sharded": sharded,
+                "common": ShardedObject(f"{name}.optimizer.common", record, (1,), (0,), replica_id=replica),
+                "here": LocalNonpersistentObject(common),
+            }
         return states
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for name, optimizer in self.by_module.items():
-            optimizer.load_state_dict(merge(state_dict[name]["sharded"], state_dict[name]["common"]))
+            state = state_dict[name]
+            if not optimizer.is_stub_optimizer:
+                optimizer.load_state_dict(
+                    merge(state["sharded"], fill_from_record(state["here"], state["common"], name))
+                )
 
 
 def _is_placed(value: object) -> bool:
@@ -129,6 +141,7 @@ def build_optimizer(
     Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
     ranks that do not run a module take part with `absent`, a stage without parameters.
     """
+    keep_torch_adam_steps()
     by_module = {}
     for name in names:
         stage = modules.get(name, absent)
