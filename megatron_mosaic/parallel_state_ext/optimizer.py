@@ -30,7 +30,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mosaic.parallel_state_ext.cpu import device
-from megatron_mosaic.parallel_state_ext.optimizer_state import build_record, fill_from_record, keep_torch_adam_steps
+from megatron_mosaic.parallel_state_ext.optimizer_state import accept_torch_adam, build_record, fill_from_record
 
 
 class ModuleOptimizers(ChainedOptimizer):
@@ -141,7 +141,7 @@ def build_optimizer(
     Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
     ranks that do not run a module take part with `absent`, a stage without parameters.
     """
-    keep_torch_adam_steps()
+    accept_torch_adam()
     by_module = {}
     for name in names:
         stage = modules.get(name, absent)
