@@ -165,6 +165,7 @@ class Runtime:
             config,
             config_overrides,
         )
+        optimizer.refuses_nan = model.ddp_config.check_for_nan_in_grad
         optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
         if self._args.mosaic_dump_gradients:
             self.step.whole_gradients = True

@@ -52,13 +52,17 @@ class ModuleOptimizers(ChainedOptimizer):
         self.config = config
         self.by_module = dict(by_module)
         self._names, self._collections, self._world = names, collections, world
+        self.refuses_nan = False  # True: an error on every rank; False: the step is skipped on every rank
         self.before_step: list[Callable[[], None]] = []  # observers of the finished gradients
         self.after_step: list[Callable[[], None]] = []
         self.run_step: Callable[[Callable[[], object]], object] = lambda work: work()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
-        """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN."""
+        """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN.
+
+        With `refuses_nan` that is a FloatingPointError on every rank, and names the modules.
+        """
         result = self.run_step(self._step_all)
         for observe in self.after_step:
             observe()
@@ -67,18 +71,24 @@ class ModuleOptimizers(ChainedOptimizer):
     def _step_all(self) -> tuple[bool, float | None, int | None]:
         for observe in self.before_step:
             observe()
-        statistics = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device())
+        statistics = torch.zeros(2, len(self._names), dtype=torch.float64, device=device())  # norm^2, not finite
         for name, optimizer in self.by_module.items():
             found_inf = optimizer.prepare_grads()
             norm = float(optimizer.get_grad_norm())
             if found_inf or not math.isfinite(norm):  # as a flag: a maximum over ranks may lose a NaN
-                statistics[-1] = 1.0
+                statistics[1, self._names.index(name)] = 1.0
             else:
-                statistics[self._names.index(name)] = norm**2
+                statistics[0, self._names.index(name)] = norm**2
         dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
-        if statistics[-1] > 0:
+        broken = [name for name, flag in zip(self._names, statistics[1].tolist(), strict=True) if flag]
+        if broken and self.refuses_nan:
+            raise FloatingPointError(
+                f"gradients of {', '.join(broken)} are inf or NaN: no module was stepped; start again from the last "
+                "checkpoint, or skip such steps with --no-check-for-nan-in-loss-and-grad"
+            )
+        if broken:
             return False, None, None
-        norm = math.sqrt(float(statistics[:-1].sum()))
+        norm = math.sqrt(float(statistics[0].sum()))
         stepped = True
         for optimizer in self.by_module.values():
             parameters = optimizer.get_parameters()

@@ -21,7 +21,6 @@ import yaml
 from megatron_mosaic import checkpoint
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout
-from tests.numerics import checkpoint_runs as runs
 from tests.numerics import parity_cases as cases
 from tests.numerics.checkpoint_runs import Run, losses, read_state, run_all
 
@@ -70,7 +69,10 @@ def test_any_plan_loads_what_another_saved(arguments, tolerance, tmp_path) -> No
     run_all(
         [
             Run(name="whole", plan=A, arguments=saving(tmp_path, *arguments), dump_at=2),
-            *(Run(name=name, plan=plan, arguments=loading(tmp_path, *arguments), dump_at=2) for name, plan in plans.items()),
+            *(
+                Run(name=name, plan=plan, arguments=loading(tmp_path, *arguments), dump_at=2)
+                for name, plan in plans.items()
+            ),
         ],
         tmp_path,
     )
