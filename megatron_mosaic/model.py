@@ -120,7 +120,7 @@ class MosaicModel(MegatronModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
-        """Always strict: Megatron's loader tries again without, and would go on with parameters that were not loaded."""
+        """Always strict: Megatron's loader tries again without, and would go on with parameters that stayed behind."""
         for name, wrapped in self.stages.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
             streams = own.pop("rng", None)

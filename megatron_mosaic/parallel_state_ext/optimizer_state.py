@@ -3,7 +3,7 @@
     saved under plan A: one record per module: {"groups": {identifier: values}, steps}
     loaded under plan B: each rank's own structure, its parameter groups looked up by identifier
 
-A rank's structure depends on its layout (a stage may have no expert, no bias, no parameter at all); the record does not.
+A rank's structure depends on its layout (a stage may have no expert, no bias, no parameter); the record does not.
 """
 
 from __future__ import annotations

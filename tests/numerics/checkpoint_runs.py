@@ -67,6 +67,8 @@ def _run_on_rank(runs: Sequence[Run], directory: Path, ports: Sequence[int]) -> 
             code = stop.code
         assert not code, f"{run.name}: exit status {code}"
         megatron_training.destroy_global_state()
+        # Once set, a further all-reduce at start-up: ranks that sat out the runs before would not take part.
+        megatron_training._STARTUP_TIMESTAMPS.update(dict.fromkeys(megatron_training._STARTUP_TIMESTAMPS))
         for key, stock in _STOCK.items():
             setattr(megatron_training, key, stock)
 
@@ -97,7 +99,7 @@ def _dump_before_step(iteration: int, directory: Path) -> None:
 
 
 def _state(model: MosaicModel, optimizers: ModuleOptimizers) -> dict[str, np.ndarray]:
-    """`module/parameter/what|dim|tp rank|start|shape of the shard` -> a flat piece of it, from every rank that has one."""
+    """`module/parameter/what|dim|tp rank|start|shape of the shard` -> this rank's flat piece of it."""
     pieces: dict[str, np.ndarray] = {}
     for module, optimizer in optimizers.by_module.items():
         members = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
@@ -149,7 +151,7 @@ def read_state(directory: Path, name: str) -> dict[str, np.ndarray]:
                 pieces[int(start)] = array
     whole = {}
     for label, shards in flat.items():
-        parts = []
+        parts, dim = [], -1
         for (dim, _, shape), pieces in sorted(shards.items(), key=lambda item: item[0][1]):
             joined = np.concatenate([pieces[start] for start in sorted(pieces)])
             parts.append(joined if label.endswith("/step") else joined.reshape(shape))
