@@ -72,6 +72,7 @@ class Checkpoints:
     ) -> None:
         """`draw_streams(seed)`: new RNG streams of this rank's modules."""
         self._args, self._workload, self._world, self._draw_streams = args, workload, world, draw_streams
+        self._saves_streams = not args.no_save_rng
         self._plan = replace(plan, digest=workload.digest, predicted=None)
         if (args.save or args.load) and args.ckpt_format != "torch_dist":
             raise ConfigError(
@@ -98,7 +99,7 @@ class Checkpoints:
                 self._sign(Path(directory), iteration)
             return result
 
-        streams, model[0].streams = model[0].streams, None if self._args.no_save_rng else model[0].streams
+        streams, model[0].streams = model[0].streams, model[0].streams if self._saves_streams else None
         dist_checkpointing.save = save_and_sign
         try:
             with _without_megatron_streams(self._args):
@@ -149,7 +150,7 @@ class Checkpoints:
             "workload": self._workload.name,
             "digest": self._workload.digest,
             "distributed_optimizer": bool(self._args.use_distributed_optimizer),
-            "rng": not self._args.no_save_rng,
+            "rng": self._saves_streams,
             "bytes_by_file": _sizes(directory),
         }
         partial = directory / f"{PLAN_FILE}.partial"
@@ -178,8 +179,11 @@ class Checkpoints:
 
 def inspect_checkpoint(load_dir: str | None, step: int | None, workload: Workload) -> Saved | None:
     """The checkpoint that the tracker file (or `step`) names, once it is seen to be whole and of this workload."""
-    iteration = step or (_tracked_iteration(Path(load_dir)) if load_dir else None)
-    if load_dir is None or iteration is None:
+    if load_dir is None:
+        return None
+    tracked = _tracked_iteration(Path(load_dir))  # Megatron reads it even if `step` overrides it
+    iteration = step or tracked
+    if iteration is None:
         return None
     directory = Path(checkpointing.get_checkpoint_name(load_dir, iteration, return_base_dir=True))
     if iteration == 0:  # a release: made by a converter, not by a run
@@ -239,7 +243,10 @@ def _tracked_iteration(load_dir: Path) -> int | None:
         return 0
     if not text.isdecimal():
         raise ConfigError(
-            str(tracker), got=repr(text[:40]), expected="an iteration", fix=_other_iterations(load_dir, None)
+            str(tracker),
+            got=repr(text[:40]),
+            expected="the number of the last complete iteration",
+            fix=f"write there one of {_complete_iterations(load_dir, None)}, which are complete",
         )
     return int(text)
 
@@ -259,9 +266,13 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _other_iterations(load_dir: Path, directory: Path | None) -> str:
     """Which checkpoints beside this one were saved to their end."""
-    whole = [path.parent for path in sorted(load_dir.glob(f"iter_*/{MANIFEST_FILE}")) if path.parent != directory]
-    steps = [int(path.name.removeprefix("iter_")) for path in whole]
+    steps = _complete_iterations(load_dir, directory)
     return f"use --ckpt-step {steps[-1]}, which is complete" if steps else "load another checkpoint"
+
+
+def _complete_iterations(load_dir: Path, besides: Path | None) -> list[int]:
+    found = [path.parent for path in load_dir.glob(f"iter_*/{MANIFEST_FILE}") if path.parent != besides]
+    return sorted(int(path.name.removeprefix("iter_")) for path in found)
 
 
 def _modules_that_keep_streams(saved: Saved, plan: Plan) -> frozenset[str]:

@@ -97,10 +97,10 @@ def _later(a: Any, b: Any) -> float | None:
 def accept_torch_adam() -> None:
     """Let the distributed optimizer save and load with torch's own Adam. Idempotent; nothing with Apex or TE.
 
-    torch's Adam keeps `step` among its state tensors, the others do not. Megatron's loader asks the checkpoint for every
-    state tensor it finds and fails on `step`, which it has set from the parameter groups already: to one tensor, shared
-    by all parameters, that each of them would then count up. And where no step has been made, or a rank holds no part
-    of any parameter, it finds no step to save.
+    torch's Adam keeps `step` among its state tensors, the others do not. Megatron's loader asks the checkpoint for
+    every state tensor it finds and fails on `step`, which it has set from the parameter groups already: to one tensor,
+    shared by all parameters, that each of them would then count up. And where no step has been made, or a rank holds
+    no part of any parameter, it finds no step to save.
     """
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(DistributedOptimizer.state_dict, "__wrapped__"):
         return

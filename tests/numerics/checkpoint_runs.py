@@ -151,8 +151,9 @@ def read_state(directory: Path, name: str) -> dict[str, np.ndarray]:
                 pieces[int(start)] = array
     whole = {}
     for label, shards in flat.items():
-        parts, dim = [], -1
-        for (dim, _, shape), pieces in sorted(shards.items(), key=lambda item: item[0][1]):
+        dim = next(iter(shards))[0]
+        parts = []
+        for (_, _, shape), pieces in sorted(shards.items(), key=lambda item: item[0][1]):
             joined = np.concatenate([pieces[start] for start in sorted(pieces)])
             parts.append(joined if label.endswith("/step") else joined.reshape(shape))
         whole[label] = parts[0] if dim < 0 or label.endswith("/step") else np.concatenate(parts, axis=dim)

@@ -177,6 +177,7 @@ def test_what_cannot_be_loaded_is_refused_by_name_and_the_last_good_checkpoint_s
     assert f"checkpoint file {shard}" in failure_of(tmp_path, "missing", *load)
     (saved / "latest_checkpointed_iteration.txt").write_text("")
     assert "latest_checkpointed_iteration.txt" in failure_of(tmp_path, "tracker", *load)
+    (saved / "latest_checkpointed_iteration.txt").write_text("4")
 
     run_all([Run(name="resumed", plan=SMALL_PLAN, arguments=(*load, "--ckpt-step", "2"))], tmp_path)
     assert losses(tmp_path, "resumed") == losses(tmp_path, "whole")[2:]
