@@ -22,9 +22,10 @@ from megatron.training import training as megatron_training
 
 from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.launch import _free_port, run_forked, with_command_line
-from megatron_mosaic.model import MosaicModel, undivided_name
+from megatron_mosaic.model import MosaicModel
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers
+from megatron_mosaic.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan_file import save_plan
 from megatron_mosaic.train import Runtime
@@ -99,23 +100,22 @@ def _dump_before_step(iteration: int, directory: Path) -> None:
 
 
 def _state(model: MosaicModel, optimizers: ModuleOptimizers) -> dict[str, np.ndarray]:
-    """`module/parameter/what|dim|tp rank|start|shape of the shard` -> this rank's flat piece of it."""
-    pieces: dict[str, np.ndarray] = {}
+    """`module/parameter/what|dim|pieces|slice|start|shape of the slice` -> this rank's flat part of it."""
+    parts: dict[str, np.ndarray] = {}
     for module, optimizer in optimizers.by_module.items():
         members = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-        for member in members:
-            stage = model.stages[module].module
-            names = {id(p): undivided_name(stage, name) for name, p in stage.named_parameters()}
-            for parameter, start, tensors in _tensors_of(member):
-                sharded = getattr(parameter, "tensor_model_parallel", False)
-                dim = parameter.partition_dim if sharded else -1
-                tp = stage.pg_collection.tp.rank() if sharded else 0
-                shape = "x".join(map(str, parameter.shape))
-                for what, tensor in tensors.items():
-                    at = 0 if what in ("weight", "step") else start
-                    array = tensor.detach().float().reshape(-1).numpy()
-                    pieces[f"{module}/{names[id(parameter)]}/{what}|{dim}|{tp}|{at}|{shape}"] = array
-    return pieces
+        stages = [wrapped.module for wrapped in model.stages_of(module)]
+        named = {id(p): (stage, name) for stage in stages for name, p in stage.named_parameters()}
+        for parameter, start, tensors in (found for member in members for found in _tensors_of(member)):
+            stage, name = named[id(parameter)]
+            cut = cut_of(stage, name, parameter) or Cut(-1, 0, 1)
+            shape = "x".join(map(str, parameter.shape))
+            for what, tensor in tensors.items():
+                at = 0 if what in ("weight", "step") else start
+                array = tensor.detach().float().reshape(-1).numpy()
+                key = f"{module}/{whole_name(stage, name)}/{what}"
+                parts[f"{key}|{cut.dim}|{cut.pieces}|{cut.rank}|{at}|{shape}"] = array
+    return parts
 
 
 def _tensors_of(member: Any) -> list[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
@@ -139,22 +139,25 @@ def _tensors_of(member: Any) -> list[tuple[torch.nn.Parameter, int, dict[str, to
 
 def read_state(directory: Path, name: str) -> dict[str, np.ndarray]:
     """`module/parameter/what` -> the whole array. AssertionError if two ranks hold different replicas."""
-    flat: dict[str, dict[tuple[int, int, tuple[int, ...]], dict[int, np.ndarray]]] = {}
+    flat: dict[str, dict[tuple[int, tuple[int, ...]], dict[int, np.ndarray]]] = {}
+    cuts: dict[str, tuple[int, int]] = {}
     for path in sorted((directory / name).glob("state-*.npz")):
         with np.load(path) as arrays:
             for key, array in arrays.items():
-                label, dim, tp, start, shape = key.split("|")
-                place = (int(dim), int(tp), tuple(int(n) for n in shape.split("x")))
-                pieces = flat.setdefault(label, {}).setdefault(place, {})
-                if int(start) in pieces:
-                    np.testing.assert_array_equal(pieces[int(start)], array, err_msg=f"replicas of {key} in {name}")
-                pieces[int(start)] = array
+                label, dim, pieces, rank, start, shape = key.split("|")
+                cuts[label] = (int(dim), int(pieces))
+                place = (int(rank), tuple(int(n) for n in shape.split("x")))
+                parts = flat.setdefault(label, {}).setdefault(place, {})
+                if int(start) in parts:
+                    np.testing.assert_array_equal(parts[int(start)], array, err_msg=f"replicas of {key} in {name}")
+                parts[int(start)] = array
     whole = {}
-    for label, shards in flat.items():
-        dim = next(iter(shards))[0]
-        parts = []
-        for (_, _, shape), pieces in sorted(shards.items(), key=lambda item: item[0][1]):
-            joined = np.concatenate([pieces[start] for start in sorted(pieces)])
-            parts.append(joined if label.endswith("/step") else joined.reshape(shape))
-        whole[label] = parts[0] if dim < 0 or label.endswith("/step") else np.concatenate(parts, axis=dim)
+    for label, slices in flat.items():
+        dim, pieces = cuts[label]
+        joined = []
+        for (_, shape), parts in sorted(slices.items()):
+            flat_slice = np.concatenate([parts[start] for start in sorted(parts)])
+            joined.append(flat_slice if label.endswith("/step") else flat_slice.reshape(shape))
+        is_whole = dim < 0 or label.endswith("/step")
+        whole[label] = joined[0] if is_whole else put_together(joined, dim, pieces)
     return whole

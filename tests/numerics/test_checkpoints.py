@@ -19,6 +19,8 @@ from megatron_mosaic import checkpoint, model
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.workload_file import format_workload
+from tests.numerics import acceptance_cases as acceptance
 from tests.numerics import parity_cases as cases
 from tests.numerics.checkpoint_runs import Run, losses, read_state, run_all
 
@@ -91,6 +93,33 @@ def test_any_plan_loads_what_another_saved(arguments, tolerance, tmp_path) -> No
         error = relative_loss_error(losses(tmp_path, name), curve)
         assert error <= tolerance, (name, error)
         assert error == 0 or name != "same"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--use-distributed-optimizer",)], ids=["plain", "distributed optimizer"])
+def test_experts_virtual_stages_and_split_tokens_load_what_another_saved(arguments, tmp_path) -> None:
+    """From cp and ep to sequence parallelism, to virtual stages on two ranks, to other groups of experts."""
+    workload = acceptance.MOE
+    (tmp_path / "model.yaml").write_text(format_workload(workload))
+    arguments = (*arguments, "--workload", str(tmp_path / "model.yaml"))
+    whole = acceptance.case("", "", workload, mbs=1, microbatches=4, image="0-3 dp4 ep2", llm="0-3 cp2 dp2 ep2").plan
+    plans = [
+        acceptance.case("", "", workload, mbs=mbs, microbatches=microbatches, schedule=schedule, **modules).plan
+        for mbs, microbatches, schedule, modules in (
+            (2, 4, "1f1b", {"image": "0-3 tp2 dp2 ep2 sp", "llm": "0-3 tp2 pp2 ep2 sp"}),
+            (2, 4, "interleaved", {"image": "1", "llm": "0-1 pp2 vpp2"}),
+            (1, 2, "1f1b", {"image": "0-2 dp3", "llm": "0-3 dp4 ep4"}),
+        )
+    ]
+    runs = [Run(name="whole", plan=whole, arguments=saving(tmp_path, *arguments), dump_at=2)]
+    runs += [Run(name=str(i), plan=p, arguments=loading(tmp_path, *arguments), dump_at=2) for i, p in enumerate(plans)]
+    run_all(runs, tmp_path)
+    expected, curve = read_state(tmp_path, "whole"), losses(tmp_path, "whole")[2:]
+    for i in range(len(plans)):
+        found = read_state(tmp_path, str(i))
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key].ravel(), array.ravel(), err_msg=f"{key} under plan {i}")
+        assert relative_loss_error(losses(tmp_path, str(i)), curve) <= 1e-6, i
 
 
 def test_a_plan_saved_by_fewer_ranks_loads_on_more(tmp_path) -> None:
