@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import megatron.training.arguments as megatron_arguments
@@ -51,6 +52,13 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
     group.add_argument(
         "--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)"
+    )
+    group.add_argument(
+        "--mosaic-lr-mult",
+        nargs="+",
+        default=[],
+        metavar="MODULE=FACTOR",
+        help="learning rate of a module, relative to --lr (and --min-lr)",
     )
     group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser
@@ -130,6 +138,26 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
             expected=f"{layout.dp}, as in the plan",
             fix="leave out arguments that split the model: the plan decides",
         )
+
+
+def lr_mults_from_args(args: argparse.Namespace, modules: Collection[str]) -> dict[str, float]:
+    """Module -> factor of its learning rate; 1 where none is given."""
+    factors = dict.fromkeys(modules, 1.0)
+    for word in args.mosaic_lr_mult:
+        name, _, number = word.partition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if name not in factors or not 0 <= factor < math.inf:
+            raise ConfigError(
+                "--mosaic-lr-mult",
+                got=word,
+                expected=f"MODULE=FACTOR, MODULE one of {list(modules)}, FACTOR at least 0",
+                fix="correct it, or freeze a module that shall not learn",
+            )
+        factors[name] = factor
+    return factors
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:

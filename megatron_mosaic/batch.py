@@ -61,6 +61,13 @@ class Links:
         return len(self.rows)
 
 
+def rows_of(items: Integers, starts: Integers, counts: Integers) -> tuple[Integers, Integers]:
+    """(token, item) of every row of one end of some links, link by link."""
+    link = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(link)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return starts[link] + within, items[link]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """What one rank holds of a module's unit: all tokens of some items, or, with cp or sequence parallelism, some.

@@ -36,7 +36,9 @@ from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.arguments import parse_and_validate_args
+from megatron_mosaic.batch import Integers, Shard, rows_of, shard_of
 from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Operation, Part, Profile
+from megatron_mosaic.definition import Place, StageInputs
 from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.grids import Grids
@@ -91,11 +93,11 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
         lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
     )
     dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
-    definition = Any2Any.from_args(args)
-    samples = pretrain.make_datasets(args)((256, 1, 1))[0]
+    definition = Any2Any.from_args(args, workload_of_command_line(command))
+    samples = pretrain.make_datasets(args, definition.workload)((256, 1, 1))[0]
     loads = [0.0]
     if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it
-        loads = list(_repeat(lambda: definition.count_items(collate([samples[i] for i in range(32)]))))
+        loads = list(_repeat(lambda: definition.list_items(collate([samples[i] for i in range(32)]))))
     dist.barrier()
     batch = collate([samples[i] for i in range(4 * max(ITEMS))])
     modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
@@ -139,11 +141,18 @@ class _PipelinePlace:
         return _PIPELINE
 
 
+def _place(items: Integers, starts: Integers, rows: Integers, num_items: int) -> Place:
+    """Where the rows of the first items stand."""
+    kept = items < num_items
+    tokens, owners = rows_of(items[kept], starts[kept], rows[kept])
+    return torch.from_numpy(tokens), torch.from_numpy(owners)
+
+
 class _ModuleBench:
     """First, inner and last stage of one module on ranks 0..tp-1, ready to be timed. Collective over all ranks."""
 
     def __init__(self, args: Any, definition: Any2Any, name: str, tp: int) -> None:
-        self._definition, self._name = definition, name
+        self._definition, self._name, self._tp = definition, name, tp
         self._sizes = definition.workload.by_name[name]
         plan = Plan(
             workload=definition.workload.name,
@@ -163,7 +172,9 @@ class _ModuleBench:
         own_pipeline = groups.pp
         for place, stage_idx in (("first", 0), ("inner", 1), ("last", _PIPELINE - 1)):
             groups.pp = _PipelinePlace(stage_idx)
-            stage = definition.build_stage(name, Layout(tp=tp, pp=_PIPELINE), stage_idx, groups)
+            ranks = RankSet.of(range(tp * _PIPELINE))
+            placed = ModulePlan(ranks=ranks, layout=Layout(tp=tp, pp=_PIPELINE))
+            stage = definition.build_stage(name, placed, stage_idx, groups)
             groups.pp = own_pipeline
             stage.pg_collection = groups
             initialize_by_name(stage, name, args.seed)
@@ -194,10 +205,10 @@ class _ModuleBench:
         """Median seconds of forward and backward."""
         forwards, backwards = [], []
         for _ in range(REPEATS + 1):
-            hidden, inputs, imports = self._inputs(place, batch, num_items)
+            inputs = self._inputs(place, batch, num_items)
             started = time.perf_counter()
             with self._scopes.enter(self._name):
-                output = self._stages[place](inputs, hidden, imports)
+                output = self._stages[place](inputs)
             forwards.append(time.perf_counter() - started)
             ends = [t for t in (output.hidden, output.loss, *output.exports.values()) if t is not None and t.numel()]
             gradients = [torch.ones_like(t) for t in ends]
@@ -207,21 +218,33 @@ class _ModuleBench:
             backwards.append(time.perf_counter() - started)
         return statistics.median(forwards[1:]), statistics.median(backwards[1:])
 
-    def _inputs(
-        self, place: str, batch: Any, num_items: int
-    ) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
-        inputs = self._definition.select_inputs(self._name, batch, range(num_items))
-        if place != "first":
-            shape = (self._sizes.tokens_per_item, num_items, self._sizes.hidden_size)
-            return torch.randn(shape, requires_grad=True), inputs, {}
-        imports = {}
-        counts = self._definition.count_items(batch)
+    def _inputs(self, place: str, batch: Any, num_items: int) -> StageInputs:
+        """What a stage gets for the first items of the batch; values that come from other ranks are noise."""
+        placed = ModulePlan(ranks=RankSet.of(range(self._tp)), layout=Layout(tp=self._tp))
+        shard = shard_of(placed, range(num_items), self._definition.list_items(batch)[self._name].tokens)
+        tensors = self._definition.select_inputs(self._name, batch, shard)
+        if place == "inner":
+            return StageInputs(shard=shard, tensors=tensors, hidden=self._noise(shard))
+        imports, imports_at, exports_at = {}, {}, {}
         for edge in self._definition.workload.edges:
-            if edge.target == self._name:
-                carried = self._definition.workload.items_of(edge)
-                items = num_items if carried == self._name else sum(counts[carried][:num_items])
-                imports[edge.source] = torch.randn(items * edge.rows_per_item, edge.width, requires_grad=True)
-        return None, inputs, imports
+            links = self._definition.list_links(edge, batch)
+            if place == "first" and edge.target == self._name:
+                imports_at[edge.source] = _place(links.target_items, links.target_starts, links.rows, num_items)
+                rows = len(imports_at[edge.source][0])
+                imports[edge.source] = torch.randn(rows, edge.width, requires_grad=True)
+            if place == "last" and edge.source == self._name:
+                exports_at[edge.target] = _place(links.source_items, links.source_starts, links.rows, num_items)
+        return StageInputs(
+            shard=shard,
+            tensors=tensors,
+            hidden=None if place == "first" else self._noise(shard),
+            imports=imports,
+            imports_at=imports_at,
+            exports_at=exports_at,
+        )
+
+    def _noise(self, shard: Shard) -> Tensor:
+        return torch.randn(len(shard.tokens), len(shard.items), self._sizes.hidden_size, requires_grad=True)
 
     def measure_optimizer(self) -> dict[int, float]:
         """Parameters -> seconds of one step, for the first stage and for all three together."""

@@ -54,6 +54,8 @@ class Parity:
     worst_parameter: str
     peak_activation_bytes_by_module: dict[str, int]
     empty_units_by_module: dict[str, int]
+    imbalance_by_owner: dict[str, float]  # busiest lane over mean, were items computed where their sample is
+    imbalance_by_module: dict[str, float]  # and as they are
 
     @property
     def grad_rel_err_max(self) -> float:
@@ -73,6 +75,8 @@ class Parity:
             "worst_parameter": self.worst_parameter,
             "peak_activation_bytes_by_module": self.peak_activation_bytes_by_module,
             "empty_units_by_module": self.empty_units_by_module,
+            "imbalance_by_owner": self.imbalance_by_owner,
+            "imbalance_by_module": self.imbalance_by_module,
             "steps": self.steps,
             "tolerance": TOLERANCE,
         }
@@ -153,6 +157,8 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
         worst_parameter=worst[0],
         peak_activation_bytes_by_module=measures["peak_activation_bytes_by_module"],
         empty_units_by_module=measures["empty_units_by_module"],
+        imbalance_by_owner=measures["imbalance_by_owner"],
+        imbalance_by_module=measures["imbalance_by_module"],
     )
 
 

@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_mosaic.batch import Integers, shard_of
+from megatron_mosaic.arguments import lr_mults_from_args
+from megatron_mosaic.batch import Integers, rows_of, shard_of
 from megatron_mosaic.definition import Batch, ModelDefinition, Place, StageInputs
 from megatron_mosaic.model import initialize_by_name
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
@@ -49,11 +50,13 @@ class Reference:
             stage.pg_collection = groups
             initialize_by_name(stage, module.name, args.seed)
             self.modules[module.name] = stage
-        decayed = [p for p in self.modules.parameters() if p.requires_grad and p.dim() > 1]
-        plain = [p for p in self.modules.parameters() if p.requires_grad and p.dim() <= 1]
+        factors = lr_mults_from_args(args, [module.name for module in definition.workload.modules])
+        trained = [(name, p) for name in factors for p in self.modules[name].parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=args.lr,
+            [
+                {"params": [p], "lr": factors[name] * args.lr, "weight_decay": args.weight_decay * (p.dim() > 1)}
+                for name, p in trained
+            ],
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_eps,
         )
@@ -87,24 +90,15 @@ class Reference:
             if not len(items[module.name]):
                 continue
             shard = shard_of(ALONE, range(len(items[module.name])), items[module.name].tokens)
-            found = {
-                e: self._definition.list_links(e, batch) for e in workload.edges if module.name in (e.source, e.target)
-            }
-            links = {edge: link for edge, link in found.items() if len(link)}
+            ends_here = {e: self._definition.list_links(e, batch) for e in workload.edges if e.target == module.name}
+            begins_here = {e: self._definition.list_links(e, batch) for e in workload.edges if e.source == module.name}
+            made = {e: link for e, link in ends_here.items() if (e.source, e.target) in rows}
             inputs = StageInputs(
                 shard=shard,
                 tensors=self._definition.select_inputs(module.name, batch, shard),
-                imports={e.source: rows[e.source, e.target] for e in links if e.target == module.name},
-                imports_at={
-                    e.source: _place(link.target_items, link.target_starts, link.rows)
-                    for e, link in links.items()
-                    if e.target == module.name
-                },
-                exports_at={
-                    e.target: _place(link.source_items, link.source_starts, link.rows)
-                    for e, link in links.items()
-                    if e.source == module.name
-                },
+                imports={e.source: rows[e.source, e.target] for e in made},
+                imports_at={e.source: _place(k.target_items, k.target_starts, k.rows) for e, k in made.items()},
+                exports_at={e.target: _place(k.source_items, k.source_starts, k.rows) for e, k in begins_here.items()},
             )
             output = self.modules[module.name](inputs)
             rows |= {(module.name, target): exported for target, exported in output.exports.items()}
@@ -117,6 +111,5 @@ class Reference:
 
 
 def _place(items: Integers, starts: Integers, rows: Integers) -> Place:
-    """(token, item) of every row, link by link."""
-    tokens = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, rows, strict=True)] or [rows])
-    return torch.from_numpy(tokens), torch.from_numpy(np.repeat(items, rows))
+    tokens, owners = rows_of(items, starts, rows)
+    return torch.from_numpy(tokens), torch.from_numpy(owners)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,6 +29,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.utils import print_rank_0
 
+from megatron_mosaic.arguments import lr_mults_from_args
 from megatron_mosaic.checkpoint import Checkpoints
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
@@ -146,8 +147,11 @@ class Runtime:
         if self._report is not None:
             meter = self.step.meter
             peaks = dict.fromkeys(self.plan.modules, 0) | (meter.peak_bytes if meter else {})
-            measures = {"peak_activation_bytes_by_module": peaks, "empty_units_by_module": self.step.empty_units}
-            measures |= self.step.imbalance
+            measures: dict[str, Mapping[str, float]] = {
+                "peak_activation_bytes_by_module": peaks,
+                "empty_units_by_module": self.step.empty_units,
+                **self.step.imbalance,
+            }
             self._report.write(self.grids.world, measures)
         self.grids.destroy()
         dist.destroy_process_group()
@@ -165,6 +169,10 @@ class Runtime:
             config,
             config_overrides,
         )
+        for name, factor in lr_mults_from_args(self._args, self.plan.modules).items():
+            if name in optimizer.by_module and factor != 1:
+                for group in optimizer.by_module[name].param_groups:
+                    group["max_lr"], group["min_lr"] = factor * config.lr, factor * config.min_lr
         optimizer.refuses_nan = model.ddp_config.check_for_nan_in_grad
         optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
         if self._args.mosaic_dump_gradients:

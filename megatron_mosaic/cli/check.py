@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
 from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.units import format_bytes
 
@@ -17,20 +19,16 @@ MODELS = ("any2any-digits",)
 def main(arguments: argparse.Namespace) -> int:
     """0 if losses and all gradients agree, else 1."""
     plan = load_plan(arguments.plan)
-    model = arguments.model or plan.workload
-    if model not in MODELS:
-        raise ConfigError(
-            "--model", got=model, expected=f"one of {list(MODELS)}", fix="use a model that can be run here"
-        )
+    megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
     from megatron_mosaic.check import TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    require_checkable(plan, arguments.megatron_args)
+    require_checkable(plan, megatron_args)
     import_runtime()
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
-    parity = check_plan(arguments.plan, steps=arguments.steps, megatron_args=arguments.megatron_args)
+    parity = check_plan(arguments.plan, steps=arguments.steps, megatron_args=megatron_args)
     if arguments.json:
         print_json(parity.as_dict())
     else:
@@ -38,13 +36,20 @@ def main(arguments: argparse.Namespace) -> int:
         print_table(
             f"{verdict} as one process (tolerance {TOLERANCE:g}, fp32): losses of {parity.steps} steps differ by "
             f"{parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}",
-            ("module", "largest gradient error", "peak activations of a rank", "units without items"),
+            (
+                "module",
+                "largest gradient error",
+                "peak activations of a rank",
+                "units without items",
+                "imbalance (by owner)",
+            ),
             [
                 (
                     name,
                     f"{parity.grad_rel_err_by_module[name]:.1e}",
                     format_bytes(parity.peak_activation_bytes_by_module[name]),
                     str(parity.empty_units_by_module[name]),
+                    f"{parity.imbalance_by_module[name]:.2f} ({parity.imbalance_by_owner[name]:.2f})",
                 )
                 for name in plan.modules
             ],
@@ -52,3 +57,18 @@ def main(arguments: argparse.Namespace) -> int:
         if not parity.ok:
             print(f"worst: {parity.worst_parameter}")
     return 0 if parity.ok else 1
+
+
+def _workload_args(arguments: argparse.Namespace, plan: Plan) -> list[str]:
+    """Arguments that choose the model: the digits, or made-up data for a model file."""
+    model = arguments.model or (MODELS[0] if "--workload" in arguments.megatron_args else plan.workload)
+    if model in MODELS:
+        return []
+    if not Path(model).is_file():
+        raise ConfigError(
+            "--model",
+            got=model,
+            expected=f"one of {list(MODELS)}, or a model file like those in conf/model",
+            fix="use a model that can be run here",
+        )
+    return ["--workload", model]

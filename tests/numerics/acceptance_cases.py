@@ -259,6 +259,7 @@ OURS = [
         image="0-3 tp2 dp2",
         llm="0-3 tp2 cp2",
     ),
+    pair("learning rates", "0-2 dp3", "0-3 tp2 dp2", args=("--mosaic-lr-mult", "image=0.1", "llm=3")),
     pair("overlapped sums", "0-2 dp3", "0-3 pp2 dp2", args=("--overlap-grad-reduce",)),
     pair(
         "overlapped sums, distributed optimizer",
