@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments
+from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.arguments import parse_and_validate_args
@@ -32,11 +32,9 @@ PLAN = make_plan(
 
 def parse(path):
     sys.argv = ["pretrain", "--mosaic-plan", str(path)]
-    args, plan = parse_and_validate_args(
-        lambda args: workload(Any2AnySizes(), 1), add_any2any_arguments, MEGATRON_DEFAULTS
-    )
+    args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     parallel_state._set_global_memory_buffer()
-    return Any2Any.from_args(args), plan
+    return Any2Any.from_args(args, workload_from_args(args)), plan
 
 
 WHOLE = ModulePlan(ranks=RankSet((0,)), layout=Layout())

@@ -1,7 +1,7 @@
 """One process as its own gloo world, Megatron's arguments for the default model, and helpers to run it there."""
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +11,13 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments
+from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.batch import rows_of, shard_of
+from megatron_mosaic.definition import StageInputs
 from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.reference import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def args(one_rank):
 
 @pytest.fixture(scope="module")
 def model(args):
-    return Any2Any.from_args(args)
+    return Any2Any.from_args(args, workload_from_args(args))
 
 
 def groups_of(group, stage: int = 0) -> ProcessGroupCollection:
@@ -67,36 +70,58 @@ def build_stages(model):
     """build_stages(pp=...) -> module -> its stages, all in this process."""
 
     def build(**pp):
-        return {
-            name: [
-                model.build_stage(name, Layout(pp=pp.get(name, 1)), stage, groups_of(dist.group.WORLD, stage))
-                for stage in range(pp.get(name, 1))
+        stages = {}
+        for name in model.workload.by_name:
+            layout = Layout(pp=pp.get(name, 1))
+            placed = ModulePlan(ranks=RankSet.of(range(layout.pp)), layout=layout)
+            stages[name] = [
+                model.build_stage(name, placed, stage, groups_of(dist.group.WORLD, stage)) for stage in range(layout.pp)
             ]
-            for name in model.workload.by_name
-        }
+        return stages
 
     return build
+
+
+def inputs_of(model, name, batch, imports=None, items=None) -> StageInputs:
+    """What a stage that is its whole module gets for all items of a batch, or for some (then without rows)."""
+    found = model.list_items(batch)[name]
+    shard = shard_of(ALONE, range(len(found)) if items is None else items, found.tokens)
+    places = {}
+    for edge in model.workload.edges:
+        links = model.list_links(edge, batch)
+        places[edge.source, edge.target] = (
+            place(links.source_items, links.source_starts, links.rows),
+            place(links.target_items, links.target_starts, links.rows),
+        )
+    given = imports or {}
+    return StageInputs(
+        shard=shard,
+        tensors=model.select_inputs(name, batch, shard),
+        imports=given,
+        imports_at={s: at for (s, t), (_, at) in places.items() if t == name and s in given},
+        exports_at={t: at for (s, t), (at, _) in places.items() if s == name} if items is None else {},
+    )
+
+
+def place(items, starts, rows):
+    tokens, owners = rows_of(items, starts, rows)
+    return torch.from_numpy(tokens), torch.from_numpy(owners)
 
 
 def forward_all(model, stages, batch):
     """module -> output of its last stage (None without items), in one process, every sample on the one lane."""
     outputs = {}
     for name in model.workload.by_name:
-        imports = {source: outputs[source] for source, target in model.workload.edge_pairs if target == name}
-        imports = {source: output.exports[name] for source, output in imports.items() if output is not None}
-        outputs[name] = _forward_module(model, stages[name], name, batch, imports)
+        if not len(model.list_items(batch)[name]):
+            outputs[name] = None
+            continue
+        sources = [source for source, target in model.workload.edge_pairs if target == name and outputs[source]]
+        inputs = inputs_of(model, name, batch, {source: outputs[source].exports[name] for source in sources})
+        output = stages[name][0](inputs)
+        for stage in stages[name][1:]:
+            output = stage(replace(inputs, hidden=output.hidden))
+        outputs[name] = output
     return outputs
-
-
-def _forward_module(model, stages, name, batch, imports):
-    items = list(range(sum(model.count_items(batch)[name])))
-    if not items:
-        return None
-    inputs = model.select_inputs(name, batch, items)
-    output = stages[0](inputs, None, imports)
-    for stage in stages[1:]:
-        output = stage(inputs, output.hidden, {})
-    return output
 
 
 def mean_loss(outputs) -> torch.Tensor:

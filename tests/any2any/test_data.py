@@ -71,7 +71,7 @@ def test_kinds_come_in_the_shares_of_the_mix(samples):
 
 
 def test_microbatches_bring_varying_numbers_of_images_and_some_none(samples):
-    counts = [len(collate(samples[idx : idx + 2])["images"]) for idx in range(0, 400, 2)]
+    counts = [len(collate(samples[idx : idx + 2])["vision/values"]) for idx in range(0, 400, 2)]
     assert set(counts) == {0, 1, 2, 3, 4}
 
 
@@ -168,18 +168,23 @@ def test_drawing_shows_the_digit_asked_for():
 def test_collate_numbers_items_in_sample_order(samples):
     batch = collate(samples[:6])
     assert batch["tokens"].shape == batch["labels"].shape == batch["loss_mask"].shape == (6, 64)
-    expected = [n for n, sample in enumerate(samples[:6]) for _ in sample["image_start"]]
-    assert batch["image_sample"].tolist() == expected
-    assert len(batch["images"]) == len(batch["image_start"]) == len(expected)
-    assert len(batch["gen_noisy"]) == len(batch["gen_target"]) == len(batch["gen_sample"])
+    owners = [n for n, sample in enumerate(samples[:6]) for _ in sample["image_start"]]
+    starts = [start for sample in samples[:6] for start in sample["image_start"].tolist()]
+    assert batch["vision/samples"].tolist() == owners
+    assert batch["vision/tokens"].tolist() == [16] * len(owners) and len(batch["vision/values"]) == len(owners)
+    # image i, from its token 0 on, goes to its sample, from where it is announced on: all 16 rows
+    assert batch["vision>llm"].T.tolist() == [[i, 0, n, s, 16] for i, (n, s) in enumerate(zip(owners, starts))]
+    drawings = [(n, int(s)) for n, sample in enumerate(samples[:6]) for s in sample["gen_start"]]
+    assert batch["llm>generator"].T.tolist() == [[n, s, i, 0, 16] for i, (n, s) in enumerate(drawings)]
+    assert len(batch["generator/values"]) == len(batch["generator/targets"]) == len(drawings)
 
 
 def test_collate_without_images():
     writer = SampleWriter(64)
     writer.add_caption("after one comes two")
     batch = collate([writer.finish()])
-    assert batch["images"].shape == batch["gen_target"].shape == (0, 16, 4)
-    assert batch["image_sample"].dtype == torch.long
+    assert batch["vision/values"].shape == batch["generator/targets"].shape == (0, 16, 4)
+    assert batch["vision/samples"].dtype == torch.long and batch["vision>llm"].shape == (5, 0)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):

@@ -1,22 +1,22 @@
 """One stage at a time, and stages of a pipeline put together by hand, in one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mosaic.any2any.data import DigitsDataset, SampleWriter, collate
-from megatron_mosaic.any2any.sizes import DigitsMix
-from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix
+from tests.any2any.conftest import inputs_of
 
 
 @pytest.fixture
-def batch(model):
+def batch():
     mix = DigitsMix(text_only_frac=0.1, two_image_frac=0.3, generate_frac=0.5)
-    data = DigitsDataset("train", sizes=model.sizes, mix=mix, num_samples=6, seed=5)
+    data = DigitsDataset("train", sizes=Any2AnySizes(), mix=mix, num_samples=6, seed=5)
     batch = collate([data[idx] for idx in range(6)])
-    assert len(batch["images"]) > 1 and len(batch["gen_start"]) > 0
+    assert len(batch["vision/values"]) > 1 and len(batch["generator/values"]) > 0
     return batch
 
 
@@ -27,53 +27,66 @@ def text_batch():
     return collate([writer.finish(), writer.finish()])
 
 
-def inputs_of(model, name, batch):
-    return model.select_inputs(name, batch, list(range(sum(model.count_items(batch)[name]))))
-
-
 def test_vision_exports_rows_as_wide_as_the_llm(model, build_stages, batch):
     (stage,) = build_stages()["vision"]
-    output = stage(inputs_of(model, "vision", batch), None, {})
-    assert output.exports["llm"].shape == (len(batch["images"]) * 16, 64)
+    output = stage(inputs_of(model, "vision", batch))
+    assert output.exports["llm"].shape == (len(batch["vision/values"]) * 16, 64)
     assert output.hidden is None and output.loss is None and output.num_tokens == 0
 
 
 def test_rows_of_vision_are_image_by_image(model, build_stages, batch):
     """Oracle: no image attends to another, so an image alone gives the same rows as in company."""
     (stage,) = build_stages()["vision"]
-    together = stage(inputs_of(model, "vision", batch), None, {}).exports["llm"]
-    for idx in range(len(batch["images"])):
-        alone = stage(model.select_inputs("vision", batch, [idx]), None, {}).exports["llm"]
-        torch.testing.assert_close(together[16 * idx : 16 * idx + 16], alone)
+    together = stage(inputs_of(model, "vision", batch)).exports["llm"]
+    tokens = torch.arange(16)
+    for idx in range(len(batch["vision/values"])):
+        alone = replace(
+            inputs_of(model, "vision", batch, items=[idx]), exports_at={"llm": (tokens, torch.zeros_like(tokens))}
+        )
+        torch.testing.assert_close(together[16 * idx : 16 * idx + 16], stage(alone).exports["llm"])
+
+
+def test_padding_changes_nothing(model, build_stages, batch):
+    """Oracle: the image cut short, alone. In company of longer ones it is padded and its padding never attended to."""
+    (stage,) = build_stages()["vision"]
+    short = {**batch, "vision/tokens": torch.tensor([5, *batch["vision/tokens"][1:].tolist()])}
+    at = {"llm": (torch.arange(5), torch.zeros(5, dtype=torch.long))}
+    together = replace(inputs_of(model, "vision", short, items=[0, 1]), exports_at=at)
+    alone = replace(inputs_of(model, "vision", short, items=[0]), exports_at=at)
+    assert (together.shard.length, alone.shard.length) == (16, 5) and "padding" not in alone.tensors
+    torch.testing.assert_close(stage(together).exports["llm"], stage(alone).exports["llm"])
 
 
 def test_llm_uses_each_row_at_its_place_and_text_elsewhere(model, build_stages, batch):
-    """Oracle: the embedding of all tokens, with the rows written into it one after the other."""
+    """Oracle: the embedding of all tokens, with the rows written into it one by one, through the same layers."""
     (stage,) = build_stages()["llm"]
-    rows = torch.randn(len(batch["images"]) * 16, 64)
-    inputs = inputs_of(model, "llm", batch)
-    embedded = stage._embed(inputs, {"vision": rows})
-    expected = stage.embedding(batch["tokens"], torch.arange(64).expand(6, 64)).detach().clone()
-    for idx, (sample, start) in enumerate(zip(batch["image_sample"], batch["image_start"])):
+    rows = torch.randn(len(batch["vision/values"]) * 16, 64)
+    written = stage.embedding(batch["tokens"], torch.arange(64).expand(6, 64)).detach().clone()
+    for idx, (image, _, sample, start, _) in enumerate(batch["vision>llm"].T.tolist()):
+        assert idx == image
         for patch in range(16):
-            expected[start + patch, sample] = rows[16 * idx + patch]
-    torch.testing.assert_close(embedded, expected)
+            written[start + patch, sample] = rows[16 * image + patch]
+    inputs = inputs_of(model, "llm", batch, {"vision": rows})
+    torch.testing.assert_close(stage(inputs).loss, stage(replace(inputs, hidden=written)).loss)
 
 
 def test_llm_loss_and_exports(model, build_stages, batch):
     (stage,) = build_stages()["llm"]
-    rows = torch.randn(len(batch["images"]) * 16, 64, requires_grad=True)
-    output = stage(inputs_of(model, "llm", batch), None, {"vision": rows})
+    rows = torch.randn(len(batch["vision/values"]) * 16, 64, requires_grad=True)
+    inputs = inputs_of(model, "llm", batch, {"vision": rows})
+    output = stage(inputs)
     assert output.num_tokens == batch["loss_mask"].sum()
     assert output.report["lm loss"].tolist() == [output.loss.item(), output.num_tokens]
-    assert output.exports["generator"].shape == (len(batch["gen_start"]) * 16, 64)
     # Oracle of the loss: torch's own cross entropy of the same logits.
-    hidden = stage.block(stage._embed(inputs_of(model, "llm", batch), {"vision": rows}), attention_mask=None)
+    hidden = stage.embedding(batch["tokens"], torch.arange(64).expand(6, 64)).index_put(
+        inputs.imports_at["vision"], rows
+    )
+    hidden = stage.block(hidden, attention_mask=None)
     logits = stage.output_layer(hidden)[0].transpose(0, 1)
     counted = batch["loss_mask"] > 0
     expected = torch.nn.functional.cross_entropy(logits[counted], batch["labels"][counted], reduction="sum")
     torch.testing.assert_close(output.loss, expected)
-    for idx, (sample, start) in enumerate(zip(batch["gen_sample"], batch["gen_start"])):
+    for sample, start, idx, _, _ in batch["llm>generator"].T.tolist():
         torch.testing.assert_close(
             output.exports["generator"][16 * idx : 16 * idx + 16], hidden[start : start + 16, sample]
         )
@@ -88,9 +101,8 @@ def test_llm_is_causal_and_the_others_are_not(build_stages):
 
 def test_llm_without_images_or_drawings(model, build_stages, text_batch):
     (stage,) = build_stages()["llm"]
-    inputs = inputs_of(model, "llm", text_batch)
-    absent = stage(inputs, None, {})
-    empty = stage(inputs, None, {"vision": torch.empty(0, 64, requires_grad=True)})
+    absent = stage(inputs_of(model, "llm", text_batch))
+    empty = stage(inputs_of(model, "llm", text_batch, {"vision": torch.empty(0, 64, requires_grad=True)}))
     assert absent.exports["generator"].shape == (0, 64)
     assert torch.equal(absent.loss, empty.loss)
     absent.loss.backward()
@@ -98,12 +110,13 @@ def test_llm_without_images_or_drawings(model, build_stages, text_batch):
 
 def test_generator_loss_is_weighted_and_its_report_is_not(model, build_stages, batch):
     (stage,) = build_stages()["generator"]
-    inputs, num_drawings = inputs_of(model, "generator", batch), len(batch["gen_start"])
+    num_drawings = len(batch["generator/values"])
     rows = torch.randn(16 * num_drawings, 64, requires_grad=True)
+    inputs = inputs_of(model, "generator", batch, {"llm": rows})
     stage.loss_weight = 1.0
-    output = stage(inputs, None, {"llm": rows})
+    output = stage(inputs)
     stage.loss_weight = 3.0
-    weighted = stage(inputs, None, {"llm": rows})
+    weighted = stage(inputs)
     assert output.num_tokens == 16 * num_drawings
     assert output.report["generator loss"].tolist() == [output.loss.item(), output.num_tokens]
     torch.testing.assert_close(weighted.loss, 3 * output.loss)
@@ -116,12 +129,12 @@ def test_generator_loss_is_the_squared_pixel_error(model, build_stages, batch):
     """Oracle: a head with zero weights draws its bias, here 0.5 above a constant target."""
     (stage,) = build_stages()["generator"]
     stage.loss_weight = 1.0
-    inputs = inputs_of(model, "generator", batch)
-    inputs["gen_target"] = torch.full_like(inputs["gen_target"], 0.25)
-    torch.nn.init.zeros_(stage.pixel_head.weight)
-    torch.nn.init.constant_(stage.pixel_head.bias, 0.75)
-    loss = stage(inputs, None, {"llm": torch.randn(len(inputs["gen_noisy"]) * 16, 64)}).loss
-    assert loss.item() == pytest.approx(0.25 * len(inputs["gen_noisy"]) * 16)  # (0.75 - 0.25)^2 per patch
+    num_drawings = len(batch["generator/values"])
+    flat = {**batch, "generator/targets": torch.full_like(batch["generator/targets"], 0.25)}
+    torch.nn.init.zeros_(stage.output_head.weight)
+    torch.nn.init.constant_(stage.output_head.bias, 0.75)
+    loss = stage(inputs_of(model, "generator", flat, {"llm": torch.randn(num_drawings * 16, 64)})).loss
+    assert loss.item() == pytest.approx(0.25 * num_drawings * 16)  # (0.75 - 0.25)^2 per patch
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -159,13 +172,6 @@ def name_in_whole(key, stage_idx, layers_per_stage):
     if parts[:2] == ["block", "layers"]:
         parts[2] = str(int(parts[2]) + stage_idx * layers_per_stage)
     return ".".join(parts)
-
-
-@pytest.mark.parametrize("axis", ["cp", "vpp", "ep"])
-def test_axes_that_are_not_supported_are_refused(model, axis):
-    layout = Layout(**{axis: 2, **({"dp": 2} if axis == "ep" else {})})
-    with pytest.raises(PlanError, match=rf"modules\.llm\.layout\.{axis}"):
-        model.build_stage("llm", layout, 0, dist.group.WORLD)
 
 
 def test_every_parameter_gets_a_gradient(build_stages, run_model, batch):
