@@ -145,7 +145,7 @@ class Runtime:
             peaks = dict.fromkeys(self.plan.modules, 0) | (meter.peak_bytes if meter else {})
             measures = {"peak_activation_bytes_by_module": peaks, "empty_units_by_module": self.step.empty_units}
             measures |= self.step.imbalance
-            self._report.write(self.grids.world, measures)
+            self._report.write(self.grids.world, measures, self.grids.creation_s)
         if self.guard is not None:
             self.guard.remove()
         self.grids.destroy()
