@@ -12,7 +12,7 @@ import megatron.training.arguments as megatron_arguments
 from megatron.training.global_vars import set_global_variables
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext import cpu, guard
 from megatron_mosaic.parallel_state_ext.compat import require_supported_megatron
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan_file import load_plan
@@ -59,6 +59,12 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default=[],
         metavar="MODULE=FACTOR",
         help="learning rate of a module, relative to --lr (and --min-lr)",
+    )
+    group.add_argument(
+        "--mosaic-guard",
+        action="store_true",
+        default=guard.is_wanted(),
+        help=f"raise where a module's code reads Megatron's global process groups; default ${guard.VARIABLE}",
     )
     group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser

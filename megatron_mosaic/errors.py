@@ -47,5 +47,9 @@ class VersionError(MosaicError):
     """The installed Megatron is not the one this code knows."""
 
 
+class GroupError(MosaicError):
+    """Code of a module reaches for process groups that are not its own."""
+
+
 class RankFailure(MosaicError):
     """A worker process failed while it ran an action."""

@@ -41,25 +41,29 @@ class StepReport:
         """Keep one step's spans of this rank."""
         self._steps.append(list(spans))
 
-    def write(self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, float]]) -> None:
+    def write(
+        self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, float]], group_creation_s: float
+    ) -> None:
         """Collective. Rank 0 writes both files.
 
         `timeline.json`: seconds of the last 200 steps, and all spans of their median. The first tenth of the steps (at
         least one, if there are more) is warm-up and is not considered.
-        `measures.json`: `measures` of all ranks; for each module the largest value.
+        `measures.json`: `measures` of all ranks; for each module the largest value; and `group_creation_s`, of the
+        slowest rank.
         """
         gathered: list[Any] = [None] * dist.get_world_size(world)
-        dist.all_gather_object(gathered, (list(self._steps), measures), group=world)
+        dist.all_gather_object(gathered, (list(self._steps), measures, group_creation_s), group=world)
         if self._rank != 0 or not self._steps:
             return
         largest: dict[str, dict[str, float]] = {}
-        for _, one in gathered:
+        for _, one, _ in gathered:
             for key, by_module in one.items():
                 into = largest.setdefault(key, {})
                 for module, value in by_module.items():
                     into[module] = max(into.get(module, 0), value)
-        (self._directory / MEASURES_FILE).write_text(json.dumps(largest), encoding="utf-8")
-        steps = [[span for spans, _ in gathered for span in spans[i]] for i in range(len(self._steps))]
+        measured = {**largest, "group_creation_s": max(seconds for _, _, seconds in gathered)}
+        (self._directory / MEASURES_FILE).write_text(json.dumps(measured), encoding="utf-8")
+        steps = [[span for spans, _, _ in gathered for span in spans[i]] for i in range(len(self._steps))]
         begins = [min(span.start_s for span in step) for step in steps]
         seconds = [max(span.end_s for span in step) - begin for step, begin in zip(steps, begins, strict=True)]
         warm = list(range(min(len(steps) - 1, max(1, len(steps) // 10)), len(steps)))

@@ -38,6 +38,7 @@ from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, 
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.guard import Guard
 from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers, build_optimizer
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
@@ -64,6 +65,7 @@ class Runtime:
         edges = definition.workload.edge_pairs
         self.grids = Grids(plan, edges, timeout=timeout)
         self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
+        self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
         self.executor = Executor(plan, definition.workload, self.grids.rank)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         if args.mosaic_schedule:
@@ -152,7 +154,9 @@ class Runtime:
                 "empty_units_by_module": self.step.empty_units,
                 **self.step.imbalance,
             }
-            self._report.write(self.grids.world, measures)
+            self._report.write(self.grids.world, measures, self.grids.creation_s)
+        if self.guard is not None:
+            self.guard.remove()
         self.grids.destroy()
         dist.destroy_process_group()
 

@@ -58,15 +58,18 @@ def two_ranks(monkeypatch):
 
 def test_report_of_the_median_step(tmp_path, two_ranks) -> None:
     """Four steps of 9, 3, 1 and 2 s: the first is warm-up, the median of the rest is the last (2 s)."""
-    two_ranks.append(([[], [], [], [Span(1, "llm.0", 30.5, 32.0, "llm.0F0")]], {"peak": {"llm": 5}}))
+    two_ranks.append(([[], [], [], [Span(1, "llm.0", 30.5, 32.0, "llm.0F0")]], {"peak": {"llm": 5}}, 0.5))
     report = StepReport(str(tmp_path), rank=0)
     for start_s, length_s in ((0.0, 9.0), (10.0, 3.0), (20.0, 1.0), (30.0, 2.0)):
         report.add_spans([Span(0, "vision.0", start_s, start_s + length_s, "vision.0F0")])
     report.add_losses({"lm loss": 2.5})
-    report.write(None, {"peak": {"llm": 3, "vision": 4}})
+    report.write(None, {"peak": {"llm": 3, "vision": 4}}, 0.25)
 
     assert [json.loads(line) for line in (tmp_path / LOSSES_FILE).read_text().splitlines()] == [{"lm loss": 2.5}]
-    assert json.loads((tmp_path / MEASURES_FILE).read_text()) == {"peak": {"llm": 5, "vision": 4}}
+    assert json.loads((tmp_path / MEASURES_FILE).read_text()) == {
+        "peak": {"llm": 5, "vision": 4},
+        "group_creation_s": 0.5,
+    }
     timeline = json.loads((tmp_path / TIMELINE_FILE).read_text())
     assert (timeline["step"], timeline["step_s"], timeline["seconds"]) == (3, 2.0, [9.0, 3.0, 1.0, 2.0])
     assert timeline["spans"] == [[0, "vision.0", 0.0, 2.0, "vision.0F0"], [1, "llm.0", 0.5, 2.0, "llm.0F0"]]

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.memory import estimate_peak_bytes, precision_of
+from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import format_schedule
@@ -24,6 +25,8 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
     peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
+    asked = list_groups(plan, workload.edge_pairs)
+    groups = {"created": len(set(asked)), "asked": len(asked)}
     if arguments.json:
         print_json(
             {
@@ -31,11 +34,13 @@ def main(arguments: argparse.Namespace) -> int:
                 "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
+                "groups": groups,
             }
         )
         return 0
     _print_modules(plan, workload)
     print(render_rank_map(plan, peaks))
+    print(f"groups: {groups['created']} created, {groups['asked']} asked for")
     print()
     print(schedule, end="")
     return 0

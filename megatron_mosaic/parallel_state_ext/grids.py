@@ -1,6 +1,6 @@
 """Process groups of every module, created once per rank tuple, handed out as Megatron's ProcessGroupCollection.
 
-    plan --axis_groups--> rank tuples --one new_group each--> {(0, 1): group, ...} --> one collection per module
+    plan --list_groups--> (purpose, ranks) --one new_group each--> {("", (0, 1)): group, ...} --> collections
 
 Every rank creates every group, in the same order; a rank keeps only those it is in.
 """
@@ -14,37 +14,16 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mosaic.parallel_state_ext.ranks import axis_groups, expert_groups
+from megatron_mosaic.parallel_state_ext.group_list import (
+    FIELDS,
+    boundary_purpose,
+    edge_members,
+    field_groups,
+    list_groups,
+    pipeline_purpose,
+)
+from megatron_mosaic.parallel_state_ext.ranks import axis_groups
 from megatron_mosaic.plan import ModulePlan, Plan
-
-# ProcessGroupCollection field -> the axes its groups span
-_DENSE_FIELDS: dict[str, tuple[str, ...]] = {
-    "tp": ("tp",),
-    "cp": ("cp",),
-    "pp": ("pp",),
-    "dp": ("dp",),
-    "mp": ("tp", "pp"),
-    "tp_cp": ("tp", "cp"),
-    "dp_cp": ("cp", "dp"),
-    "dp_cp_gtp_remat": ("cp", "dp"),
-    "intra_dp_cp": ("cp", "dp"),
-    "tp_dp_cp": ("tp", "cp", "dp"),
-    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
-    "embd": (),  # embeddings are not tied across stages, so nobody shares their gradients
-    "pos_embd": (),
-    "gtp_remat": (),
-    "expt_gtp_remat": (),
-}
-_EXPERT_FIELDS = {
-    "ep": "ep",
-    "expt_tp": "expt_tp",
-    "expt_dp": "expt_dp",
-    "intra_expt_dp": "expt_dp",
-    "expt_dp_gtp_remat": "expt_dp",
-    "tp_ep": "tp_ep",
-    "tp_ep_pp": "tp_ep_pp",
-    "tp_ep_pp_with_egtp_remat": "tp_ep_pp",
-}
 
 
 class Grids:
@@ -56,32 +35,28 @@ class Grids:
 
     def __init__(self, plan: Plan, edges: Iterable[tuple[str, str]], *, timeout: timedelta) -> None:
         started = time.perf_counter()
-        self._plan, self._timeout = plan, timeout
-        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.rank = dist.get_rank()
-        everyone = tuple(range(plan.world_size))
-        self.world = self._group(everyone)
-        self.alone = self._own_group()
-        self.collections: dict[str, ProcessGroupCollection] = {}
-        for name, module in plan.modules.items():
-            collection = self._module_collection(module)
-            if self.rank in module.ranks.ranks:
-                self.collections[name] = collection
+        pairs = tuple(edges)
+        asked = list_groups(plan, pairs)
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {
+            key: dist.new_group(list(key[1]), timeout=timeout) for key in dict.fromkeys(asked)
+        }
+        self.world = self._groups["", tuple(range(plan.world_size))]
+        self.alone = self._groups["", (self.rank,)]
+        here = {name: placed for name, placed in plan.modules.items() if self.rank in placed.ranks.ranks}
+        self.collections = {name: self._collection(placed) for name, placed in here.items()}
         # Messages between two ranks arrive in the order they were sent, per communicator. Senders and receivers of one
         # module and direction agree on an order; of two modules they may not, so nothing is shared between modules.
         self._pipelines: dict[tuple[str, int], dist.ProcessGroup] = {}
-        for name, module in plan.modules.items():
-            for towards in (+1, -1) if module.layout.pp > 1 else ():
-                chains = [self._group(ranks, purpose=f"{name}{towards:+d}") for ranks in axis_groups(module, ("pp",))]
-                for ranks, group in zip(axis_groups(module, ("pp",)), chains, strict=True):
-                    if self.rank in ranks:
-                        self._pipelines[name, towards] = group
-        self._boundaries: dict[tuple[str, str], dist.ProcessGroup] = {}
-        for source, target in edges:
-            members = tuple(sorted({*plan.modules[source].ranks.ranks, *plan.modules[target].ranks.ranks}))
-            # One communicator per edge and direction, so that each keeps its own message order.
-            for pair in ((source, target), (target, source)):
-                self._boundaries[pair] = self._group(members, purpose=f"{pair[0]}>{pair[1]}")
+        for name, placed in here.items():
+            (chain,) = [ranks for ranks in axis_groups(placed, ("pp",)) if self.rank in ranks]
+            for towards in (+1, -1) if placed.layout.pp > 1 else ():
+                self._pipelines[name, towards] = self._groups[pipeline_purpose(name, towards), chain]
+        self._boundaries = {
+            (a, b): self._groups[boundary_purpose(a, b), edge_members(plan, a, b)]
+            for source, target in pairs
+            for a, b in ((source, target), (target, source))
+        }
         self.creation_s = time.perf_counter() - started
 
     @property
@@ -110,7 +85,7 @@ class Grids:
         return ProcessGroupCollection(**self._alone_fields())
 
     def _alone_fields(self) -> dict[str, dist.ProcessGroup]:
-        return {field: self.alone for field in (*_DENSE_FIELDS, *_EXPERT_FIELDS)}
+        return {field: self.alone for field in FIELDS}
 
     def destroy(self) -> None:
         """Collective. Destroys every group this rank is in; the default group stays."""
@@ -119,30 +94,10 @@ class Grids:
                 dist.destroy_process_group(group)
         self._groups.clear()
 
-    def _group(self, members: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
-        """The group of these ranks for this purpose; created by every rank on first use."""
-        key = (purpose, members)
-        if key not in self._groups:
-            self._groups[key] = dist.new_group(list(members), timeout=self._timeout)
-        return self._groups[key]
-
-    def _own_group(self) -> dist.ProcessGroup:
-        groups = [self._group((rank,)) for rank in range(self._plan.world_size)]
-        return groups[self.rank]
-
-    def _module_collection(self, module: ModulePlan) -> ProcessGroupCollection:
+    def _collection(self, module: ModulePlan) -> ProcessGroupCollection:
+        """The groups of a module that this rank runs."""
         fields = {}
-        for field, axes in _DENSE_FIELDS.items():
-            fields[field] = self._pick(axis_groups(module, axes))
-        for field, name in _EXPERT_FIELDS.items():
-            fields[field] = self._pick(expert_groups(module, name))
+        for field in FIELDS:
+            (members,) = [ranks for ranks in field_groups(module, field) if self.rank in ranks]
+            fields[field] = self._groups["", members]
         return ProcessGroupCollection(**fields)
-
-    def _pick(self, rank_lists: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
-        """Create all of these groups; return the one this rank is in."""
-        mine = None
-        for members in rank_lists:
-            group = self._group(tuple(sorted(members)))
-            if self.rank in members:
-                mine = group
-        return mine

@@ -7,6 +7,7 @@ that reaches for a global group raises at once and can never read another module
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,27 +17,41 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 
 from megatron_mosaic.parallel_state_ext.cpu import is_cpu
 
-_MODULE_SEED_STRIDE = 10_000  # seeds of two modules never meet (a stage adds 100)
-_STAGE_SEED_STRIDE = 100
+_SEED_BITS = 62  # so that Megatron's own offsets still fit into 63
+
+
+def stream_seed(seed: int, module: str, *, pp: int, dp: int, cp: int) -> int:
+    """The seed of a module's streams at one place of its layout, the same for all of the place's tp ranks.
+
+    A digest, not a sum of strides: no number of stages, lanes or modules makes two places meet, and a place's seed
+    depends neither on the world, nor on the ranks that run the module, nor on the modules beside it.
+    `model_parallel_cuda_manual_seed` derives the default stream from it (equal on tp ranks), and the model-parallel and
+    expert streams by offsets of the tp and ep rank. All 62 bits count for CUDA's generator, the low 32 for
+    the CPU's.
+    """
+    digest = hashlib.sha256(f"{seed}/{module}/pp{pp}/dp{dp}/cp{cp}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)
 
 
 class Scopes:
     """RNG streams of each module on this rank: `with scopes.enter("vision"): ...`."""
 
     def __init__(self, seed: int, collections: Mapping[str, ProcessGroupCollection], names: tuple[str, ...]) -> None:
-        """`names`: all modules of the plan, in its order: a module's seed must not depend on the rank."""
+        """`collections`: of the modules this rank runs; `names`: all modules of the plan."""
         assert not parallel_state.model_parallel_is_initialized(), "a plan's modules never share global groups"
         parallel_state._set_global_memory_buffer() if parallel_state._GLOBAL_MEMORY_BUFFER is None else None
         self._default: dict[str, torch.Tensor] = {}
         self._tracked: dict[str, dict[str, torch.Tensor]] = {}
         self.active: str | None = None
         for name, groups in collections.items():
-            stage_seed = seed + _MODULE_SEED_STRIDE * (names.index(name) + 1) + _STAGE_SEED_STRIDE * groups.pp.rank()
+            assert name in names, f"{name} is not in the plan"
             model_parallel_cuda_manual_seed(
-                stage_seed,
+                stream_seed(seed, name, pp=groups.pp.rank(), dp=groups.dp.rank(), cp=groups.cp.rank()),
                 tp_rank=groups.tp.rank(),
                 ep_rank=groups.ep.rank(),
-                etp_rank=groups.expt_tp.rank(),
+                # Not the expert-tp rank: with whole experts on every tp rank (etp = 1) that is 0 on all of them, and
+                # they would drop the same places of different tokens.
+                etp_rank=groups.tp.rank(),
                 force_reset_rng=True,
             )
             self._default[name] = _get_rng_state()

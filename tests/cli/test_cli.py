@@ -110,7 +110,8 @@ def test_compare(capsys):
 
 def test_show(capsys, plan):
     result = run_json(capsys, "show", plan)
-    assert set(result) >= {"modules", "rank_map", "schedule"}
+    assert set(result) >= {"modules", "rank_map", "schedule", "groups"}
+    assert 0 < result["groups"]["created"] < result["groups"]["asked"]
     assert result["rank_map"] == {
         "0": ["vision", "llm"], "1": ["vision", "llm"], "2": ["llm", "generator"], "3": ["llm", "generator"]
     }  # fmt: skip

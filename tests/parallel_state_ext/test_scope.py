@@ -3,15 +3,18 @@
 Groups are stand-ins that only know this rank's place, so one process can play every rank.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.parallel_state_ext.scope import Scopes, stream_seed
 
 NAMES = ("vision", "llm")
 
@@ -20,8 +23,8 @@ def at(rank: int) -> SimpleNamespace:
     return SimpleNamespace(rank=lambda: rank)
 
 
-def groups(*, tp: int = 0, pp: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(tp=at(tp), pp=at(pp), ep=at(0), expt_tp=at(tp))
+def groups(*, tp: int = 0, pp: int = 0, dp: int = 0, cp: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(tp=at(tp), pp=at(pp), dp=at(dp), cp=at(cp), ep=at(0), expt_tp=at(tp))
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +80,43 @@ def test_tp_ranks_agree_by_default_and_differ_in_the_model_parallel_stream() -> 
     assert len(set(map(str, sharded))) == 4
 
 
-def test_stages_and_seeds_differ() -> None:
-    places = [(seed, pp) for seed in (7, 8) for pp in range(3)]
-    default, sharded = zip(*(draw(Scopes(s, {"llm": groups(pp=p)}, NAMES), "llm") for s, p in places), strict=True)
+def test_stages_lanes_cp_ranks_and_seeds_differ() -> None:
+    places = [(seed, pp, dp, cp) for seed in (7, 8) for pp, dp, cp in itertools.product(range(2), repeat=3)]
+    scopes = [Scopes(seed, {"llm": groups(pp=pp, dp=dp, cp=cp)}, NAMES) for seed, pp, dp, cp in places]
+    default, sharded = zip(*(draw(scope, "llm") for scope in scopes), strict=True)
     assert len({*map(str, default), *map(str, sharded)}) == 2 * len(places)
+
+
+SEEDS = st.integers(0, 2**31)
+PLACES = st.tuples(SEEDS, st.sampled_from(("vision", "vision2", "llm")), *[st.integers(0, 20_000)] * 3)
+MEGATRONS_OFFSETS = 1024 + 100 * 1024 + 64  # the largest, of the expert stream with 1024 experts' ranks
+
+
+def seed_at(place: tuple[int, str, int, int, int]) -> int:
+    seed, module, pp, dp, cp = place
+    return stream_seed(seed, module, pp=pp, dp=dp, cp=cp)
+
+
+@given(st.lists(PLACES, min_size=2, max_size=20, unique=True))
+def test_no_two_places_seeds_are_within_megatrons_offsets(places) -> None:
+    seeds = sorted(map(seed_at, places))
+    assert all(after - before > MEGATRONS_OFFSETS for before, after in itertools.pairwise(seeds))
+    assert seeds[0] >= 0 and seeds[-1] + MEGATRONS_OFFSETS < 2**63
+
+
+def test_seeds_of_a_large_job_are_apart_for_either_generator() -> None:
+    """12288 places: 62 bits for CUDA, of which the CPU's generator uses 32."""
+    modules, axes = ("vision", "llm", "generator"), (range(16), range(64), range(4))
+    seeds = [seed_at((1234, module, *place)) for module in modules for place in itertools.product(*axes)]
+    ordered = sorted(seeds)
+    assert min(after - before for before, after in itertools.pairwise(ordered)) > MEGATRONS_OFFSETS
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+
+
+def test_seeds_of_a_run_stay_what_they_are() -> None:
+    """A changed formula would draw other dropout masks in a run that is resumed under another layout."""
+
+    assert stream_seed(1234, "llm", pp=1, dp=2, cp=3) == 3722386058383752118  # sha256('1234/llm/pp1/dp2/cp3')
 
 
 def test_the_outer_stream_is_put_back() -> None:

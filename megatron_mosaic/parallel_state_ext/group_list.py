@@ -1,0 +1,84 @@
+"""Which process groups a plan needs: pure integers, so that they can be counted without creating any.
+
+Collectives share one group per rank tuple (purpose ""). Messages have a group of their own per pipeline or edge and
+direction, so that each keeps its own order. Every rank walks the list in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_mosaic.parallel_state_ext.ranks import axis_groups, expert_groups
+from megatron_mosaic.plan import ModulePlan, Plan
+
+GroupKey = tuple[str, tuple[int, ...]]  # purpose, ranks
+
+# ProcessGroupCollection field -> the axes its groups span
+_DENSE: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "dp": ("dp",),
+    "mp": ("tp", "pp"),
+    "tp_cp": ("tp", "cp"),
+    "dp_cp": ("cp", "dp"),
+    "dp_cp_gtp_remat": ("cp", "dp"),
+    "intra_dp_cp": ("cp", "dp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
+    "embd": (),  # embeddings are not tied across stages, so nobody shares their gradients
+    "pos_embd": (),
+    "gtp_remat": (),
+    "expt_gtp_remat": (),
+}
+_EXPERT = {
+    "ep": "ep",
+    "expt_tp": "expt_tp",
+    "expt_dp": "expt_dp",
+    "intra_expt_dp": "expt_dp",
+    "expt_dp_gtp_remat": "expt_dp",
+    "tp_ep": "tp_ep",
+    "tp_ep_pp": "tp_ep_pp",
+    "tp_ep_pp_with_egtp_remat": "tp_ep_pp",
+}
+FIELDS = (*_DENSE, *_EXPERT)
+
+
+def list_groups(plan: Plan, edges: Iterable[tuple[str, str]]) -> list[GroupKey]:
+    """Every group that is asked for, in the order of creation; equal ones are one group.
+
+    A field with the axes of another asks again, as Megatron's own initialisation does.
+    """
+    asked: list[GroupKey] = [("", tuple(range(plan.world_size)))]
+    asked += [("", (rank,)) for rank in range(plan.world_size)]
+    for module in plan.modules.values():
+        for field in FIELDS:
+            asked += [("", members) for members in field_groups(module, field)]
+    for name, module in plan.modules.items():
+        for towards in (+1, -1) if module.layout.pp > 1 else ():
+            asked += [(pipeline_purpose(name, towards), chain) for chain in axis_groups(module, ("pp",))]
+    for source, target in edges:
+        members = edge_members(plan, source, target)
+        asked += [(boundary_purpose(a, b), members) for a, b in ((source, target), (target, source))]
+    return asked
+
+
+def field_groups(module: ModulePlan, field: str) -> list[tuple[int, ...]]:
+    """The groups of one field of ProcessGroupCollection, ranks ascending; every rank of the module is in one."""
+    groups = axis_groups(module, _DENSE[field]) if field in _DENSE else expert_groups(module, _EXPERT[field])
+    return [tuple(sorted(members)) for members in groups]
+
+
+def edge_members(plan: Plan, source: str, target: str) -> tuple[int, ...]:
+    """The ranks that exchange rows over an edge."""
+    return tuple(sorted({*plan.modules[source].ranks.ranks, *plan.modules[target].ranks.ranks}))
+
+
+def pipeline_purpose(module: str, towards: int) -> str:
+    """The name of a module's pipeline groups towards the next stage (+1) or the one before (-1)."""
+    return f"{module}{towards:+d}"
+
+
+def boundary_purpose(source: str, target: str) -> str:
+    """The name of the group that carries rows (or gradients) from `source` to `target`."""
+    return f"{source}>{target}"
