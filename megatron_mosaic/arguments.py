@@ -27,6 +27,8 @@ _REFUSED = {  # Megatron arguments that this version does not carry over to seve
     "fp16": "--fp16",
     "num_experts": "--num-experts",
     "yaml_cfg": "--yaml-cfg",
+    "async_save": "--async-save",
+    "non_persistent_ckpt_type": "--non-persistent-ckpt-type",
     "virtual_pipeline_model_parallel_size": "virtual pipeline stages",
 }
 

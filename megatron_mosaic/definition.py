@@ -36,6 +36,9 @@ class StageInputs:
     `imports`     producer module -> rows [rows, width] for this shard; on stage 0 only; gradients flow back
     `imports_at`  producer module -> where each of these rows goes in the hidden states
     `exports_at`  consumer module -> where the rows it reads stand; on the last stage only
+
+    Every producer and consumer is there, also with 0 rows, to be used all the same: ranks that share an item (cp,
+    sequence parallelism, experts) then meet in backward, whoever's tokens are read.
     """
 
     shard: Shard

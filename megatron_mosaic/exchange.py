@@ -54,10 +54,11 @@ class Exchange:
     # -- rows between modules ------------------------------------------------------------------------------------
 
     def receive_imports(self, module: str, unit: int) -> tuple[dict[str, Tensor], dict[str, Place]]:
-        """producer -> rows of this rank's shard, and where they go. Producers without rows here are left out."""
+        """producer -> rows of this rank's shard (often none of them), and where they go."""
         imports, places = {}, {}
         for edge in self._workload.edges:
-            if edge.target == module and (held := self._map.rows(edge, unit, at_source=False)):
+            if edge.target == module:
+                held = self._map.rows(edge, unit, at_source=False)
                 arrivals = [
                     ((peer, unit), self._map.receives(edge, unit, peer, at_source=False))
                     for peer in self._map.peers(edge, unit, at_source=False)
@@ -67,17 +68,18 @@ class Exchange:
         return imports, places
 
     def export_places(self, module: str, unit: int) -> dict[str, Place]:
-        """consumer -> where the rows it reads stand in the last stage's hidden states; none: left out."""
-        return {
-            edge.target: _place(held.tokens, held.items)
+        """consumer -> where the rows it reads stand in the last stage's hidden states."""
+        held = {
+            edge.target: self._map.rows(edge, unit, at_source=True)
             for edge in self._workload.edges
-            if edge.source == module and (held := self._map.rows(edge, unit, at_source=True))
+            if edge.source == module
         }
+        return {target: _place(rows.tokens, rows.items) for target, rows in held.items()}
 
     def send_exports(self, module: str, unit: int, exports: Mapping[str, Tensor]) -> None:
         """Post the rows to every consumer's units."""
         for edge in self._workload.edges:
-            if edge.source == module and edge.target in exports:
+            if edge.source == module:
                 for peer in self._map.peers(edge, unit, at_source=True):
                     parts = self._map.sends(edge, unit, peer, at_source=True)
                     rows = exports[edge.target].to(self._dtype)
@@ -87,7 +89,8 @@ class Exchange:
         """consumer -> gradients of the rows that it read."""
         gradients = {}
         for edge in self._workload.edges:
-            if edge.source == module and (held := self._map.rows(edge, unit, at_source=True)):
+            if edge.source == module:
+                held = self._map.rows(edge, unit, at_source=True)
                 arrivals = [
                     ((unit, peer), self._map.receives(edge, unit, peer, at_source=True))
                     for peer in self._map.peers(edge, unit, at_source=True)
@@ -98,7 +101,7 @@ class Exchange:
     def send_import_gradients(self, module: str, unit: int, imports: Mapping[str, Tensor]) -> None:
         """Post the gradients of imported rows to their producers; zeros where a row was not used."""
         for edge in self._workload.edges:
-            if edge.target != module or edge.source not in imports or edge.source not in self._workload.has_backward:
+            if edge.target != module or edge.source not in self._workload.has_backward:
                 continue
             rows = imports[edge.source]
             gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import nn
 
 from megatron_mosaic.definition import StageInputs, StageOutput
-from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.parallel_state_ext.streams import Streams
 from megatron_mosaic.parameters import cut_of, whole_name
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
@@ -61,7 +62,7 @@ class MosaicModel(MegatronModule):
         self.pg_collection = world_view
         self.model_type: Any = None
         self.force_all_reduce = False
-        self.scopes: Scopes | None = None  # RNG streams to be saved and restored with the model
+        self.streams: Streams | None = None  # RNG streams to be saved and restored with the model
 
     def forward(self, call: StageCall) -> StageOutput:
         return self.stages[stage_key(call.module, call.chunk)](call.inputs)
@@ -123,28 +124,31 @@ class MosaicModel(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Every stage under its module's name, with its module's own groups deciding who writes what."""
-        state: dict[str, Any] = {}
-        for name, wrapped in self.stages.items():
-            stage = wrapped.module
+        # The entry that is never saved keeps an idle rank's model in the loaded state: Megatron drops what is empty.
+        state: dict[str, Any] = {"~here": LocalNonpersistentObject(list(self.stages))}
+        for key, wrapped in self.stages.items():
+            stage, module = wrapped.module, module_of(key)
             groups = stage.pg_collection
             own = dict(metadata or {}) | {"dp_cp_group": groups.dp_cp}
-            state |= stage.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, own)
-            if self.scopes is not None:
-                place = (groups.pp.rank(), groups.tp.rank())
-                shape = (groups.pp.size(), groups.tp.size())
-                streams = self.scopes.states()[name]
-                state[f"{name}.rng"] = ShardedObject(
-                    f"{prefix}{name}.rng", streams, shape, place, replica_id=groups.dp_cp.rank()
-                )
+            part = stage.sharded_state_dict(f"{prefix}{key}.", sharded_offsets, own)
+            replace_prefix_for_sharding(part, f"{prefix}{key}.", f"{prefix}{module}.")  # layers know their number
+            state |= part
+            if self.streams is not None and key == module:
+                state |= self.streams.sharded(module, groups)
+        if self.streams is not None:
+            state |= self.streams.sharded_process()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
+        """Always strict: Megatron's loader tries again without, and would go on with parameters that stayed behind."""
         for name, wrapped in self.stages.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
             streams = own.pop("rng", None)
-            if streams is not None and self.scopes is not None:
-                self.scopes.restore({name: streams})
-            wrapped.module.load_state_dict(own, strict=strict)
+            if streams is not None and self.streams is not None:
+                self.streams.restore(name, streams)
+            wrapped.module.load_state_dict(own, strict=True)
+        if self.streams is not None and "~rng" in state_dict:
+            self.streams.restore_process(state_dict["~rng"])
 
 
 def empty_stage(

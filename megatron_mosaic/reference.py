@@ -118,5 +118,5 @@ class Reference:
 
 def _place(items: Integers, starts: Integers, rows: Integers) -> Place:
     """(token, item) of every row, link by link."""
-    tokens = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, rows, strict=True)])
+    tokens = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, rows, strict=True)] or [rows])
     return torch.from_numpy(tokens), torch.from_numpy(np.repeat(items, rows))

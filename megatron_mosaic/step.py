@@ -23,7 +23,7 @@ from megatron_mosaic.batch import Shard
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Clock, Executor
-from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
+from megatron_mosaic.definition import Batch, ModelDefinition, Place, StageInputs, StageOutput
 from megatron_mosaic.exchange import Exchange
 from megatron_mosaic.model import MosaicModel, StageCall
 from megatron_mosaic.parallel_state_ext.cpu import device
@@ -103,7 +103,7 @@ class StepRunner:
         # loss tokens, the weighted sum that is trained, then (sum, count) of every named loss
         self._totals = torch.zeros(2 + 2 * len(self.definition.loss_names), dtype=torch.float64, device=device())
         program = self.executor.program(num_microbatches, forward_only=forward_only)
-        self._backwards_left = defaultdict(int)
+        self._backwards_left: dict[str, int] = defaultdict(int)
         for action in program:
             self._backwards_left[action.module] += action.kind is not Kind.F
         # Without this, DistributedDataParallel would reduce buckets of its own accord when a lane's last unit is not
@@ -169,7 +169,7 @@ class StepRunner:
             self._live[action._replace(kind=Kind.B)] = _Live(inputs, output, loss)
         if output.hidden is not None:
             self._exchange.send_hidden(module, output.hidden, towards=+1)
-        elif not self._map.is_ghost(module, action.unit):
+        else:
             self._exchange.send_exports(module, action.unit, output.exports)
         return start_s, end_s
 
@@ -179,18 +179,17 @@ class StepRunner:
         batch = self._batch(self._map.covered(module, unit))
         selected = self.definition.select_inputs(module, batch, shard)
         tensors = {key: value.to(device()) for key, value in selected.items()}
-        ghost = self._map.is_ghost(module, unit)
-        hidden, imports, imports_at = None, {}, {}
+        hidden: Tensor | None = None
+        imports: dict[str, Tensor] = {}
+        imports_at: dict[str, Place] = {}
         if action.stage or action.chunk:
             hidden = self._exchange.receive_hidden(module, shard, origin=-1)
             hidden.requires_grad_(trains and self._workload.hidden_has_gradient(module))
-        elif not ghost:
+        else:
             imports, imports_at = self._exchange.receive_imports(module, unit)
             for source, rows in imports.items():
                 imports[source] = rows.detach().requires_grad_(trains and source in self._workload.has_backward)
-        exports_at = {}
-        if self._is_last(action):
-            exports_at = self._ghost_places(module) if ghost else self._exchange.export_places(module, unit)
+        exports_at = self._exchange.export_places(module, unit) if self._is_last(action) else {}
         return StageInputs(
             shard=shard, tensors=tensors, hidden=hidden, imports=imports, imports_at=imports_at, exports_at=exports_at
         )
@@ -203,9 +202,6 @@ class StepRunner:
             if self._workload.hidden_has_gradient(module):
                 tensors.append(live.output.hidden)
                 gradients.append(self._exchange.receive_hidden(module, shard, origin=+1))
-        elif self._map.is_ghost(module, action.unit):
-            tensors += live.output.exports.values()
-            gradients += [torch.zeros_like(rows) for rows in live.output.exports.values()]
         else:
             for target, rows in self._exchange.receive_export_gradients(module, action.unit).items():
                 tensors.append(live.output.exports[target])
@@ -233,11 +229,6 @@ class StepRunner:
     def _is_last(self, action: Action) -> bool:
         layout = self.plan.modules[action.module].layout
         return (action.stage, action.chunk) == (layout.pp - 1, layout.vpp - 1)
-
-    def _ghost_places(self, module: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """One row for every consumer, sent to none: so that a ghost's backward meets the others' collectives."""
-        zero = torch.zeros(1, dtype=torch.long, device=device())
-        return {edge.target: (zero, zero) for edge in self._workload.edges if edge.source == module}
 
     def _metered(self, action: Action, *, trains: bool) -> contextlib.AbstractContextManager[None]:
         if self.meter is None or not trains:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.utils import print_rank_0
 
+from megatron_mosaic.checkpoint import Checkpoints
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
@@ -38,6 +40,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers, build_optimizer
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.parallel_state_ext.streams import Streams
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedule import load_schedule
@@ -65,6 +68,9 @@ class Runtime:
         if args.mosaic_schedule:
             self.executor.accept(load_schedule(args.mosaic_schedule))
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
+        names = tuple(plan.modules)
+        draw_streams = partial(Scopes, collections=self.grids.collections, names=names)
+        self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_streams)
         self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
@@ -121,8 +127,7 @@ class Runtime:
                 self.step.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
         model = MosaicModel(config, stages, ddp_config, self.grids.world_view())
-        if not (self._args.no_save_rng or self._args.no_load_rng):
-            model.scopes = self.scopes
+        model.streams = Streams(self.scopes, self.grids.rank, self.plan.world_size)
         return model
 
     @contextlib.contextmanager
@@ -160,6 +165,7 @@ class Runtime:
             config,
             config_overrides,
         )
+        optimizer.refuses_nan = model.ddp_config.check_for_nan_in_grad
         optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
         if self._args.mosaic_dump_gradients:
             self.step.whole_gradients = True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from megatron_mosaic.batch import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.step_map import Metadata
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, validate_plan
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, validate_plan
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
 
 BACKBONE = "llm"
@@ -34,34 +36,52 @@ def module(name: str, role: Role, **changes: object) -> ModuleConfig:
 
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
-    """1-3 encoders (the second may feed the first's consumers, or be fed by the first), 0-2 generators."""
-    encoders = [module(f"encoder{i}", Role.encoder) for i in range(draw(st.integers(1, 3)))]
-    generators = [module(f"generator{i}", Role.generator) for i in range(draw(st.integers(0, 2)))]
+    """1-3 encoders (the first may feed the second, and a generator), 0-2 generators; frozen, with experts, or not."""
+    encoders = [module(f"encoder{i}", Role.encoder, **draw(settings())) for i in range(draw(st.integers(1, 3)))]
+    generators = [module(f"generator{i}", Role.generator, **draw(settings())) for i in range(draw(st.integers(0, 2)))]
+    backbone = module(BACKBONE, Role.backbone, **draw(settings()))
     edges = [Edge(source=e.name, target=BACKBONE, rows_per_item=ITEM_TOKENS, width=WIDTH) for e in encoders]
     edges += [Edge(source=BACKBONE, target=g.name, rows_per_item=ITEM_TOKENS, width=WIDTH) for g in generators]
     if len(encoders) > 1 and draw(st.booleans()):  # a chain, and so a module with two consumers
         edges.append(Edge(source="encoder0", target="encoder1", rows_per_item=ITEM_TOKENS, width=WIDTH))
     if generators and draw(st.booleans()):
         edges.append(Edge(source="encoder0", target="generator0", rows_per_item=ITEM_TOKENS, width=WIDTH))
-    modules = (*encoders, module(BACKBONE, Role.backbone), *generators)
-    return Workload(name="random", modules=modules, edges=tuple(edges))
+    modules = [*encoders, backbone, *generators]
+    if not any(m.is_trained for m in modules):
+        modules = [replace(m, frozen=False) for m in modules]
+    return Workload(name="random", modules=tuple(modules), edges=tuple(edges))
 
 
 @st.composite
-def placements(draw: st.DrawFn, config: ModuleConfig, world_size: int, *, experts: bool = False) -> ModulePlan:
+def settings(draw: st.DrawFn) -> dict[str, object]:
+    """What a module may be beside its sizes."""
+    found: dict[str, object] = {"frozen": draw(st.sampled_from([False, False, False, True]))}
+    if draw(st.sampled_from([False, False, True])):
+        found |= {"num_experts": 4, "moe_top_k": draw(st.integers(1, 2))}
+    return found
+
+
+@st.composite
+def placements(draw: st.DrawFn, config: ModuleConfig, world_size: int) -> ModulePlan:
     """Any legal layout on any ranks."""
     axes = {axis: draw(st.sampled_from([1, 1, 2, 4])) for axis in ("tp", "cp", "pp")}
     while axes["tp"] * axes["cp"] * axes["pp"] > world_size:
         axes[max(axes, key=lambda axis: axes[axis])] //= 2
+    splits = axes["tp"] > 1 and config.tokens_per_item % (2 * axes["cp"] * axes["tp"]) == 0
+    if config.num_experts and not splits:
+        axes["tp"] = 1
     dp = draw(st.integers(1, world_size // (axes["tp"] * axes["cp"] * axes["pp"])))
+    if config.num_experts:
+        per_stage = axes["tp"] * axes["cp"] * dp
+        fits = [(ep, etp) for ep in (1, 2, 4) for etp in (1, 2) if per_stage % (ep * etp) == 0]
+        axes["ep"], axes["etp"] = draw(st.sampled_from(fits))
     layout = Layout(**axes, dp=dp)
-    ranks = draw(st.permutations(range(world_size)))[: layout.num_ranks]
-    sequence_parallel = layout.tp > 1 and config.tokens_per_item % (2 * layout.cp * layout.tp) == 0
     return ModulePlan(
-        ranks=RankSet.of(ranks),
+        ranks=RankSet.of(draw(st.permutations(range(world_size)))[: layout.num_ranks]),
         layout=layout,
         unit=draw(st.sampled_from([0, 0, 2, 3])) if config.role is Role.encoder else 0,
-        sequence_parallel=sequence_parallel and draw(st.booleans()),
+        sequence_parallel=splits and layout.tp > 1 and (config.num_experts > 0 or draw(st.booleans())),
+        recompute=draw(st.sampled_from(Recompute)),
     )
 
 
@@ -72,13 +92,7 @@ def plans(draw: st.DrawFn, workload: Workload, max_world_size: int = 8) -> Plan:
     modules = {m.name: draw(placements(m, world_size)) for m in workload.modules}
     for edge in workload.edges:  # 1F1B: a consumer's unit is never longer than its producer's
         if (modules[edge.target].unit or 1) > (modules[edge.source].unit or 1):
-            unit = modules[edge.source].unit
-            modules[edge.target] = ModulePlan(
-                ranks=modules[edge.target].ranks,
-                layout=modules[edge.target].layout,
-                unit=unit,
-                sequence_parallel=modules[edge.target].sequence_parallel,
-            )
+            modules[edge.target] = replace(modules[edge.target], unit=modules[edge.source].unit)
     micro_batch_size = draw(st.integers(1, 3))
     microbatches = draw(st.integers(1, 4))
     plan = Plan(

@@ -139,6 +139,7 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         # megatron-core has no biases in experts that are cut over tp; a model must not depend on its layout
         "add_bias_linear": args.add_bias_linear and not module.num_experts,
         "moe_router_topk": module.moe_top_k,
+        "moe_router_pre_softmax": module.moe_top_k == 1 or args.moe_router_pre_softmax,  # else a constant
         "moe_ffn_hidden_size": module.ffn_hidden_size if module.num_experts else None,
         # Balancing losses depend on which tokens meet in a microbatch, so on the layout.
         "moe_router_load_balancing_type": "none",

@@ -30,6 +30,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mosaic.parallel_state_ext.cpu import device
+from megatron_mosaic.parallel_state_ext.optimizer_state import accept_torch_adam, build_record, fill_from_record
 
 
 class ModuleOptimizers(ChainedOptimizer):
@@ -51,13 +52,17 @@ class ModuleOptimizers(ChainedOptimizer):
         self.config = config
         self.by_module = dict(by_module)
         self._names, self._collections, self._world = names, collections, world
+        self.refuses_nan = False  # True: an error on every rank; False: the step is skipped on every rank
         self.before_step: list[Callable[[], None]] = []  # observers of the finished gradients
         self.after_step: list[Callable[[], None]] = []
         self.run_step: Callable[[Callable[[], object]], object] = lambda work: work()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
-        """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN."""
+        """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN.
+
+        With `refuses_nan` that is a FloatingPointError on every rank, and names the modules.
+        """
         result = self.run_step(self._step_all)
         for observe in self.after_step:
             observe()
@@ -66,18 +71,24 @@ class ModuleOptimizers(ChainedOptimizer):
     def _step_all(self) -> tuple[bool, float | None, int | None]:
         for observe in self.before_step:
             observe()
-        statistics = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device())
+        statistics = torch.zeros(2, len(self._names), dtype=torch.float64, device=device())  # norm^2, not finite
         for name, optimizer in self.by_module.items():
             found_inf = optimizer.prepare_grads()
             norm = float(optimizer.get_grad_norm())
             if found_inf or not math.isfinite(norm):  # as a flag: a maximum over ranks may lose a NaN
-                statistics[-1] = 1.0
+                statistics[1, self._names.index(name)] = 1.0
             else:
-                statistics[self._names.index(name)] = norm**2
+                statistics[0, self._names.index(name)] = norm**2
         dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
-        if statistics[-1] > 0:
+        broken = [name for name, flag in zip(self._names, statistics[1].tolist(), strict=True) if flag]
+        if broken and self.refuses_nan:
+            raise FloatingPointError(
+                f"gradients of {', '.join(broken)} are inf or NaN: no module was stepped; start again from the last "
+                "checkpoint, or skip such steps with --no-check-for-nan-in-loss-and-grad"
+            )
+        if broken:
             return False, None, None
-        norm = math.sqrt(float(statistics[:-1].sum()))
+        norm = math.sqrt(float(statistics[0].sum()))
         stepped = True
         for optimizer in self.by_module.values():
             parameters = optimizer.get_parameters()
@@ -92,22 +103,33 @@ class ModuleOptimizers(ChainedOptimizer):
         """State per module, every key under the module's name, so that modules never collide in a checkpoint.
 
         What is not sharded (step counts, learning rates) would be saved by rank 0 alone, which may not run the module;
-        it travels as one object per module instead.
+        it travels as one record per module instead, that fits any layout.
         """
         states: ShardedStateDict = {}
         for name, optimizer in self.by_module.items():
-            state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
-            sharded, common = extract_matching_values(state, _is_placed)
-            add_prefix_for_sharding(sharded, f"{name}.optimizer.")
+            if optimizer.is_stub_optimizer:  # nothing of this module is trained on this rank
+                sharded, common = {}, {}
+            else:
+                state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+                sharded, common = extract_matching_values(state, _is_placed)
+                add_prefix_for_sharding(sharded, f"{name}.optimizer.")
             groups = self._collections[name]
+            record = {} if is_loading else build_record(common, groups.intra_dist_opt)
             replica = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
-            everything = ShardedObject(f"{name}.optimizer.common", common, (1,), (0,), replica_id=replica)
-            states[name] = {"sharded": sharded, "common": everything}
+            states[name] = {
+                "sharded": sharded,
+                "common": ShardedObject(f"{name}.optimizer.common", record, (1,), (0,), replica_id=replica),
+                "here": LocalNonpersistentObject(common),
+            }
         return states
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for name, optimizer in self.by_module.items():
-            optimizer.load_state_dict(merge(state_dict[name]["sharded"], state_dict[name]["common"]))
+            state = state_dict[name]
+            if not optimizer.is_stub_optimizer:
+                optimizer.load_state_dict(
+                    merge(state["sharded"], fill_from_record(state["here"], state["common"], name))
+                )
 
 
 def _is_placed(value: object) -> bool:
@@ -130,6 +152,7 @@ def build_optimizer(
     ranks that do not run a module take part with `absent`, a stage without parameters. A module has several stages on a
     rank if they are virtual.
     """
+    accept_torch_adam()
     by_module = {}
     for name in names:
         stages = list(modules.get(name, [absent]))
