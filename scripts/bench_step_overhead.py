@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import statistics
@@ -38,7 +39,8 @@ modules:
   generator: {{ranks: '0-3', layout: {{{layout}}}}}
 """
 LAYOUTS = {"dp4": "dp: 4", "tp2 dp2": "tp: 2, dp: 2"}
-STEADY = "--eval-iters 0 --lr-decay-style constant --lr-warmup-fraction 0.0 --log-interval 100000".split()
+STEADY = ["--eval-iters", "0", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0"]
+STEADY += ["--log-interval", "100000"]
 
 
 def timed_main(main: Callable[[], int], path: str, profiled: bool) -> int:
@@ -101,13 +103,14 @@ def compare(layout: str, args: argparse.Namespace) -> dict[str, Any]:
         for stock, ours in zip(losses["stock"][:3], losses["ours"][:3], strict=True)
         for name, value in stock.items()
     )
-    medians = {side: statistics.median(sum(found, [])) for side, found in runs.items()}
+    medians = {side: statistics.median(itertools.chain(*found)) for side, found in runs.items()}
     return {
         "layout": layout,
         "stock_s": medians["stock"],
         "ours_s": medians["ours"],
         "overhead_frac": medians["ours"] / medians["stock"] - 1,
         "noise_frac": max(map(noise, runs.values())),
+        "seconds": runs,
         "run_medians_s": {side: [statistics.median(run) for run in found] for side, found in runs.items()},
         "loss_rel_err": error,
     }
@@ -117,7 +120,7 @@ def noise(runs: list[list[float]]) -> float:
     """Even runs against odd runs of one side: the larger median over the smaller, less 1."""
     if len(runs) < 2:
         return float("nan")
-    halves = [statistics.median(sum(runs[first::2], [])) for first in (0, 1)]
+    halves = [statistics.median(itertools.chain(*runs[first::2])) for first in (0, 1)]
     return max(halves) / min(halves) - 1
 
 
