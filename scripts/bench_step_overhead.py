@@ -3,6 +3,8 @@
 Both sides run the same `pretrain()` with the same flags, data and weights on 4 CPU processes; stock is one module that
 calls the three stages in turn (stock_any2any.py). Runs alternate: stock, ours, stock, ours, ...; a step's time is taken
 around Megatron's `train_step` on rank 0, the first steps of a run are left out, and the rest gives one median a side.
+Samples are made before the first step on both sides, as a loader's workers would; `--make-samples` leaves that in the
+steps, where ours makes every sample of the global batch on every rank, and stock each one once.
 Noise is how far the medians of even and odd runs of the same side differ.
 """
 
@@ -43,7 +45,7 @@ STEADY = ["--eval-iters", "0", "--lr-decay-style", "constant", "--lr-warmup-frac
 STEADY += ["--log-interval", "100000"]
 
 
-def timed_main(main: Callable[[], int], path: str, profiled: bool) -> int:
+def timed_main(main: Callable[[], int], path: str, profiled: bool, in_steps: bool) -> int:
     """Run `main`; rank 0 writes seconds, losses and gradient norm of every step to `path`."""
     import megatron.training.training as training
     from megatron.training import get_args
@@ -60,6 +62,12 @@ def timed_main(main: Callable[[], int], path: str, profiled: bool) -> int:
         steps.append({"seconds": seconds, "losses": {name: float(loss) for name, loss in result[0].items()}})
         return result
 
+    if not in_steps:
+        import stock_any2any
+
+        from megatron_mosaic.any2any import pretrain
+
+        pretrain.make_datasets = stock_any2any.make_datasets = _made_at_once(pretrain.make_datasets)
     training.train_step = train_step
     status = main()
     profile.disable()
@@ -70,6 +78,16 @@ def timed_main(main: Callable[[], int], path: str, profiled: bool) -> int:
     return status
 
 
+def _made_at_once(make_datasets: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_datasets` whose datasets are lists."""
+
+    def make(*args: Any) -> Callable[[Any], tuple[list[Any], ...]]:
+        provider = make_datasets(*args)
+        return lambda num_samples: tuple([one[i] for i in range(len(one))] for one in provider(num_samples))
+
+    return make
+
+
 def run_once(side: str, plan: Path, args: argparse.Namespace, out: Path, *, profiled: bool = False) -> list[Any]:
     """One training run. Returns what rank 0 saw of every step after the warm-up."""
     import stock_any2any
@@ -78,7 +96,7 @@ def run_once(side: str, plan: Path, args: argparse.Namespace, out: Path, *, prof
 
     main = pretrain.main if side == "ours" else stock_any2any.main
     command = [*STEADY, "--train-iters", str(args.steps), "--mosaic-plan", str(plan)]
-    run_forked(4, with_command_line, command, timed_main, main, str(out), profiled)
+    run_forked(4, with_command_line, command, timed_main, main, str(out), profiled, args.make_samples)
     return json.loads(out.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -135,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="first print where rank 0 of either side spends its time"
     )
+    parser.add_argument("--make-samples", action="store_true", help="within the steps")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(1)
