@@ -30,7 +30,7 @@ from megatron_mosaic.parallel_state_ext.cpu import device
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, RouteCache, StepMap
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.schedule import Action, Kind
 
@@ -64,6 +64,7 @@ class StepRunner:
         self._grids, self._scopes = grids, scopes
         self._workload = definition.workload
         self._exchange = Exchange(plan, self._workload, grids, dtype)
+        self._routes = RouteCache()
         self._coordinates: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], grids.rank) for name in plan.modules_on(grids.rank)
         }
@@ -128,7 +129,7 @@ class StepRunner:
         for batch in self._batches.values():
             links = {(e.source, e.target): self.definition.list_links(e, batch) for e in self._workload.edges}
             metadata.append(Metadata(items=self.definition.list_items(batch), links=links))
-        self._map = StepMap(self.plan, self._workload, self._grids.rank, metadata)
+        self._map = StepMap(self.plan, self._workload, self._grids.rank, metadata, self._routes)
         self._exchange.begin_step(self._map)
 
     def _batch(self, covered: range) -> Batch:

@@ -41,7 +41,7 @@ _installed = False
 
 def is_cpu() -> bool:
     """True where training runs on the CPU."""
-    return not torch.cuda.is_available() or _installed
+    return _installed or not torch.cuda.is_available()  # the query takes its time
 
 
 def device() -> torch.device:

@@ -8,9 +8,12 @@ Rows of an edge are ordered by microbatch, then link, then position in the link,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +41,51 @@ class Metadata:
     items: Mapping[str, Items]
     links: Mapping[tuple[str, str], Links]
 
+    @property
+    def digest(self) -> bytes:
+        """The same for microbatches whose arrays are the same."""
+        found = hashlib.blake2b(digest_size=16)
+        columns = [(name, (own.samples, own.tokens)) for name, own in sorted(self.items.items())]
+        for edge, own in sorted(self.links.items()):
+            starts = (own.source_starts, own.target_starts)
+            columns.append((" ".join(edge), (own.source_items, own.target_items, *starts, own.rows)))
+        for name, arrays in columns:
+            found.update(f"{name} {len(arrays[0])};".encode())
+            for array in arrays:
+                found.update(np.ascontiguousarray(array))
+        return found.digest()
+
+
+class RouteCache:
+    """What follows from microbatches' metadata alone, kept for steps that bring the same shapes. One per rank and plan.
+
+    Oldest entries beyond `capacity` go when a step begins, never within one.
+    """
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._capacity = capacity
+        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def trim(self) -> None:
+        """Forget what was not used for longest."""
+        while len(self._found) > self._capacity:
+            self._found.popitem(last=False)
+
+    def find[T](self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value under `key`, computed if it is not there."""
+        if key in self._found:
+            self.hits += 1
+            self._found.move_to_end(key)
+        else:
+            self.misses += 1
+            self._found[key] = compute()
+        value: T = self._found[key]
+        return value
+
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
@@ -58,11 +106,20 @@ class HeldRows:
 class StepMap:
     """One step as `rank` sees it. Every rank computes its own from the same metadata."""
 
-    def __init__(self, plan: Plan, workload: Workload, rank: int, microbatches: Sequence[Metadata]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        workload: Workload,
+        rank: int,
+        microbatches: Sequence[Metadata],
+        cache: RouteCache | None = None,
+    ) -> None:
+        """`cache`: of this plan, workload and rank; shared by all steps."""
         self._plan, self._workload, self._rank = plan, workload, rank
         self._microbatches = microbatches
-        self._units: dict[tuple[str, int], _Unit] = {}
-        self._rows: dict[tuple[str, str, bool, int], HeldRows] = {}
+        self._digests = [microbatch.digest for microbatch in microbatches]
+        self._cache = RouteCache() if cache is None else cache
+        self._cache.trim()
         self._at: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
@@ -92,10 +149,8 @@ class StepMap:
 
     def rows(self, edge: Edge, unit: int, *, at_source: bool) -> HeldRows:
         """The edge's rows that this rank holds in a unit of its source (or target)."""
-        key = (edge.source, edge.target, at_source, unit)
-        if key not in self._rows:
-            self._rows[key] = self._find_rows(edge, unit, at_source)
-        return self._rows[key]
+        key = ("rows", *self._key(edge, unit, at_source))
+        return self._cache.find(key, lambda: self._find_rows(edge, unit, at_source))
 
     def peers(self, edge: Edge, unit: int, *, at_source: bool) -> range:
         """The units on the other side that share microbatches with this one."""
@@ -105,26 +160,45 @@ class StepMap:
 
     def sends(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
         """This rank's rows of `unit` that go to other ranks for their unit `peer`; forward if `at_source`."""
+        key = ("sends", self._offset(edge, unit, peer, at_source), *self._key(edge, unit, at_source))
+        return self._cache.find(key, lambda: self._find_sends(edge, unit, peer, at_source))
+
+    def receives(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
+        """This rank's rows of `unit` that come from the other side's unit `peer`; backward if `at_source`."""
+        key = ("receives", self._offset(edge, unit, peer, at_source), *self._key(edge, unit, at_source))
+        return self._cache.find(key, lambda: self._find_receives(edge, unit, peer, at_source))
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _key(self, edge: Edge, unit: int, at_source: bool) -> tuple[Hashable, ...]:
+        """All that rows and messages of a unit depend on: its microbatches, and all others of the units opposite."""
+        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
+        own, peers = self.covered(module, unit), self.peers(edge, unit, at_source=at_source)
+        start, stop = self.covered(other, peers[0]).start, self.covered(other, peers[-1]).stop
+        start, stop = min(start, own.start), max(stop, own.stop)
+        place = (own.start - start, len(own), self.covered(other, peers[0]).start - start)
+        return (edge.source, edge.target, at_source, place, *self._digests[start:stop])
+
+    def _offset(self, edge: Edge, unit: int, peer: int, at_source: bool) -> int:
+        return peer - self.peers(edge, unit, at_source=at_source)[0]
+
+    def _find_sends(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Part, ...]:
         held, rows = self._shared(edge, unit, peer, at_source)
         own, other = self._sides(edge, unit, peer, at_source)
         group, _ = own.group_of(self._at[edge.source if at_source else edge.target])
         return outgoing(self._rank, own.ranks_of(group), other, held.opposite[rows], rows.start)
 
-    def receives(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
-        """This rank's rows of `unit` that come from the other side's unit `peer`; backward if `at_source`."""
+    def _find_receives(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Part, ...]:
         held, rows = self._shared(edge, unit, peer, at_source)
         own, other = self._sides(edge, unit, peer, at_source)
         group, replica = own.group_of(self._at[edge.source if at_source else edge.target])
         return incoming(self._rank, group, replica, other, held.opposite[rows], rows.start)
 
-    # -- inside --------------------------------------------------------------------------------------------------
-
     def _unit(self, module: str, unit: int) -> _Unit:
-        key = (module, unit)
-        if key not in self._units:
-            covered = [self._microbatches[m].items for m in self.covered(module, unit)]
-            self._units[key] = _Unit(self._plan, self._workload, module, covered)
-        return self._units[key]
+        covered = self.covered(module, unit)
+        key = ("unit", module, *self._digests[covered.start : covered.stop])
+        items = [self._microbatches[m].items for m in covered]
+        return self._cache.find(key, lambda: _Unit(self._plan, self._workload, module, items))
 
     def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
         found = self._unit(edge.source if at_source else edge.target, unit)
@@ -191,9 +265,12 @@ class _Unit:
             near = near_lanes(plan, backbone, module)
             owners = [int(s) // plan.micro_batch_size for items in covered for s in items[module].samples]
             self.owned = _owned(near, owners, self._placed.layout.dp)
-            balanced = balance_items(self.costs, [near[owner] for owner in owners], self._placed.layout.dp)
-            stay = imbalance(self.owned, self.costs) <= imbalance(balanced, self.costs)
-            self.lanes = self.owned if stay else balanced
+            preferred = [near[owner] for owner in owners]
+            balanced = balance_items(self.costs, preferred, self._placed.layout.dp)
+            blocks = _blocks(preferred, self._placed.layout.dp)
+            # In doubt, what moves nothing; then blocks, whose rows are consecutive and travel without a copy.
+            found = (self.owned, blocks, balanced) if blocks else (self.owned, balanced)
+            self.lanes = min(found, key=lambda lanes: imbalance(lanes, self.costs))
 
     def is_ghost(self, lane: int) -> bool:
         layout = self._placed.layout
@@ -223,6 +300,13 @@ def _owned(near: Sequence[Sequence[int]], owners: Sequence[int], num_lanes: int)
     for item, owner in enumerate(owners):
         lanes[near[owner][0]].append(item)
     return tuple(map(tuple, lanes))
+
+
+def _blocks(preferred: Sequence[Sequence[int]], num_lanes: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive items per lane, each on a lane that it prefers; nothing where that cannot be."""
+    lanes = tuple(map(tuple, split_evenly(len(preferred), num_lanes)))
+    fits = all(lane in preferred[item] for lane, items in enumerate(lanes) for item in items)
+    return lanes if fits else ()
 
 
 def _expand(counts: Integers) -> tuple[Integers, Integers]:

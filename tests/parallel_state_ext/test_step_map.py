@@ -10,9 +10,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import StepMap
-from tests.worlds import BACKBONE, bring_items, plans, workloads
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, RouteCache, StepMap
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.workload import Edge, Role, Workload
+from tests.worlds import BACKBONE, bring_items, module, plans, workloads
 
 
 @st.composite
@@ -143,7 +146,9 @@ def test_every_token_of_every_item_is_computed_once_per_replica(step):
         for rank in ranks_of_end(plan, config.name, last=False):
             for unit in units_of(plan, config.name, len(metadata)):
                 shard = maps[rank].shard(config.name, unit)
-                for item in () if maps[rank].is_ghost(config.name, unit) else shard.items:
+                if maps[rank].is_ghost(config.name, unit):
+                    continue  # counts for nothing
+                for item in shard.items:
                     for token in shard.tokens.tolist():
                         seen[unit, item, token] += 1
         replicas = 1 if placed.sequence_parallel else placed.layout.tp
@@ -163,3 +168,65 @@ def test_balancing_never_makes_a_lane_busier_than_owners_would(step):
             for unit in units_of(plan, name, len(metadata)):
                 by_owner, balanced = maps.imbalance(name, unit)
                 assert 1.0 <= balanced <= by_owner
+
+
+def parts_of(plan, workload, maps, num_microbatches):
+    """Everything that a step asks of its map, as plain values."""
+    found = []
+    for edge in workload.edges:
+        for at_source, name in ((True, edge.source), (False, edge.target)):
+            if name not in plan.modules_on(maps._rank):
+                continue
+            for unit in units_of(plan, name, num_microbatches):
+                rows = maps.rows(edge, unit, at_source=at_source)
+                found.append([column.tolist() for column in (rows.tokens, rows.items, rows.opposite, rows.first)])
+                for peer in maps.peers(edge, unit, at_source=at_source):
+                    for ask in (maps.sends, maps.receives):
+                        parts = ask(edge, unit, peer, at_source=at_source)
+                        found.append([(part.rank, part.num_rows, str(part.rows)) for part in parts])
+    return found
+
+
+@settings(max_examples=60)
+@given(steps(), st.data())
+def test_routes_of_earlier_steps_are_those_of_a_step_with_the_same_metadata(step, data):
+    """Steps that mix two microbatches share one cache, of any size; the oracle is a map that remembers nothing."""
+    plan, workload, metadata = step
+    rank = data.draw(st.integers(0, plan.world_size - 1))
+    cache = RouteCache(data.draw(st.sampled_from([0, 3, 512])))
+    for _ in range(3):
+        mixed = [metadata[data.draw(st.integers(0, min(1, len(metadata) - 1)))] for _ in metadata]
+        kept, fresh = StepMap(plan, workload, rank, mixed, cache), StepMap(plan, workload, rank, mixed)
+        expected = parts_of(plan, workload, fresh, len(mixed))
+        assert parts_of(plan, workload, kept, len(mixed)) == expected
+        misses = cache.misses
+        assert parts_of(plan, workload, kept, len(mixed)) == expected
+        assert cache.misses == misses, "a route was computed twice in a step"
+
+
+def test_a_cache_forgets_what_was_not_used_for_longest() -> None:
+    cache = RouteCache(capacity=2)
+    assert [cache.find(key, lambda: len(cache)) for key in "abca"] == [0, 1, 2, 0]
+    assert len(cache) == 3, "nothing goes within a step"
+    cache.trim()
+    assert (len(cache), cache.find("a", lambda: -1), cache.find("b", lambda: -1)) == (2, 0, -1)
+
+
+def test_equal_items_are_shared_out_in_blocks() -> None:
+    """So that a lane's rows are consecutive on the other side, and go and come without a copy."""
+    config = [module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)]
+    edge = Edge(source="encoder0", target=BACKBONE, rows_per_item=4, width=8)
+    placements = {"encoder0": Layout(dp=4), BACKBONE: Layout(tp=4)}
+    modules = {name: ModulePlan(ranks=RankSet.parse("0-3"), layout=layout) for name, layout in placements.items()}
+    plan = Plan(
+        workload="random", world_size=4, global_batch_size=8, micro_batch_size=8, schedule="1f1b", modules=modules
+    )
+    samples, tokens = np.arange(8), np.full(8, 4)
+    items = {name: Items(samples, tokens) for name in modules}
+    links = {("encoder0", BACKBONE): Links(samples, 0 * samples, samples, 0 * samples, tokens)}
+    workload = Workload(name="random", modules=tuple(config), edges=(edge,))
+    for rank in range(4):
+        maps = StepMap(plan, workload, rank, [Metadata(items=items, links=links)])
+        assert maps.shard("encoder0", 0).items == (2 * rank, 2 * rank + 1)
+        arriving = maps.receives(edge, 0, 0, at_source=False)
+        assert [part.rows for part in arriving] == [slice(8 * lane, 8 * lane + 8) for lane in range(4)]
