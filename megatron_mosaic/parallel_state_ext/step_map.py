@@ -45,10 +45,12 @@ class Metadata:
     def digest(self) -> bytes:
         """The same for microbatches whose arrays are the same."""
         found = hashlib.blake2b(digest_size=16)
-        columns = [(name, (own.samples, own.tokens)) for name, own in sorted(self.items.items())]
-        for edge, own in sorted(self.links.items()):
-            starts = (own.source_starts, own.target_starts)
-            columns.append((" ".join(edge), (own.source_items, own.target_items, *starts, own.rows)))
+        columns: list[tuple[str, tuple[Integers, ...]]] = [
+            (name, (items.samples, items.tokens)) for name, items in sorted(self.items.items())
+        ]
+        for edge, links in sorted(self.links.items()):
+            starts = (links.source_starts, links.target_starts)
+            columns.append((" ".join(edge), (links.source_items, links.target_items, *starts, links.rows)))
         for name, arrays in columns:
             found.update(f"{name} {len(arrays[0])};".encode())
             for array in arrays:
