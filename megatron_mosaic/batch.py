@@ -167,6 +167,11 @@ def _loads(lanes: Sequence[Sequence[int]], costs: Integers) -> list[int]:
     return [int(costs[list(items)].sum()) if items else 0 for items in lanes]
 
 
+def max_load(lanes: Sequence[Sequence[int]], costs: Integers) -> int:
+    """Cost of the busiest lane."""
+    return max(_loads(lanes, costs))
+
+
 def imbalance(lanes: Sequence[Sequence[int]], costs: Integers) -> float:
     """Load of the busiest lane over the mean load; 1 is perfect (and what an empty unit has)."""
     loads = _loads(lanes, costs)

@@ -12,7 +12,6 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,11 @@ from megatron_mosaic.batch import (
     Items,
     Links,
     Shard,
-    balance_items,
     imbalance,
-    item_costs,
-    shard_of,
-    split_evenly,
 )
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of, near_lanes
-from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, make_side, outgoing
+from megatron_mosaic.parallel_state_ext.lanes import UnitLanes
+from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
+from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, outgoing
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.workload import Edge, Workload
 
@@ -196,11 +192,11 @@ class StepMap:
         group, replica = own.group_of(self._at[edge.source if at_source else edge.target])
         return incoming(self._rank, group, replica, other, held.opposite[rows], rows.start)
 
-    def _unit(self, module: str, unit: int) -> _Unit:
+    def _unit(self, module: str, unit: int) -> UnitLanes:
         covered = self.covered(module, unit)
         key = ("unit", module, *self._digests[covered.start : covered.stop])
         items = [self._microbatches[m].items for m in covered]
-        return self._cache.find(key, lambda: _Unit(self._plan, self._workload, module, items))
+        return self._cache.find(key, lambda: UnitLanes(self._plan, self._workload, module, items))
 
     def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
         found = self._unit(edge.source if at_source else edge.target, unit)
@@ -248,67 +244,6 @@ class StepMap:
             first.append(first[-1] + int(kept.sum()))
         tokens, row_items, groups = (np.concatenate(column) for column in columns)
         return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))
-
-
-class _Unit:
-    """The items of one unit of one module, and which lane computes which."""
-
-    def __init__(self, plan: Plan, workload: Workload, module: str, covered: Sequence[Mapping[str, Items]]) -> None:
-        self._placed = plan.modules[module]
-        self.offsets = np.cumsum([0, *(len(items[module]) for items in covered)])
-        self.tokens = np.concatenate([items[module].tokens for items in covered])
-        self.costs = item_costs(workload.by_name[module], self.tokens)
-        backbone = workload.backbone.name
-        if module == backbone:
-            assert len(covered) == 1, "the backbone's unit is its microbatch"
-            lanes = split_evenly(len(self.tokens), self._placed.layout.dp)
-            self.lanes = self.owned = tuple(map(tuple, lanes))
-        else:
-            near = near_lanes(plan, backbone, module)
-            owners = [int(s) // plan.micro_batch_size for items in covered for s in items[module].samples]
-            self.owned = _owned(near, owners, self._placed.layout.dp)
-            preferred = [near[owner] for owner in owners]
-            balanced = balance_items(self.costs, preferred, self._placed.layout.dp)
-            blocks = _blocks(preferred, self._placed.layout.dp)
-            # In doubt, what moves nothing; then blocks, whose rows are consecutive and travel without a copy.
-            found = (self.owned, blocks, balanced) if blocks else (self.owned, balanced)
-            self.lanes = min(found, key=lambda lanes: imbalance(lanes, self.costs))
-
-    def is_ghost(self, lane: int) -> bool:
-        layout = self._placed.layout
-        return not self.lanes[lane] and len(self.tokens) > 0 and layout.ep * layout.etp > 1
-
-    def shard(self, lane: int, at: Coordinates) -> Shard:
-        items = (0,) if self.is_ghost(lane) else self.lanes[lane]
-        return shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
-
-    @cached_property
-    def first(self) -> Side:
-        """Where rows arrive: the first stage."""
-        return self._make_side(0)
-
-    @cached_property
-    def last(self) -> Side:
-        """Where rows leave: the last stage."""
-        return self._make_side(self._placed.layout.pp - 1)
-
-    def _make_side(self, stage: int) -> Side:
-        return make_side(self._placed, stage, self.lanes, self.tokens)
-
-
-def _owned(near: Sequence[Sequence[int]], owners: Sequence[int], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Lanes, if each item stayed with its owner: the first of the lanes next to it."""
-    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
-    for item, owner in enumerate(owners):
-        lanes[near[owner][0]].append(item)
-    return tuple(map(tuple, lanes))
-
-
-def _blocks(preferred: Sequence[Sequence[int]], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive items per lane, each on a lane that it prefers; nothing where that cannot be."""
-    lanes = tuple(map(tuple, split_evenly(len(preferred), num_lanes)))
-    fits = all(lane in preferred[item] for lane, items in enumerate(lanes) for item in items)
-    return lanes if fits else ()
 
 
 def _expand(counts: Integers) -> tuple[Integers, Integers]:
