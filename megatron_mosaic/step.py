@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -74,14 +75,16 @@ class StepRunner:
         self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
         self.meter: ActivationMeter | None = None
         self.empty_units: dict[str, int] = dict.fromkeys(plan.modules, 0)  # units without items, on this rank's lanes
-        self._imbalance: dict[str, list[tuple[float, float]]] = {name: [] for name in plan.modules}
+        self._imbalance = {name: np.zeros(3) for name in plan.modules}  # sums by owner and as it was, units
 
     @property
     def imbalance(self) -> dict[str, dict[str, float]]:
         """Busiest lane over mean load, over all units so far: as the samples' owners would have it, and as it was."""
-        means = {name: torch.tensor(seen).mean(0).tolist() for name, seen in self._imbalance.items() if seen}
         names = ("imbalance_by_owner", "imbalance_by_module")
-        return {key: {module: mean[i] for module, mean in means.items()} for i, key in enumerate(names)}
+        return {
+            key: {module: float(sums[i] / sums[2]) for module, sums in self._imbalance.items() if sums[2]}
+            for i, key in enumerate(names)
+        }
 
     # -- what Megatron calls -------------------------------------------------------------------------------------
 
@@ -258,7 +261,7 @@ class StepRunner:
         if self._forward_only or action.chunk:
             return
         self.empty_units[action.module] += not shard.items or self._map.is_ghost(action.module, action.unit)
-        self._imbalance[action.module].append(self._map.imbalance(action.module, action.unit))
+        self._imbalance[action.module] += (*self._map.imbalance(action.module, action.unit), 1)
 
     # -- the end of a step ---------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def estimate_peak_bytes(plan: Plan, workload: Workload, precision: Precision) ->
         config, placed = workload.by_name[module], plan.modules[module]
         items = items_of_action(plan, workload, module)
         static_bytes.append(estimate_static_bytes(config, placed, stage, precision))
-        unit_bytes.append(estimate_activation_bytes(config, placed, stage, items, precision))
+        unit_bytes.append(estimate_activation_bytes(config, placed, stage, items, precision) / placed.layout.vpp)
     peaks = peak_of_classes(build_program(plan.schedule, lane_map), lane_map, static_bytes, unit_bytes)
     return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
 

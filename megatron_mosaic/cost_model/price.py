@@ -15,7 +15,10 @@ from megatron_mosaic.schedules.program import stage_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneCost:
-    """Seconds of one lane's actions and of its tail, and what each of its ranks holds."""
+    """Seconds of one lane's actions and of its tail, and what each of its ranks holds.
+
+    An action is a unit on one virtual stage: its share of the stage's layers.
+    """
 
     forward_s: float
     backward_s: float
@@ -129,7 +132,7 @@ def price_plan(plan: Plan, model: CostModel) -> PlanPrice:
 
 
 def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: int) -> LaneCost:
-    num_units = -(-chain.num_microbatches // chain.units[module])
+    num_units, chunks = chain.num_units(module), chain.chunks(module)
     # 1F1B warms up with a unit for each stage behind it; other schedules may keep fewer
     min_live_units = min(num_units, chain.stages_after(module, stage) + 1) if plan.schedule == "1f1b" else 1
     items = model.items_of_action(plan, module)
@@ -138,14 +141,14 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
         forward, backward = (model.action_cost(plan, module, stage, backward=b) for b in (False, True))
         ranks = stage_ranks(plan, module, stage)
         model.lane_costs[key] = LaneCost(
-            forward_s=forward.busy_s,
-            backward_s=backward.busy_s,
-            num_units=num_units,
+            forward_s=forward.busy_s / chunks,
+            backward_s=backward.busy_s / chunks if module in chain.has_backward else 0.0,
+            num_units=num_units * chunks,
             threads=forward.threads * len(ranks),
             gradients_s=model.gradient_sync_s(plan, module, stage),
             trained_parameters=model.trained_parameters(plan, module, stage),
             static_bytes=model.static_bytes(plan, module, stage),
-            unit_bytes=model.activation_bytes(plan, module, stage),
+            unit_bytes=model.activation_bytes(plan, module, stage) / chunks,
             min_live_units=min_live_units,
             ranks=ranks,
         )

@@ -80,6 +80,7 @@ def build_program(schedule: str, lane_map: LaneMap) -> Program:
         tuple(chain.units.items()),
         chain.num_microbatches,
         chain.has_backward,
+        tuple(chain.num_chunks.items()),
         # classes 0, 1, ...: plans that differ only in the number of ranks share a program
         tuple(frozenset(names[name] for name in members) for members in lane_map.classes),
     )
@@ -93,6 +94,7 @@ def _build(
     units: tuple[tuple[str, int], ...],
     num_microbatches: int,
     has_backward: frozenset[str],
+    chunks: tuple[tuple[str, int], ...],
     classes: tuple[frozenset[int], ...],
 ) -> Program:
     num_stages = {module: stage + 1 for module, stage in lanes}
@@ -102,6 +104,7 @@ def _build(
         units=dict(units),
         num_microbatches=num_microbatches,
         has_backward=has_backward,
+        num_chunks=dict(chunks),
     )
     schedule = SCHEDULES[name](chain)
     order = order_actions(schedule, {f"{module}.{stage}": members for (module, stage), members in zip(lanes, classes)})
