@@ -17,6 +17,9 @@ from megatron_mosaic.schedules.program import stage_ranks
 from megatron_mosaic.units import format_bytes, format_seconds
 from megatron_mosaic.workload import Workload
 
+AXES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
+_ALWAYS = ("tp", "pp", "dp")  # shown even if 1 everywhere
+
 
 def main(arguments: argparse.Namespace) -> int:
     """Modules, rank map, schedule, memory per rank."""
@@ -58,31 +61,40 @@ def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:
 
 def _module(plan: Plan, name: str) -> dict[str, Any]:
     placed = plan.modules[name]
-    layout = {axis: getattr(placed.layout, axis) for axis in ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")}
+    layout = {axis: getattr(placed.layout, axis) for axis in AXES}
     return {
         "ranks": str(placed.ranks),
         "layout": layout,
         "quota": placed.quota.share,
         "unit": placed.unit or 1,
+        "sequence_parallel": placed.sequence_parallel,
         "recompute": placed.recompute.value,
     }
 
 
 def _print_modules(plan: Plan, workload: Workload) -> None:
     microbatches = plan.num_microbatches(workload.backbone.name)
+    layouts = [placed.layout for placed in plan.modules.values()]
+    axes = [axis for axis in AXES if axis in _ALWAYS or any(getattr(layout, axis) > 1 for layout in layouts)]
+    more = {
+        "unit": [str(placed.unit or 1) for placed in plan.modules.values()],
+        "sp": ["yes" if placed.sequence_parallel else "no" for placed in plan.modules.values()],
+    }
+    more = {key: column for key, column in more.items() if set(column) - {"1", "no"}}
     print_table(
         f"{plan.workload}: {plan.world_size} ranks, {plan.global_batch_size} samples a step, micro-batch "
         f"{plan.micro_batch_size}, {microbatches} microbatches, schedule {plan.schedule}",
-        ("module", "ranks", "tp", "pp", "dp", "share", "recompute"),
+        ("module", "ranks", *axes, *more, "share", "recompute"),
         [
             (
                 name,
                 str(placed.ranks),
-                *(str(getattr(placed.layout, axis)) for axis in ("tp", "pp", "dp")),
+                *(str(getattr(placed.layout, axis)) for axis in axes),
+                *(column[i] for column in more.values()),
                 f"{placed.quota.share:g}",
                 placed.recompute.value,
             )
-            for name, placed in plan.modules.items()
+            for i, (name, placed) in enumerate(plan.modules.items())
         ],
     )
     if plan.predicted:

@@ -398,3 +398,17 @@ def test_overheads_are_added():
     before, after = (simulate(plan, CostModel(BACKBONE_ONLY, local_cluster(p, 1), p)).step_s for p in (plain, slow))
     assert after - before == pytest.approx(4 * 0.5 + 7)
     assert LLM.name == "llm"
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (2, 4)])
+@pytest.mark.parametrize("m", [4, 8])
+def test_interleaved_closed_form(pp, vpp, m):
+    """m(f + b) + (p - 1)(f + b)/v where p divides m, Narayanan et al. 2021, section 2.2."""
+    deep = replace(BACKBONE_ONLY, modules=(replace(LLM, num_layers=8),))
+    layout = Layout(pp=pp, vpp=vpp)
+    plan = make_plan({"llm": (f"0-{pp - 1}", layout)}, workload=deep, global_batch_size=m)
+    price = price_plan(replace(plan, schedule="interleaved"), _gpu_model(deep))
+    equal = tuple(replace(c, forward_s=1.0 / vpp, backward_s=2.0 / vpp, gradients_s=0.0) for c in price.costs)
+    priced = prepare_program(replace(price, costs=equal))
+    simulation = simulate_program(replace(priced, transfers=dict.fromkeys(priced.transfers, 0.0)))
+    assert simulation.optimizer_start_s - price.consensus_s == pytest.approx(3 * m + 3 * (pp - 1) / vpp)
