@@ -8,6 +8,7 @@ Both give every rank a flight file, so that even a killed rank's lane and action
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -60,8 +61,14 @@ def run_forked(
             context.Process(target=_enter_rank, args=(rank, shared, directory, target, args))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        # A rank must not destroy what it inherited: a process group's destructor waits for threads that only we have.
+        gc.collect()
+        gc.freeze()
+        try:
+            for process in ranks:
+                process.start()
+        finally:
+            gc.unfreeze()
         deadline = time.monotonic() + timeout_s
         try:
             while any(process.is_alive() for process in ranks):

@@ -1,5 +1,6 @@
 """Forked ranks: what they see, who is blamed when one fails, and that none is left behind."""
 
+import gc
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import ConfigError, RankFailure
@@ -31,6 +33,25 @@ def rank() -> int:
 def write_environment(directory) -> None:
     keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "EXTRA")
     (directory / str(rank())).write_text(" ".join(os.environ[key] for key in keys))
+
+
+class Ring:
+    """A process group in a reference cycle: only the garbage collector destroys it, and that joins its threads."""
+
+    def __init__(self) -> None:
+        self.group, self.ring = dist.group.WORLD, self
+
+
+def test_a_rank_does_not_destroy_what_it_inherited() -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    held = [Ring()]
+    dist.destroy_process_group()
+
+    def drop_and_collect() -> None:
+        held.clear()
+        gc.collect()
+
+    run_forked(1, drop_and_collect, timeout_s=20.0)
 
 
 def test_every_rank_sees_torchruns_variables(tmp_path) -> None:

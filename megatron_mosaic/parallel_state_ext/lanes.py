@@ -46,28 +46,36 @@ class UnitLanes:
             preferred = [near[owner] for owner in owners]
             balanced = balance_items(self.costs, preferred, self._placed.layout.dp)
             blocks = _blocks(preferred, self._placed.layout.dp)
-            # In doubt, what moves nothing; then blocks, whose rows are consecutive and travel without a copy.
-            found = (self.owned, blocks, balanced) if blocks else (self.owned, balanced)
-            best = min(found, key=lambda lanes: imbalance(lanes, self.costs))
+            # In doubt, what moves nothing: as owned, or blocks, whose rows are consecutive and travel without a copy.
+            near_by = (self.owned, blocks) if blocks else (self.owned,)
+            stay = min(near_by, key=lambda lanes: imbalance(lanes, self.costs))
             tokens = np.concatenate([items[backbone].tokens[: plan.micro_batch_size] for items in covered])
-            self.lanes = best if self._saves_enough(best, plan, workload, module, tokens) else self.owned
+            self.lanes = balanced if self._saves_enough(stay, balanced, plan, workload, module, tokens) else stay
 
     def _saves_enough(
-        self, lanes: Sequence[Sequence[int]], plan: Plan, workload: Workload, module: str, backbone_tokens: Integers
+        self,
+        stay: Sequence[Sequence[int]],
+        balanced: Sequence[Sequence[int]],
+        plan: Plan,
+        workload: Workload,
+        module: str,
+        backbone_tokens: Integers,
     ) -> bool:
-        """Whether items should leave their owners: not for less than MIN_GAIN_FRAC of what a shared rank computes.
+        """Whether items should leave for other ranks: not for less than MIN_GAIN_FRAC of what a shared rank computes.
 
         `backbone_tokens`: of the samples of one backbone lane. Where no rank is shared, rows travel in any case.
         """
+        before, after = (max_load(lanes, self.costs) for lanes in (stay, balanced))
+        if after >= before:
+            return False
         backbone = workload.backbone.name
         if not {*plan.modules[module].ranks.ranks} & {*plan.modules[backbone].ranks.ranks}:
             return True
-        owned, moved = (max_load(side, self.costs) for side in (self.owned, lanes))
         own = _share_of_rank(plan, workload, module)
-        total = own * owned + _share_of_rank(plan, workload, backbone) * int(
+        total = own * before + _share_of_rank(plan, workload, backbone) * int(
             item_costs(workload.backbone, backbone_tokens).sum()
         )
-        return own * (owned - moved) >= MIN_GAIN_FRAC * total
+        return own * (before - after) >= MIN_GAIN_FRAC * total
 
     def is_ghost(self, lane: int) -> bool:
         layout = self._placed.layout
