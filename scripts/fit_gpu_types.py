@@ -1,4 +1,4 @@
-"""Fit gpu_types/*.yaml to the published steps, and the constants of each fold: `python scripts/fit_gpu_types.py [NAME...]`.
+"""Fit gpu_types/*.yaml to the published steps, and the constants of each fold. Arguments: GPU types (default: all).
 
 Weights: each file counts alike for a GPU type, however many rows it has.
 """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_mosaic.cli.output import print_json, print_table
+from megatron_mosaic.cost_model.side_tables import compare_memory
 from megatron_mosaic.cost_model.validate import PUBLISHED, Report, by_family, merge_reports, validate_folder
 from megatron_mosaic.errors import ConfigError
 
@@ -16,6 +18,7 @@ _TITLES = ("rows", "predicted", "time", "p90", "bias", "time, out of sample", "m
 def main(arguments: argparse.Namespace) -> int:
     """Print the errors per file and family, and why rows were refused."""
     reports = validate_folder(Path(arguments.data) if arguments.data else PUBLISHED)
+    memory = compare_memory(Path(arguments.data) if arguments.data else PUBLISHED)
     overall = merge_reports(list(reports.values()))
     if arguments.plot:
         _plot(reports, arguments.plot)
@@ -25,11 +28,15 @@ def main(arguments: argparse.Namespace) -> int:
                 "files": {name: report.as_dict() for name, report in reports.items()},
                 "families": {name: report.as_dict() for name, report in by_family(reports.values()).items()},
                 "overall": overall.as_dict(),
+                "korthikanti2022_memory": [asdict(row) for row in memory],
             }
         )
         return 0
     _print("published measurements, mean absolute errors", "file", {**reports, "all": overall})
     _print("by family", "family", by_family(reports.values()))
+    for row in memory:
+        errors = f"parameters and optimizer {row.static_error_frac:+.1%}, activations {row.activation_error_frac:+.1%}"
+        print(f"  {row.model}, {row.mode}: {errors}")
     print("refused:")
     for name, report in reports.items():
         for reason, count in report.refused.most_common():

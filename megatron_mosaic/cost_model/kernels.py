@@ -97,7 +97,7 @@ def layer_work(
     causal = 0.5 if module.causal else 1.0
     flops = 4 * items * s * s * cp * heads * size
     moved = between + activation + rotary + routed + low
-    launches = 12.0 + (12 if not dense else 0)
+    launches = 20.0 + (12 if not dense else 0)
     if setup.fused_attention:
         return Work(gemms, moved, launches, flops * causal)
     pairs = items * heads * s * module.tokens_per_item
@@ -105,12 +105,12 @@ def layer_work(
         Gemm(s, module.tokens_per_item, size, items * heads, False),
         Gemm(s, size, module.tokens_per_item, items * heads, False),
     )
-    return Work(gemms, moved, launches + 6, 0.0, pairs * (4 + (5 if setup.dropout else 0)), products)
+    return Work(gemms, moved, launches + 8, 0.0, pairs * (4 + (5 if setup.dropout else 0)), products)
 
 
 @lru_cache(maxsize=65536)
 def gemm_s(gpu: GpuType, gemm: Gemm, num_sms: int, setup_format: Format, output_bytes: int = 2) -> float:
-    """Seconds of a product on `num_sms` of the GPU's SMs. `output_bytes` per value: 8 when it adds to fp32 gradients."""
+    """Seconds of a product on `num_sms` of the GPU's SMs. `output_bytes`: 8 when it adds to fp32."""
     m, n, count = max(gemm.m, 1.0), max(gemm.n, 1.0), gemm.count
     best = 0.0
     for rows, columns, relative in _TILES:
@@ -141,7 +141,7 @@ def flops_per_s(gpu: GpuType, number_format: Format) -> float:
 
 
 def stream_s(gpu: GpuType, num_bytes: float, num_sms: int) -> float:
-    """Seconds to move bytes. Half of the SMs saturate the memory (staircase of SM quotas), fewer do so in proportion."""
+    """Seconds to move bytes. Half of the SMs saturate the memory, fewer do so in proportion."""
     reach = min(1.0, 2 * num_sms / gpu.num_sms)
     return num_bytes / (gpu.memory_bytes_per_s * gpu.bandwidth_frac * reach)
 

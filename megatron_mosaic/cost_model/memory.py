@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
-from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_expert_parameters, count_parameters
 from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
+from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_expert_parameters, count_parameters
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.workload import ModuleConfig, Workload
 

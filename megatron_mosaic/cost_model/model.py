@@ -158,7 +158,9 @@ class CostModel:
         if source[0] == target[0]:
             module = self.workload.by_name[source[0]]
             placed = plan.modules[source[0]]
-            split = placed.layout.cp * (placed.layout.tp if placed.sequence_parallel else 1)
+            # between nodes each tp rank sends its part, put together over NVLink (Narayanan et al. 2021, section 4.1)
+            far = self.cluster.link_between((ranks[0][0], ranks[1][0])) is not self.cluster.intra
+            split = placed.layout.cp * (placed.layout.tp if placed.sequence_parallel or far else 1)
             width = module.tokens_per_item * module.hidden_size / split
             hidden_bytes = self.items_of_action(plan, source[0]) * width * self.precision.value_bytes
             return self.comm.estimate(Operation.p2p, (ranks[0][0], ranks[1][0]), hidden_bytes)
@@ -198,8 +200,8 @@ class CostModel:
     def optimizer_s(self, num_parameters: float) -> float:
         """Seconds of an optimizer step over a rank's trained parameters: measured, else its memory traffic.
 
-        Analytic, of the shard that a rank updates: Adam reads gradient, fp32 copy and both moments and writes all but the gradient, and the bf16
-        parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
+        Analytic, of the shard that a rank updates: Adam reads gradient, fp32 copy and both
+        moments and writes all but the gradient, and the bf16 parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
         """
         if not num_parameters:
             return 0.0

@@ -11,10 +11,10 @@ from typing import Any
 
 from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.cost_model.hardware import load_gpu_type
+from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.published_models import is_gated, model_card
 from megatron_mosaic.cost_model.setup import Format, Sharding, TrainingSetup
 from megatron_mosaic.cost_model.sizes import count_flops
-from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
@@ -41,10 +41,10 @@ class Case:
     measured_bytes: float
 
 
-# (word of the table's GPU name, GPU type, ranks that NVLink joins, intra bytes/s, inter bytes/s per GPU); datasheets
+# (word of the table's GPU name, GPU type, ranks that NVLink joins (of 72 in a rack, 64 in use), intra and inter bytes/s); datasheets
 _GPUS = (
-    ("gb300", "gb300", 72, 900e9, 100e9),
-    ("gb200", "gb200", 72, 900e9, 50e9),
+    ("gb300", "gb300", 64, 900e9, 100e9),
+    ("gb200", "gb200", 64, 900e9, 50e9),
     ("b300", "b300_sxm", 8, 900e9, 100e9),
     ("b200", "b200_sxm", 8, 900e9, 50e9),
     ("h200", "h200_sxm", 8, 450e9, 50e9),
@@ -77,7 +77,11 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
     backbone = _backbone(row, number)
     encoder = _encoder(row, number) if row.get("enc_layers") else None
     modules = (encoder, backbone) if encoder else (backbone,)
-    edges = (Edge(source="vision", target="llm", rows_per_item=1, width=backbone.hidden_size),) if encoder else ()
+    edges = (
+        (Edge(source="vision", target="llm", rows_per_item=encoder.tokens_per_item, width=backbone.hidden_size),)
+        if encoder
+        else ()
+    )
     gbs = number.need("gbs")
     workload = Workload(name="published", modules=modules, edges=edges, global_batch_size=gbs)
     setup = _setup(row)
@@ -117,11 +121,10 @@ class _Numbers:
 
 def _cluster(row: Row, n_gpus: int, gpus: Mapping[str, GpuType]) -> Cluster:
     name = row.get("gpu", "").lower()
-    for word, gpu_name, per_node, intra, inter in _GPUS:
-        if word in name:
-            break
-    else:
+    found = next((entry for entry in _GPUS if entry[0] in name), None)
+    if found is None:
         raise Refusal(f"GPU {row.get('gpu')!r} has no file in gpu_types")
+    _, gpu_name, per_node, intra, inter = found
     if stated := re.search(r"inter (\d+)Gbps/node", row.get("notes", "")):
         inter = float(stated[1]) / 8 * 1e9 / per_node
     if stated := re.search(r"(\d+)x(\d+)Gb RoCE per node", row.get("notes", "")):
@@ -208,7 +211,9 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     text = row.get("recompute", "")
     recompute = Recompute.full if "full" in text or "per layer" in text else Recompute.none
     recompute = Recompute.selective if "selective" in text or "--recompute-activations" in text else recompute
-    split = tp > 1 and (row.get("seq_parallel", "") not in ("0",) or bool(backbone.num_experts))
+    # Not stated: on for a language model (every published recipe has it), off beside an encoder (Megatron's default)
+    stated = {"1": True, "0": False}.get(row.get("seq_parallel", ""), encoder is None)
+    split = tp > 1 and (stated or bool(backbone.num_experts))
     ep = number.get("ep", 1) if backbone.num_experts else 1
     stage = n_gpus // pp
     ranks = RankSet(tuple(range(n_gpus)))
@@ -221,7 +226,10 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
             raise Refusal("its encoder's degrees need more GPUs than it names")
         on = RankSet(tuple(range(enc_tp * enc_dp)))
         enc = ModulePlan(
-            ranks=on, layout=Layout(tp=enc_tp, dp=enc_dp), sequence_parallel=enc_tp > 1, unit=gbs // (mbs * dp)
+            ranks=on,
+            layout=Layout(tp=enc_tp, dp=enc_dp),
+            sequence_parallel=split and enc_tp > 1,
+            unit=gbs // (mbs * dp),
         )
         modules = {"vision": enc, **modules}
     return Plan(
@@ -229,7 +237,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         world_size=n_gpus,
         global_batch_size=gbs,
         micro_batch_size=mbs,
-        schedule="1f1b",
+        schedule="bubble_fill" if row.get("notes", "").startswith("Optimus") else "1f1b",
         modules=modules,
     )
 
@@ -260,7 +268,7 @@ def _setup(row: Row) -> TrainingSetup:
         fused_attention=not old,
         dropout=old,
         gradient_overlap_frac=overlap,
-        tp_overlap_frac=0.5 if modern and sharding is not Sharding.none else 0.0,
+        tp_overlap_frac=0.5 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
     )
 

@@ -60,25 +60,44 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     )
     together = [*encoders, max(stages, key=lambda cost: cost.trained_parameters)]
     optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)
+    encoder_s = sum(cost.busy_s for cost in encoders) + _boundary_s(plan, model)
+    # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
+    hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
     static, activation = _memory(stages, encoders, p, v, m)
     return StepCost(
-        encoder_s=sum(cost.busy_s for cost in encoders),
+        encoder_s=max(0.0, encoder_s - hidden_s),
         backbone_s=m * worst,
         bubble_s=fill,
         gradients_s=exposed_s,
         optimizer_s=optimizer_s,
         static_bytes=static,
         activation_bytes=activation,
-        overhead_bytes=_OVERHEAD_BYTES,
+        overhead_bytes=_OVERHEAD_BYTES + _transient_bytes(model, plan),
     )
 
 
 def _without_chunks(plan: Plan) -> Plan:
-    """The plan without virtual stages: they change the order of work and what is alive, which this file counts."""
-    if all(placed.layout.vpp == 1 for placed in plan.modules.values()):
-        return plan
+    """The plan in plain 1F1B: virtual stages and filled bubbles change order and live units, which this file counts."""
     modules = {k: replace(placed, layout=replace(placed.layout, vpp=1)) for k, placed in plan.modules.items()}
-    return replace(plan, modules=modules)
+    return replace(plan, modules=modules, schedule="1f1b")
+
+
+def _boundary_s(plan: Plan, model: CostModel) -> float:
+    """Rows that go from encoders to the backbone, and their gradients that come back; free where layouts agree."""
+    plan, seconds = _without_chunks(plan), 0.0
+    for edge in model.workload.edges:
+        lane = edge.source if edge.source != model.workload.backbone.name else edge.target
+        units = plan.num_microbatches(model.workload.backbone.name) / (plan.modules[lane].unit or 1)
+        seconds += 2 * units * model.transfer_s(plan, (edge.source, 0), (edge.target, 0))
+    return seconds
+
+
+def _transient_bytes(model: CostModel, plan: Plan) -> float:
+    """The fp32 gradient of the largest matrix of a layer, before it is added to its bucket."""
+    module = model.workload.backbone
+    width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
+    matrix = module.hidden_size * width * (2 if module.gated else 1) / plan.modules[module.name].layout.tp
+    return model.precision.gradient_bytes * matrix
 
 
 def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
@@ -87,7 +106,10 @@ def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
 
 def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int) -> tuple[float, float]:
     """Static and activation bytes of the fullest rank of the backbone, its encoders' included."""
-    beside = sum(cost.static_bytes for cost in encoders), sum(cost.num_units * cost.unit_bytes for cost in encoders)
+    beside = (
+        sum(cost.static_bytes for cost in encoders),
+        sum(min(m, p) / m * cost.num_units * cost.unit_bytes for cost in encoders),
+    )
     found = []
     for stage, cost in enumerate(stages):
         live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)
