@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_mosaic.errors import ConfigError
 
@@ -46,9 +46,20 @@ class GpuType:
     flops_per_s: float  # dense, in the training precision
     memory_bytes_per_s: float
     gemm_efficiency_frac: float  # share of flops_per_s that large matrix products reach
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] = field(hash=False)
+    # Fitted to published steps; the defaults are ideal hardware, for which closed forms hold exactly
+    attention_efficiency_frac: float = 1.0  # of flops_per_s that a fused attention kernel reaches
+    bandwidth_frac: float = 1.0  # of memory_bytes_per_s that elementwise kernels reach
+    network_frac: float = 1.0  # of a link's bandwidth that collectives reach
+    half_depth: float = 1.0  # inner dimension at which a matrix product reaches half its efficiency
+    launch_s: float = 1e-9  # host time to launch a kernel: a lower bound of its duration
+    low_precision_frac: float = 1.0  # efficiency of 8- and 4-bit matrix products, relative to 16 bit
+    fp8_flops_per_s: float = 0.0  # dense; 0: not supported
+    fp4_flops_per_s: float = 0.0
 
     def __post_init__(self) -> None:
+        fitted = ("attention_efficiency_frac", "bandwidth_frac", "network_frac", "half_depth", "launch_s")
+        _require_positive(f"GPU type {self.name!r}", {key: getattr(self, key) for key in fitted})
         numbers = {
             key: getattr(self, key)
             for key in (

@@ -47,6 +47,13 @@ class ModuleConfig:
     causal: bool = False
     num_experts: int = 0  # 0: a dense MLP; else every layer's MLP is a mixture of experts of `ffn_hidden_size` each
     moe_top_k: int = 2  # experts a token goes to; without effect on a dense MLP
+    shared_expert_size: int = 0  # width of the expert that sees every token; 0: none
+    num_dense_layers: int = 0  # of a mixture of experts: layers that keep a dense MLP, of `dense_ffn_size`
+    dense_ffn_size: int = 0
+    kv_channels: int = 0  # of one head; 0: hidden_size / num_heads
+    q_latent_size: int = 0  # multi-head latent attention (DeepSeek-V2, 2024): rank of the queries; 0: ordinary heads
+    kv_latent_size: int = 0  # and of keys and values
+    untied_output: bool = False  # logits have a matrix of their own
     frozen: bool = False  # no parameter is trained; gradients still flow through to trained modules before it
     trains_projector: bool = False  # of a frozen module: what makes its output rows is trained all the same
 
@@ -66,7 +73,7 @@ class ModuleConfig:
                 expected="a mean above 0",
                 fix="count the items of your data",
             )
-        if self.hidden_size % self.num_heads:
+        if not self.kv_channels and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"{where}: num_heads",
                 got=self.num_heads,
@@ -106,7 +113,7 @@ class ModuleConfig:
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.kv_channels or self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
     validate = add("validate", "the cost model against published measurements")
     validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
+    validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
     for command in (show, simulate, check, train):
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, simulate, calibrate):

@@ -5,6 +5,7 @@ n ranks, B bytes of the full tensor, latency a, bandwidth w:
 
     all_reduce                    2 (n-1) a + 2 (n-1)/n B/w
     all_gather, reduce_scatter      (n-1) a +   (n-1)/n B/w
+    all_to_all                      (n-1) a +   (n-1)/n B/w      B: what one rank sends
     p2p                                   a +           B/w
 
 Across nodes every GPU brings its own network port: a group with g ranks on each node can drive g ports at once.
@@ -31,20 +32,37 @@ class RingComm:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self._frac = cluster.gpu.network_frac
+        self._known: dict[tuple[object, ...], float] = {}
 
     def estimate(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float:
         n = len(ranks)
         if n == 1 or num_bytes == 0:
             return 0.0
-        link = self.cluster.link_between(ranks)
-        bytes_per_s = link.bytes_per_s
         if operation is Operation.p2p:
-            return link.latency_s + num_bytes / bytes_per_s
-        if link is self.cluster.inter:
-            ports = min(Counter(map(self.cluster.node_of, ranks)).values())
-            bytes_per_s = min(self.cluster.intra.bytes_per_s, ports * bytes_per_s)
-        rounds = 2 if operation is Operation.all_reduce else 1
-        return rounds * ((n - 1) * link.latency_s + (n - 1) / n * num_bytes / bytes_per_s)
+            link = self.cluster.link_between(ranks)
+            return link.latency_s + num_bytes / (link.bytes_per_s * self._frac)
+        key = (operation, n, ranks[0], ranks[-1], num_bytes)  # groups are regular: ends and size tell them apart
+        if key not in self._known:
+            self._known[key] = self._collective(operation, ranks, num_bytes)
+        return self._known[key]
+
+    def _collective(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float:
+        """Inside a node a ring; across nodes rings through all ports, with the hops inside a node at its latency."""
+        n, intra, inter = len(ranks), self.cluster.intra, self.cluster.inter
+        ports_of_node = Counter(map(self.cluster.node_of, ranks))
+        rounds, nodes = 2 if operation is Operation.all_reduce else 1, len(ports_of_node)
+        if nodes == 1:
+            latency_s, bytes_per_s = (n - 1) * intra.latency_s, intra.bytes_per_s
+        elif operation is Operation.all_to_all:
+            latency_s = nodes * inter.latency_s
+            bytes_per_s = inter.bytes_per_s * n / (n - min(ports_of_node.values()))
+        else:
+            bytes_per_s = min(intra.bytes_per_s, min(ports_of_node.values()) * inter.bytes_per_s)
+            hops = (n - 1) * inter.latency_s
+            # beyond a ring's reach trees take over: their latency grows with the logarithm (NCCL 2.4)
+            latency_s = min(hops, (n // nodes - 1) * intra.latency_s + 2 * (nodes - 1).bit_length() * inter.latency_s)
+        return rounds * (latency_s + (n - 1) / n * num_bytes / (bytes_per_s * self._frac))
 
 
 class MeasuredComm:

@@ -12,8 +12,9 @@ from typing import Protocol
 from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.colocation.quota import grant_quota
 from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.kernels import Gemm, Work, backward_s, core_s, forward_s, layer_work
 from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.sizes import count_attention_flops, count_flops, count_parameters
+from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, TrainingSetup
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.workload import ModuleConfig
 
@@ -33,6 +34,9 @@ class StageWork:
     backward: bool
     recompute: Recompute
     share: float  # of the rank's SMs or cores
+    cp: int = 1
+    ep: int = 1
+    split: bool = False  # sequence parallelism
 
     @property
     def parts(self) -> tuple[tuple[Part, int], ...]:
@@ -50,46 +54,49 @@ class ComputeModel(Protocol):
 
 
 class AnalyticCompute:
-    """max(FLOPs / reachable FLOP/s, bytes / bandwidth), part by part.
+    """Kernel by kernel, as `kernels.py` says."""
 
-    Bytes: weights once, and each activation of width h or f read and written once per matrix product.
-    """
-
-    def __init__(self, gpu: GpuType) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: GpuType, setup: TrainingSetup = DEFAULT_SETUP) -> None:
+        self.gpu, self.setup = gpu, setup
 
     def threads(self, share: float) -> int:
         return 1
 
     def estimate(self, work: StageWork) -> float:
-        return sum(count * self._part(work, part) for part, count in work.parts if count)
-
-    def _part(self, work: StageWork, part: Part) -> float:
-        module = work.module
-        flops = work.items * count_flops(module, part) / work.tp
-        width = {
-            Part.pre: float(module.input_size + module.hidden_size),
-            Part.layer: 8 * module.hidden_size + 2 * module.ffn_hidden_size / work.tp,
-            Part.post: module.hidden_size + module.vocab_size / work.tp + module.output_size,
-        }
-        moved = work.items * module.tokens_per_item * width[part]
-        num_bytes = BF16_BYTES * (moved + count_parameters(module, part, work.tp))
-        forward_s = self._roofline(work.share, flops, num_bytes)
-        if not work.backward:
-            return forward_s
-        seconds = forward_s if module.frozen else 2 * forward_s
-        if work.recompute is Recompute.full and part is Part.layer:
-            seconds += forward_s
-        if work.recompute is Recompute.selective and part is Part.layer:
-            seconds += self._roofline(work.share, work.items * count_attention_flops(module) / work.tp, 0)
+        gpu, module, setup = self.gpu, work.module, self.setup
+        sms = grant_quota(work.share, gpu.num_sms, gpu.sm_granularity)
+        seconds = 0.0
+        for kernels, count in self._parts(work):
+            if not work.backward:
+                seconds += count * forward_s(gpu, kernels, sms, setup)
+                continue
+            each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen)
+            if work.recompute is Recompute.full and kernels.core_flops + kernels.core_bytes:
+                each += forward_s(gpu, kernels, sms, setup)
+            elif work.recompute is Recompute.selective:
+                each += core_s(gpu, kernels, sms)
+            seconds += count * each
         return seconds
 
-    def _roofline(self, share: float, flops: float, num_bytes: float) -> float:
-        gpu = self.gpu
-        granted_frac = grant_quota(share, gpu.num_sms, gpu.sm_granularity) / gpu.num_sms
-        return max(
-            flops / (gpu.flops_per_s * gpu.gemm_efficiency_frac * granted_frac), num_bytes / gpu.memory_bytes_per_s
-        )
+    def _parts(self, work: StageWork) -> list[tuple[Work, float]]:
+        module, tp = work.module, work.tp
+        dense_frac = module.num_dense_layers / module.num_layers if module.num_experts else 1.0
+        parts = [
+            (layer_work(module, work.items, tp, work.cp, work.ep, work.split, dense, self.setup), work.layers * frac)
+            for dense, frac in ((True, dense_frac), (False, 1 - dense_frac))
+            if frac
+        ]
+        tokens = work.items * module.tokens_per_item / work.cp
+        h = module.hidden_size
+        if work.first:
+            gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
+            parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1.0))
+        if work.last:
+            widths = [width for width in (module.vocab_size / tp, module.output_size) if width]
+            # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
+            moved = tokens * (4 * h + 16 * module.vocab_size / tp)
+            parts.append((Work(tuple(Gemm(tokens, width, h) for width in widths), moved, 10), 1.0))
+        return parts
 
 
 class MeasuredCompute:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
-from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_parameters
-from megatron_mosaic.plan import ModulePlan, Plan, Recompute
+from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
+from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_expert_parameters, count_parameters
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.workload import ModuleConfig, Workload
 
 
@@ -46,18 +47,56 @@ def stage_parts(module: ModuleConfig, plan: ModulePlan, stage: int) -> Mapping[P
 def stage_parameters(module: ModuleConfig, plan: ModulePlan, stage: int) -> float:
     """Parameters of one stage on one rank. The last of several stages keeps its own copy of tied embeddings."""
     parts = stage_parts(module, plan, stage)
-    copy = module.vocab_size * module.hidden_size / plan.layout.tp if stage and parts[Part.post] else 0.0
-    return copy + sum(count * count_parameters(module, part, plan.layout.tp) for part, count in parts.items())
+    tied = module.vocab_size and not module.untied_output
+    copy = module.vocab_size * module.hidden_size / plan.layout.tp if tied and stage and parts[Part.post] else 0.0
+    return copy + sum(
+        count * count_parameters(module, part, plan.layout.tp, plan.layout.ep * plan.layout.etp)
+        for part, count in parts.items()
+    )
 
 
-def estimate_static_bytes(module: ModuleConfig, plan: ModulePlan, stage: int, precision: Precision) -> float:
-    """Parameters, gradients and optimizer state of one stage on one rank."""
-    per_parameter = precision.value_bytes if module.frozen else precision.trained_bytes
-    return per_parameter * stage_parameters(module, plan, stage)
+def stage_expert_parameters(module: ModuleConfig, plan: ModulePlan) -> float:
+    """Parameters of the routed experts of one stage on one rank."""
+    if not module.num_experts:
+        return 0.0
+    layers = module.num_layers // plan.layout.pp
+    return layers * count_expert_parameters(module, plan.layout.ep, plan.layout.etp)
+
+
+def shards_of(layout: Layout) -> tuple[int, int]:
+    """Ranks over which the optimizer of dense and of expert parameters is sharded."""
+    dense = layout.dp * layout.cp
+    return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
+
+
+def estimate_static_bytes(
+    module: ModuleConfig, plan: ModulePlan, stage: int, precision: Precision, setup: TrainingSetup = DEFAULT_SETUP
+) -> float:
+    """Parameters, gradients and optimizer state of one stage on one rank.
+
+    Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
+    in the further stages (Rajbhandari et al. 2020, figure 1).
+    """
+    parameters, experts = stage_parameters(module, plan, stage), stage_expert_parameters(module, plan)
+    if module.frozen:
+        return precision.value_bytes * parameters
+    value, gradient = precision.value_bytes, precision.gradient_bytes
+    state = precision.trained_bytes - value - gradient
+    total = 0.0
+    for count, shards in zip((parameters - experts, experts), shards_of(plan.layout)):
+        level = list(Sharding).index(setup.sharding)
+        parts = (state / (shards if level > 0 else 1), gradient / (shards if level > 1 else 1))
+        total += count * (sum(parts) + value / (shards if level > 2 else 1))
+    return total
 
 
 def estimate_activation_bytes(
-    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision
+    module: ModuleConfig,
+    plan: ModulePlan,
+    stage: int,
+    items: int,
+    precision: Precision,
+    setup: TrainingSetup = DEFAULT_SETUP,
 ) -> float:
     """Bytes that one live unit of `items` items holds on one rank of a stage.
 
@@ -67,7 +106,8 @@ def estimate_activation_bytes(
     total = 0.0
     for part, count in stage_parts(module, plan, stage).items():
         if part is Part.layer and plan.recompute is Recompute.full:
-            per_item = float(precision.value_bytes * module.tokens_per_item * module.hidden_size)
+            split = plan.layout.tp if plan.sequence_parallel else 1
+            per_item = precision.value_bytes * module.tokens_per_item * module.hidden_size / split
         else:
             per_item = count_activation_bytes(
                 module,
@@ -75,8 +115,10 @@ def estimate_activation_bytes(
                 plan.layout.tp,
                 value_bytes=precision.value_bytes,
                 fused_attention=precision.fused_attention or plan.recompute is Recompute.selective,
+                split=plan.sequence_parallel,
+                ep=plan.layout.ep,
             )
-        total += count * items * per_item
+        total += count * items * per_item / plan.layout.cp
     return total
 
 

@@ -7,13 +7,14 @@ Profile  --------- comm -----------+
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_mosaic.cluster import Cluster
 from megatron_mosaic.cost_model.comm import CommModel, MeasuredComm, RingComm
 from megatron_mosaic.cost_model.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
 from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.kernels import core_s, layer_work, stream_s
 from megatron_mosaic.cost_model.memory import (
     ANALYTIC,
     BF16,
@@ -21,9 +22,12 @@ from megatron_mosaic.cost_model.memory import (
     estimate_activation_bytes,
     estimate_static_bytes,
     items_of_action,
+    shards_of,
+    stage_expert_parameters,
     stage_parameters,
 )
 from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile, require_finite
+from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.schedules.program import stage_ranks
@@ -48,7 +52,14 @@ class ActionCost:
 class CostModel:
     """Predicts with a profile where the cluster shares its cores (this machine), analytically elsewhere."""
 
-    def __init__(self, workload: Workload, cluster: Cluster, profile: Profile | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        cluster: Cluster,
+        profile: Profile | None = None,
+        setup: TrainingSetup = DEFAULT_SETUP,
+    ) -> None:
+        self.setup = setup
         self.workload, self.cluster, self.profile = workload, cluster, profile
         self.compute: ComputeModel
         self.comm: CommModel
@@ -72,7 +83,11 @@ class CostModel:
             )
             self._optimizer = fitted.optimizer()
         else:
-            self.compute, self.comm, self.precision = AnalyticCompute(cluster.gpu), RingComm(cluster), BF16
+            self.compute, self.comm, self.precision = (
+                AnalyticCompute(cluster.gpu, setup),
+                RingComm(cluster),
+                replace(BF16, fused_attention=setup.fused_attention),
+            )
         self._actions: dict[tuple[object, ...], ActionCost] = {}
         self.lane_costs: dict[tuple[object, ...], Any] = {}  # memory of price.py
 
@@ -94,7 +109,21 @@ class CostModel:
         tp_ranks = self._tp_ranks(plan, module, stage)
         crosses = self.cluster.link_between(tp_ranks) is not self.cluster.intra
         share, recompute = placed.quota.share, placed.recompute
-        key = (module, layout.tp, layout.pp, items, first, last, backward, share, recompute, crosses)
+        key = (
+            module,
+            layout.tp,
+            layout.cp,
+            layout.ep,
+            placed.sequence_parallel,
+            layout.pp,
+            items,
+            first,
+            last,
+            backward,
+            share,
+            recompute,
+            crosses,
+        )
         if key not in self._actions:
             config = self.workload.by_name[module]
             work = StageWork(
@@ -107,10 +136,15 @@ class CostModel:
                 backward=backward,
                 recompute=recompute,
                 share=share,
+                cp=layout.cp,
+                ep=layout.ep,
+                split=placed.sequence_parallel,
             )
             compute_s = require_finite(f"{module}.{stage}", self.compute.estimate(work))
             self._actions[key] = ActionCost(
-                compute_s=compute_s, tp_comm_s=self._tp_comm_s(work, tp_ranks), threads=self.compute.threads(share)
+                compute_s=compute_s,
+                tp_comm_s=self._tp_comm_s(work, tp_ranks) + self._other_comm_s(plan, module, stage, work),
+                threads=self.compute.threads(share),
             )
         return self._actions[key]
 
@@ -123,7 +157,11 @@ class CostModel:
         ranks = tuple(stage_ranks(plan, *source)), tuple(stage_ranks(plan, *target))
         if source[0] == target[0]:
             module = self.workload.by_name[source[0]]
-            width = module.tokens_per_item * module.hidden_size
+            placed = plan.modules[source[0]]
+            # between nodes each tp rank sends its part, put together over NVLink (Narayanan et al. 2021, section 4.1)
+            far = self.cluster.link_between((ranks[0][0], ranks[1][0])) is not self.cluster.intra
+            split = placed.layout.cp * (placed.layout.tp if placed.sequence_parallel or far else 1)
+            width = module.tokens_per_item * module.hidden_size / split
             hidden_bytes = self.items_of_action(plan, source[0]) * width * self.precision.value_bytes
             return self.comm.estimate(Operation.p2p, (ranks[0][0], ranks[1][0]), hidden_bytes)
         layouts = plan.modules[source[0]].layout, plan.modules[target[0]].layout
@@ -142,21 +180,34 @@ class CostModel:
         config, placed = self.workload.by_name[module], plan.modules[module]
         if config.frozen:
             return 0.0
-        num_bytes = self.precision.gradient_bytes * stage_parameters(config, placed, stage)
-        group = tuple(stage_ranks(plan, module, stage)[:: placed.layout.tp])
-        return self.comm.estimate(Operation.all_reduce, group, num_bytes)
+        layout = placed.layout
+        experts = stage_expert_parameters(config, placed)
+        dense = stage_parameters(config, placed, stage) - experts
+        ranks = stage_ranks(plan, module, stage)
+        seconds = 0.0
+        for parameters, group in (
+            (dense, tuple(ranks[:: layout.tp])),
+            (experts, tuple(ranks[:: min(len(ranks), layout.ep * layout.etp)])),
+        ):
+            if self.setup.sharding is Sharding.none:
+                seconds += self.comm.estimate(Operation.all_reduce, group, self.precision.gradient_bytes * parameters)
+                continue
+            value_bytes = self.precision.value_bytes * parameters
+            seconds += self.comm.estimate(Operation.reduce_scatter, group, self.precision.gradient_bytes * parameters)
+            seconds += self.comm.estimate(Operation.all_gather, group, value_bytes)
+        return seconds
 
     def optimizer_s(self, num_parameters: float) -> float:
         """Seconds of an optimizer step over a rank's trained parameters: measured, else its memory traffic.
 
-        Analytic: Adam reads gradient, fp32 copy and both moments and writes all but the gradient, and the bf16
-        parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
+        Analytic, of the shard that a rank updates: Adam reads gradient, fp32 copy and both
+        moments and writes all but the gradient, and the bf16 parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter.
         """
         if not num_parameters:
             return 0.0
         if self.cluster.shared_cores:
             return self._optimizer.at(num_parameters)
-        return 30 * num_parameters / self.cluster.gpu.memory_bytes_per_s
+        return stream_s(self.cluster.gpu, 30 * num_parameters, self.cluster.gpu.num_sms)
 
     def consensus_s(self, plan: Plan) -> float:
         """Seconds in which all ranks agree on a few numbers: measured, else a tree of messages up and down."""
@@ -167,16 +218,24 @@ class CostModel:
 
     def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
         config = self.workload.by_name[module]
-        return 0.0 if config.frozen else stage_parameters(config, plan.modules[module], stage)
+        """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
+        placed = plan.modules[module]
+        if config.frozen:
+            return 0.0
+        dense, expert = (1, 1) if self.setup.sharding is Sharding.none else shards_of(placed.layout)
+        experts = stage_expert_parameters(config, placed)
+        return (stage_parameters(config, placed, stage) - experts) / dense + experts / expert
 
     def static_bytes(self, plan: Plan, module: str, stage: int) -> float:
-        return estimate_static_bytes(self.workload.by_name[module], plan.modules[module], stage, self.precision)
+        return estimate_static_bytes(
+            self.workload.by_name[module], plan.modules[module], stage, self.precision, self.setup
+        )
 
     def activation_bytes(self, plan: Plan, module: str, stage: int) -> float:
         """Bytes of one live unit of a stage on one rank."""
         items = self.items_of_action(plan, module)
         return estimate_activation_bytes(
-            self.workload.by_name[module], plan.modules[module], stage, items, self.precision
+            self.workload.by_name[module], plan.modules[module], stage, items, self.precision, self.setup
         )
 
     def _tp_ranks(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
@@ -193,9 +252,44 @@ class CostModel:
         """
         if self.cluster.shared_cores or len(ranks) == 1:
             return 0.0
-        num_bytes = work.items * work.module.tokens_per_item * work.module.hidden_size * self.precision.value_bytes
+        num_bytes = (
+            work.items * work.module.tokens_per_item / work.cp * work.module.hidden_size * self.precision.value_bytes
+        )
         repeats = 2 if work.backward and work.recompute is Recompute.full else 1
+        repeats *= 1 - self.setup.tp_overlap_frac
         return repeats * 2 * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
+
+    def _other_comm_s(self, plan: Plan, module: str, stage: int, work: StageWork) -> float:
+        """Exposed seconds of context-parallel keys and values and of expert all-to-alls.
+
+        Keys and values travel around the cp ring while attention computes on those that are here (Liu, Zaharia,
+        Abbeel 2023): what attention does not hide is counted. Tokens go to their experts and come back.
+        """
+        if self.cluster.shared_cores or work.cp == work.ep == 1:
+            return 0.0
+        config, layout, setup = work.module, plan.modules[module].layout, self.setup
+        ranks = stage_ranks(plan, module, stage)
+        tokens = work.items * config.tokens_per_item / work.cp
+        seconds = 0.0
+        if work.cp > 1:
+            group = tuple(ranks[: layout.tp * layout.cp : layout.tp])
+            width = 2 * config.query_groups * config.head_size / work.tp
+            ring_s = self.comm.estimate(
+                Operation.all_gather, group, work.cp * tokens * width * self.precision.value_bytes
+            ) * (2 if work.backward else 1)
+            kernels = layer_work(
+                config, work.items, work.tp, work.cp, work.ep, work.split, not config.num_experts, setup
+            )
+            hidden_s = core_s(self.cluster.gpu, kernels, self.cluster.gpu.num_sms) * (2.5 if work.backward else 1)
+            seconds += max(0.0, ring_s - hidden_s)
+        if work.ep > 1:
+            num_bytes = tokens / work.tp * config.moe_top_k * config.hidden_size * self.precision.value_bytes
+            crossing = self.comm.estimate(Operation.all_to_all, tuple(ranks[: layout.ep * layout.etp]), num_bytes)
+            seconds += (
+                2 * crossing * (1 - config.num_dense_layers / config.num_layers) * (1 - setup.expert_overlap_frac)
+            )
+        repeats = 2 if work.backward and work.recompute is Recompute.full else 1
+        return repeats * work.layers * seconds
 
 
 def memory_limit_bytes(cluster: Cluster, memory_frac: float) -> float:

@@ -45,11 +45,12 @@ class Part(StrEnum):
 
 
 class Operation(StrEnum):
-    """Collectives that are measured. `p2p`: one rank sends, another receives."""
+    """Collectives. All but all_to_all are measured here. `p2p`: one rank sends, another receives."""
 
     all_reduce = "all_reduce"
     all_gather = "all_gather"
     reduce_scatter = "reduce_scatter"
+    all_to_all = "all_to_all"
     p2p = "p2p"
 
 

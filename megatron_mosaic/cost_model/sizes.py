@@ -14,21 +14,48 @@ def _kv_size(module: ModuleConfig) -> int:
     return module.head_size * module.query_groups
 
 
-def count_parameters(module: ModuleConfig, part: Part, tp: int = 1) -> float:
+def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> float:
+    """Parameters of the routed experts of one layer on one rank, at the mean over dense and sparse layers."""
+    wide = 3 if module.gated else 2
+    sparse_frac = 1 - module.num_dense_layers / module.num_layers
+    return sparse_frac * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
+
+
+def _count_mixture(module: ModuleConfig, tp: int) -> float:
+    """Parameters of a mixture's layer on one rank but for the routed experts, at the mean over its layers."""
+    h, wide, latent = module.hidden_size, 3 if module.gated else 2, module.kv_latent_size
+    heads, size = module.num_heads, module.head_size
+    if latent:
+        query = module.q_latent_size or h
+        attention = query * heads * (size + 64) + 2 * latent * heads * size + h * heads * size
+        whole = h * (latent + 64) + (h * query if module.q_latent_size else 0)
+    else:
+        attention, whole = h * (2 * heads * size + 2 * _kv_size(module)), 0
+    dense_frac = module.num_dense_layers / module.num_layers
+    mlp = dense_frac * module.dense_ffn_size + (1 - dense_frac) * module.shared_expert_size
+    return (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * h
+
+
+def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1) -> float:
     """Parameters of one part (for `layer`: of one layer) on one rank of a tp group."""
     h, f, kv = module.hidden_size, module.ffn_hidden_size, _kv_size(module)
+    q = module.num_heads * module.head_size
     norm = h if module.gated else 2 * h
     bias = 0 if module.gated else 1
+    if part is Part.layer and module.num_experts:
+        return _count_mixture(module, tp) + count_expert_parameters(module, ep)
     if part is Part.layer:
-        column = (h + bias) * (h + 2 * kv) + (h + bias) * f * (2 if module.gated else 1)  # split with their biases
-        row = h * h + f * h  # split; their biases and the norms are replicated
+        column = (h + bias) * (q + 2 * kv) + (h + bias) * f * (2 if module.gated else 1)  # split with their biases
+        row = q * h + f * h  # split; their biases and the norms are replicated
         return (column + row) / tp + bias * 2 * h + 2 * norm
     if part is Part.pre:
         # A learnt position table where the module has no rotary embedding (not gated)
         embedding = module.vocab_size * h / tp + (0 if module.gated else module.tokens_per_item * h)
         return embedding + (module.input_size + 1) * h * (module.input_size > 0)
     head = (h + 1) * module.output_size * (module.output_size > 0)
-    return norm + head  # logits share the embedding's weights (Megatron's default)
+    if module.untied_output:
+        head += module.vocab_size * h / tp
+    return norm + head  # else logits share the embedding's weights (Megatron's default)
 
 
 def count_flops(module: ModuleConfig, part: Part) -> float:
@@ -52,7 +79,14 @@ def count_attention_flops(module: ModuleConfig) -> float:
 
 
 def count_activation_bytes(
-    module: ModuleConfig, part: Part, tp: int, *, value_bytes: int, fused_attention: bool
+    module: ModuleConfig,
+    part: Part,
+    tp: int,
+    *,
+    value_bytes: int,
+    fused_attention: bool,
+    split: bool = False,
+    ep: int = 1,
 ) -> float:
     """Bytes that the forward of one part keeps for the backward, per item and rank, without sequence parallelism.
 
@@ -62,13 +96,29 @@ def count_activation_bytes(
     s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
     scale = value_bytes / 2
     if part is Part.layer:
-        split = 4.0 * h + 4.0 * _kv_size(module) + 2.0 * f * (3 if module.gated else 2)
+        q = module.num_heads * module.head_size
+        f_kept = float(f)
+        routed = 0.0
+        if module.num_experts:
+            dense_frac = module.num_dense_layers / module.num_layers
+            active = module.moe_top_k * f + module.shared_expert_size
+            f_kept = dense_frac * module.dense_ffn_size + (1 - dense_frac) * active
+            routed = (1 - dense_frac) * module.moe_top_k * 4.0 * h  # rows that enter and leave the experts
+        if module.kv_latent_size:  # expanded keys and values, and what they are expanded from
+            attention = 8.0 * q + 2.0 * (module.q_latent_size + module.kv_latent_size) + 256.0 * module.num_heads
+        else:
+            attention = 4.0 * q + 4.0 * _kv_size(module)
+        divided = attention + 2.0 * f_kept * (3 if module.gated else 2) + routed
         matrix = 0.0 if fused_attention else 5.0 * module.num_heads * s
-        return scale * s * (10.0 * h + (split + matrix) / tp)
+        masks = 0.0 if module.gated else 2.0  # gated models train without dropout
+        between = (8.0 + masks) * h / (tp if split else 1)
+        return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:
         return scale * s * 2.0 * module.input_size
     # input of the final norm and of the head; logits once in training precision and once in fp32 (their softmax)
-    return scale * s * 4.0 * h + s * module.vocab_size * (value_bytes + 4.0) / tp * (module.vocab_size > 0)
+    return scale * s * 4.0 * h / (tp if split else 1) + s * module.vocab_size * (value_bytes + 4.0) / tp * (
+        module.vocab_size > 0
+    )
 
 
 def module_parameters(module: ModuleConfig) -> float:

@@ -101,8 +101,9 @@ def test_nodes_are_joined_by_the_slow_link_times_their_ports():
     comm = RingComm(make_cluster(8, gpus_per_node=4))  # 10 GB/s and 5 us between the two nodes
     assert comm.estimate(Operation.p2p, (0, 4), 1e6) == pytest.approx(5e-6 + 1e-4)
     assert comm.estimate(Operation.all_reduce, (0, 4), 1e6) == pytest.approx(2 * (5e-6 + 0.5e-4))
-    # four ranks a node drive four ports
-    assert comm.estimate(Operation.all_reduce, tuple(range(8)), 1e6) == pytest.approx(2 * (35e-6 + 7 / 8 * 1e6 / 40e9))
+    # four ranks a node drive four ports; three hops inside a node and a tree of depth one between the two
+    expected = 2 * (3e-6 + 2 * 5e-6 + 7 / 8 * 1e6 / 40e9)
+    assert comm.estimate(Operation.all_reduce, tuple(range(8)), 1e6) == pytest.approx(expected)
 
 
 @given(st.sampled_from(list(Operation)), st.integers(1, 8), st.floats(0, 1e9), st.floats(0, 1e9))

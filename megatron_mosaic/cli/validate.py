@@ -1,0 +1,83 @@
+"""`mosaic validate`: the cost model against published measurements."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_mosaic.cli.output import print_json, print_table
+from megatron_mosaic.cost_model.side_tables import compare_memory
+from megatron_mosaic.cost_model.validate import PUBLISHED, Report, by_family, merge_reports, validate_folder
+from megatron_mosaic.errors import ConfigError
+
+_COLUMNS = ("rows", "predicted", "time_mape", "time_p90", "time_bias", "time_mape_out_of_sample", "memory_mape")
+_TITLES = ("rows", "predicted", "time", "p90", "bias", "time, out of sample", "memory")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the errors per file and family, and why rows were refused."""
+    reports = validate_folder(Path(arguments.data) if arguments.data else PUBLISHED)
+    memory = compare_memory(Path(arguments.data) if arguments.data else PUBLISHED)
+    overall = merge_reports(list(reports.values()))
+    if arguments.plot:
+        _plot(reports, arguments.plot)
+    if arguments.json:
+        print_json(
+            {
+                "files": {name: report.as_dict() for name, report in reports.items()},
+                "families": {name: report.as_dict() for name, report in by_family(reports.values()).items()},
+                "overall": overall.as_dict(),
+                "korthikanti2022_memory": [asdict(row) for row in memory],
+            }
+        )
+        return 0
+    _print("published measurements, mean absolute errors", "file", {**reports, "all": overall})
+    _print("by family", "family", by_family(reports.values()))
+    for row in memory:
+        errors = f"parameters and optimizer {row.static_error_frac:+.1%}, activations {row.activation_error_frac:+.1%}"
+        print(f"  {row.model}, {row.mode}: {errors}")
+    print("refused:")
+    for name, report in reports.items():
+        for reason, count in report.refused.most_common():
+            print(f"  {name}: {count} x {reason}")
+    return 0
+
+
+def _print(title: str, first: str, reports: dict[str, Report]) -> None:
+    rows = []
+    for name, report in reports.items():
+        values = report.as_dict()
+        rows.append((name, *(_cell(key, values[key]) for key in _COLUMNS)))
+    print_table(title, (first, *_TITLES), rows)
+
+
+def _cell(key: str, value: object) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{100 * float(str(value)):{'+' if 'bias' in key else ''}.1f} %"
+
+
+def _plot(reports: dict[str, Report], path: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "validate: --plot",
+            got="no matplotlib",
+            expected="the plot extra",
+            fix="pip install 'megatron-mosaic[plot]'",
+        ) from error
+    figure = Figure(figsize=(6, 6))
+    axes = figure.subplots()
+    for name, report in reports.items():
+        timed = [each for each in report.compared if each.case.measured_s]
+        axes.loglog([each.case.measured_s for each in timed], [each.step_s for each in timed], ".", label=name)
+    axes.axline((1, 1), (10, 10), color="grey", linewidth=0.5)
+    axes.set_xlabel("measured step, s")
+    axes.set_ylabel("predicted step, s")
+    axes.legend(fontsize=6)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, got=str(error), expected="a writable path of a picture", fix="use .png") from error

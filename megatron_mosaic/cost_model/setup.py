@@ -1,0 +1,45 @@
+"""How a step is trained beyond what a plan says: number formats, sharding of the optimizer, overlap, fusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Format(StrEnum):
+    """Number format of the matrix products."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
+
+    @property
+    def is_low(self) -> bool:
+        return self in (Format.fp8, Format.mxfp8, Format.nvfp4)
+
+
+class Sharding(StrEnum):
+    """What data-parallel ranks split among themselves (ZeRO, Rajbhandari et al. 2020)."""
+
+    none = "none"
+    optimizer = "optimizer"  # stage 1, Megatron's distributed optimizer
+    gradients = "gradients"  # stage 2
+    parameters = "parameters"  # stage 3, FSDP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSetup:
+    """The defaults are the planner's: bf16, fused attention, nothing sharded, nothing overlapped."""
+
+    format: Format = Format.bf16
+    sharding: Sharding = Sharding.none
+    fused_attention: bool = True
+    dropout: bool = False  # its masks are kept, its kernels take time
+    gradient_overlap_frac: float = 0.0  # of the backward passes, what hides gradient traffic
+    tp_overlap_frac: float = 0.0  # of the tp traffic that hides behind matrix products
+    expert_overlap_frac: float = 0.0  # of the all-to-alls
+
+
+DEFAULT_SETUP = TrainingSetup()

@@ -1,0 +1,117 @@
+"""Seconds and bytes of one step in closed form, with their parts: what one prediction of a large plan costs little for.
+
+    step = encoders + (m + (p - 1) / v) x bottleneck stage + exposed gradients + optimizer
+
+Narayanan et al. 2021, section 2.2: interleaving divides the bubble by v. A first stage of an interleaved pipeline
+keeps 1 + (p - 1) / (p v) times the layers' activations of p microbatches (Korthikanti et al. 2022, section 4.2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.price import LaneCost, price_plan
+from megatron_mosaic.plan import Plan
+
+_OVERHEAD_BYTES = 0.1e9  # workspaces that the libraries take from PyTorch's allocator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """Parts of a step on the critical path, and of the fullest rank's memory."""
+
+    encoder_s: float
+    backbone_s: float
+    bubble_s: float
+    gradients_s: float
+    optimizer_s: float
+    static_bytes: float
+    activation_bytes: float
+    overhead_bytes: float
+
+    @property
+    def step_s(self) -> float:
+        return self.encoder_s + self.backbone_s + self.bubble_s + self.gradients_s + self.optimizer_s
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.static_bytes + self.activation_bytes + self.overhead_bytes
+
+
+def estimate_step(plan: Plan, model: CostModel) -> StepCost:
+    """The step of a plan whose encoders share the backbone's ranks or stand alone."""
+    price = price_plan(_without_chunks(plan), model)
+    backbone = model.workload.backbone.name
+    lanes = dict(zip(price.lane_map.lanes, price.costs))
+    stages = [cost for (module, _), cost in lanes.items() if module == backbone]
+    encoders = [cost for (module, _), cost in lanes.items() if module != backbone]
+    placed = plan.modules[backbone]
+    p, v, m = placed.layout.pp, placed.layout.vpp, plan.num_microbatches(backbone)
+    hops = _hop_s(plan, model, backbone) if p > 1 else 0.0
+    busy = [cost.forward_s + cost.backward_s for cost in stages]
+    worst = max(busy) + 2 * hops * (v if v > 1 else 0)
+    fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v
+    backward_s = sum(cost.backward_s for cost in stages) / p
+    gradients_s = max(cost.gradients_s for cost in stages) + sum(cost.gradients_s for cost in encoders)
+    exposed_s = max(
+        gradients_s * 0.1 * (model.setup.gradient_overlap_frac > 0),
+        gradients_s - model.setup.gradient_overlap_frac * backward_s,
+    )
+    together = [*encoders, max(stages, key=lambda cost: cost.trained_parameters)]
+    optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)
+    encoder_s = sum(cost.busy_s for cost in encoders) + _boundary_s(plan, model)
+    # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
+    hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
+    static, activation = _memory(stages, encoders, p, v, m)
+    return StepCost(
+        encoder_s=max(0.0, encoder_s - hidden_s),
+        backbone_s=m * worst,
+        bubble_s=fill,
+        gradients_s=exposed_s,
+        optimizer_s=optimizer_s,
+        static_bytes=static,
+        activation_bytes=activation,
+        overhead_bytes=_OVERHEAD_BYTES + _transient_bytes(model, plan),
+    )
+
+
+def _without_chunks(plan: Plan) -> Plan:
+    """The plan in plain 1F1B: virtual stages and filled bubbles change order and live units, which this file counts."""
+    modules = {k: replace(placed, layout=replace(placed.layout, vpp=1)) for k, placed in plan.modules.items()}
+    return replace(plan, modules=modules, schedule="1f1b")
+
+
+def _boundary_s(plan: Plan, model: CostModel) -> float:
+    """Rows that go from encoders to the backbone, and their gradients that come back; free where layouts agree."""
+    plan, seconds = _without_chunks(plan), 0.0
+    for edge in model.workload.edges:
+        lane = edge.source if edge.source != model.workload.backbone.name else edge.target
+        units = plan.num_microbatches(model.workload.backbone.name) / (plan.modules[lane].unit or 1)
+        seconds += 2 * units * model.transfer_s(plan, (edge.source, 0), (edge.target, 0))
+    return seconds
+
+
+def _transient_bytes(model: CostModel, plan: Plan) -> float:
+    """The fp32 gradient of the largest matrix of a layer, before it is added to its bucket."""
+    module = model.workload.backbone
+    width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
+    matrix = module.hidden_size * width * (2 if module.gated else 1) / plan.modules[module.name].layout.tp
+    return model.precision.gradient_bytes * matrix
+
+
+def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
+    return model.transfer_s(_without_chunks(plan), (backbone, 0), (backbone, 1))
+
+
+def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int) -> tuple[float, float]:
+    """Static and activation bytes of the fullest rank of the backbone, its encoders' included."""
+    beside = (
+        sum(cost.static_bytes for cost in encoders),
+        sum(min(m, p) / m * cost.num_units * cost.unit_bytes for cost in encoders),
+    )
+    found = []
+    for stage, cost in enumerate(stages):
+        live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)
+        found.append((cost.static_bytes + beside[0], live * cost.unit_bytes + beside[1]))
+    return max(found, key=sum)

@@ -1,0 +1,157 @@
+"""The cost model against published measurements: errors per file and family, refusals with their reasons.
+
+In-sample: the constants of gpu_types/*.yaml. Out-of-sample: for each row the constants of the fold that left it out;
+folds exist for the files that were fitted to, so a row of any other file is out-of-sample as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from megatron_mosaic.cluster import GpuType
+from megatron_mosaic.cost_model.calibration import estimate_case, fold_of
+from megatron_mosaic.cost_model.hardware import load_gpu_type
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.errors import ConfigError, MosaicError
+
+PUBLISHED = Path(str(files(__package__) / "published"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A predicted row. Zero where nothing was measured."""
+
+    case: Case
+    file: str
+    step_s: float
+    fold_step_s: float
+    peak_bytes: float
+
+    @property
+    def time_error_frac(self) -> float:
+        return self.step_s / self.case.measured_s - 1
+
+    @property
+    def fold_error_frac(self) -> float:
+        return self.fold_step_s / self.case.measured_s - 1
+
+    @property
+    def memory_error_frac(self) -> float:
+        return self.peak_bytes / self.case.measured_bytes - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Errors over a set of rows, as fractions; None where no row measured it."""
+
+    rows: int
+    refused: Counter[str]
+    compared: tuple[Comparison, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        timed = [each for each in self.compared if each.case.measured_s]
+        errors = [each.time_error_frac for each in timed]
+        memory = [each.memory_error_frac for each in self.compared if each.case.measured_bytes]
+        return {
+            "rows": self.rows,
+            "predicted": len(self.compared),
+            "refused": sum(self.refused.values()),
+            "reasons": dict(self.refused.most_common()),
+            "time_mape": _mean(map(abs, errors)),
+            "time_p90": _quantile(map(abs, errors), 0.9),
+            "time_bias": _mean(errors),
+            "time_mape_out_of_sample": _mean(abs(each.fold_error_frac) for each in timed),
+            "memory_mape": _mean(map(abs, memory)),
+            "memory_median": _quantile(map(abs, memory), 0.5),
+        }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None
+
+
+def _quantile(values: Iterable[float], share: float) -> float | None:
+    numbers = sorted(values)
+    return numbers[math.ceil(share * len(numbers)) - 1] if numbers else None
+
+
+@cache
+def _fold_gpus(name: str) -> tuple[GpuType, ...]:
+    path = PUBLISHED / "folds" / f"{name}.yaml"
+    if not path.exists():
+        return ()
+    gpu = load_gpu_type(name)
+    return tuple(replace(gpu, **constants) for constants in yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def validate_file(path: Path) -> Report:
+    """The report of one file of the schema."""
+    compared: list[Comparison] = []
+    refused: Counter[str] = Counter()
+    rows = load_rows(path)
+    for row in rows:
+        case = try_case(row)
+        if isinstance(case, str):
+            refused[case] += 1
+            continue
+        try:
+            cost = estimate_case(case)
+            gpus = _fold_gpus(case.gpu)
+            fold = estimate_case(case, gpus[fold_of(case.row_id)]) if gpus else cost
+        except MosaicError as error:
+            refused[" ".join(str(error).split())[:120]] += 1
+            continue
+        compared.append(
+            Comparison(
+                case=case, file=path.stem, step_s=cost.step_s, fold_step_s=fold.step_s, peak_bytes=cost.peak_bytes
+            )
+        )
+    return Report(rows=len(rows), refused=refused, compared=tuple(compared))
+
+
+def validate_folder(folder: Path) -> dict[str, Report]:
+    """Reports by file. Files of another schema (side tables) are left out. ConfigError where nothing is left."""
+    if not folder.is_dir():
+        raise ConfigError("validate: --data", got=str(folder), expected="a folder of CSV files", fix="correct the path")
+    reports = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(encoding="utf-8") as file:
+            header = file.readline().split(",")
+        if "row_id" in header and "n_gpus" in header:
+            reports[path.stem] = validate_file(path)
+    if not reports:
+        raise ConfigError(
+            "validate: --data",
+            got=f"no table in {folder}",
+            expected="CSV files with the columns of cost_model/published/README.md",
+            fix="name another folder",
+        )
+    return reports
+
+
+def merge_reports(reports: Sequence[Report]) -> Report:
+    """All rows together."""
+    refused: Counter[str] = Counter()
+    for report in reports:
+        refused.update(report.refused)
+    compared = tuple(each for report in reports for each in report.compared)
+    return Report(rows=sum(report.rows for report in reports), refused=refused, compared=compared)
+
+
+def by_family(reports: Iterable[Report]) -> dict[str, Report]:
+    """Reports of the predicted rows by model family."""
+    compared: dict[str, list[Comparison]] = {}
+    for each in merge_reports(list(reports)).compared:
+        compared.setdefault(each.case.family, []).append(each)
+    return {
+        family: Report(rows=len(group), refused=Counter(), compared=tuple(group)) for family, group in compared.items()
+    }

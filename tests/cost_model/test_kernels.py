@@ -1,0 +1,103 @@
+"""Kernels and steps against closed forms, and that more of a resource is never slower."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type
+from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.memory import shards_of
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.setup import Format
+from megatron_mosaic.cost_model.sizes import module_parameters
+from megatron_mosaic.cost_model.step_cost import estimate_step
+from megatron_mosaic.cost_model.validate import PUBLISHED
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan import Layout
+
+IDEAL = replace(
+    load_gpu_type("a100_sxm_80gb"), gemm_efficiency_frac=1.0, half_depth=1e-9, bandwidth_frac=1.0, num_sms=128
+)
+ROWS = {row["row_id"]: row for row in load_rows(PUBLISHED / "korthikanti2022_table5.csv")}
+ROW = ROWS["korthikanti2022_table5-0003"]
+
+
+def _case(**changes: str) -> Case:
+    case = try_case(ROW | changes)
+    assert isinstance(case, Case), case
+    return case
+
+
+def test_a_large_product_takes_its_flops_at_peak():
+    # 128 tiles of 256 x 128 fill 128 SMs exactly: no tile or wave is wasted
+    m, n, k = 256 * 16, 128 * 8, 65536
+    assert gemm_s(IDEAL, Gemm(m, n, k), 128, Format.bf16) == pytest.approx(2 * m * n * k / 312e12)
+
+
+def test_one_tile_too_many_is_another_wave():
+    full = gemm_s(IDEAL, Gemm(256 * 16, 128 * 8, 65536), 128, Format.bf16)
+    assert gemm_s(IDEAL, Gemm(256 * 16, 128 * 8 + 1, 65536), 128, Format.bf16) > 1.02 * full
+
+
+def test_a_thin_product_takes_its_bytes():
+    assert gemm_s(IDEAL, Gemm(1, 8192, 8192), 128, Format.bf16) >= 2 * 8192 * 8192 / 2.039e12
+
+
+@given(st.integers(1, 128), st.integers(1, 128))
+def test_more_sms_never_move_bytes_slower(a, b):
+    low, high = sorted((a, b))
+    assert stream_s(IDEAL, 1e9, low) >= stream_s(IDEAL, 1e9, high)
+
+
+@pytest.mark.parametrize("name", gpu_type_names())
+def test_every_fitted_constant_has_a_source(name):
+    gpu = load_gpu_type(name)
+    for key in ("attention_efficiency_frac", "bandwidth_frac", "network_frac", "launch_s"):
+        assert gpu.sources[key]
+
+
+def test_a_gpu_without_a_format_says_so():
+    with pytest.raises(ConfigError, match="use bf16"):
+        gemm_s(load_gpu_type("a100_sxm_80gb"), Gemm(1024, 1024, 1024), 108, Format.fp8)
+
+
+def test_step_is_one_f_one_b():
+    # m microbatches through p equal stages: (m + (p - 1) / v) x stage, Narayanan et al. 2021, section 2.2
+    cost = {v: estimate_step(_case(vpp=str(v)).plan, CostModel(_case().workload, _case().cluster)) for v in (1, 3)}
+    assert cost[1].bubble_s / cost[3].bubble_s == pytest.approx(3, rel=0.02)
+
+
+@pytest.mark.parametrize("link", ["intra", "inter"])
+def test_more_bandwidth_is_never_slower(link):
+    case = _case()
+    steps = []
+    for factor in (0.5, 1.0, 4.0):
+        old = getattr(case.cluster, link)
+        cluster = replace(case.cluster, **{link: replace(old, bytes_per_s=old.bytes_per_s * factor)})
+        steps.append(estimate_step(case.plan, CostModel(case.workload, cluster, setup=case.setup)).step_s)
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_experts_have_their_own_shards():
+    assert shards_of(Layout(dp=8, ep=8)) == (8, 1)
+    assert shards_of(Layout(tp=2, dp=8, ep=4)) == (8, 4)
+
+
+def _parameters(file: str, word: str) -> float:
+    row = next(r for r in load_rows(PUBLISHED / f"{file}.csv") if word in r["model"])
+    case = try_case(row | {"pp": "1", "vpp": "1", "tp": "1", "cp": "1", "ep": "1", "n_gpus": "1", "gbs": "64"})
+    assert isinstance(case, Case), case
+    return module_parameters(case.workload.backbone)
+
+
+@pytest.mark.parametrize(
+    ("word", "published"),
+    [("DeepSeekV3", 671e9), ("Qwen3_30B", 30.5e9), ("Qwen3_235B", 235e9), ("GPT OSS 120B", 117e9),
+     ("LLAMA3_70B", 70.6e9), ("LLAMA3.1_405B", 405.9e9)],
+)  # fmt: skip
+def test_parameters_of_published_mixtures_and_models(word, published):
+    # the models' own cards
+    assert _parameters("megatron_bridge_perf", word) == pytest.approx(published, rel=0.02)

@@ -1,0 +1,62 @@
+"""`mosaic validate`: what is reported, what is refused, and that shipped tables are read."""
+
+import json
+
+import pytest
+
+from megatron_mosaic.cli.main import main
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.side_tables import compare_memory
+from megatron_mosaic.cost_model.validate import PUBLISHED, validate_folder
+from megatron_mosaic.errors import ConfigError
+
+ROW = load_rows(PUBLISHED / "korthikanti2022_table5.csv")[0]
+
+
+def test_json_has_the_keys_of_the_contract(capsys):
+    assert main(["validate", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = {"rows", "predicted", "refused", "time_mape", "time_p90", "time_bias", "memory_mape"}
+    for report in [*result["files"].values(), result["overall"]]:
+        assert keys <= set(report)
+        assert report["rows"] == report["predicted"] + report["refused"]
+
+
+def test_another_folder_of_the_schema(tmp_path):
+    text = (PUBLISHED / "korthikanti2022_table5.csv").read_text(encoding="utf-8")
+    (tmp_path / "mine.csv").write_text(text, encoding="utf-8")
+    assert validate_folder(tmp_path)["mine"].rows == 8
+
+
+def test_a_folder_without_tables_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no table in"):
+        validate_folder(tmp_path)
+    with pytest.raises(ConfigError, match="a folder of CSV files"):
+        validate_folder(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_layers": ""}, "num_layers is not stated"),
+        ({"gpu": "MI300X"}, "has no file in gpu_types"),
+        ({"precision": "fp32"}, "precision 'fp32' is not modelled"),
+        ({"tp": "3", "n_gpus": "3"}, "cannot be split over tp 3|divides|not a multiple|divisor"),
+        ({"hidden": "abc"}, "not a number"),
+        ({"gbs": "7"}, "not a multiple of micro batch"),
+    ],
+)
+def test_rows_are_refused_with_a_reason(changes, reason):
+    import re
+
+    found = try_case(ROW | changes)
+    assert not isinstance(found, Case)
+    assert re.search(reason, found)
+
+
+def test_memory_of_korthikanti_figure_1():
+    # 18 bytes a parameter and sbh(34 + 5as/h)/t a layer, as the paper derives; the figure's own numbers
+    rows = compare_memory(PUBLISHED)
+    assert len(rows) == 8
+    assert max(abs(row.static_error_frac) for row in rows) < 0.02
+    assert max(abs(row.activation_error_frac) for row in rows) < 0.05
