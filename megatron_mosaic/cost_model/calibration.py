@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from scipy.optimize import least_squares
 
@@ -52,7 +53,8 @@ def fit_gpu(gpu: GpuType, cases: Sequence[tuple[Case, float]], *, max_evaluation
     start = [math.log(min(max(getattr(gpu, name), BOUNDS[name][0]), BOUNDS[name][1])) for name in names]
 
     def of(point: Sequence[float]) -> GpuType:
-        return replace(gpu, **{name: math.exp(value) for name, value in zip(names, point)})
+        constants: dict[str, Any] = {name: math.exp(value) for name, value in zip(names, point)}
+        return replace(gpu, **constants)
 
     def residuals(point: Sequence[float]) -> list[float]:
         candidate = of(point)

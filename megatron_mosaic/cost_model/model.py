@@ -172,8 +172,9 @@ class CostModel:
         items = self.items_of_action(plan, carrier) * plan.modules[carrier].layout.dp / min(x.dp for x in layouts)
         num_bytes = items * edge.rows_per_item * edge.width * self.precision.value_bytes
         everyone = tuple(sorted({*ranks[0], *ranks[1]}))
-        far = next((r for r in everyone if self.cluster.node_of(r) != self.cluster.node_of(everyone[0])), everyone[-1])
-        return self.comm.estimate(Operation.p2p, (everyone[0], far), num_bytes) if len(everyone) > 1 else 0.0
+        here = self.cluster.node_of(everyone[0])
+        other = next((rank for rank in everyone if self.cluster.node_of(rank) != here), everyone[-1])
+        return self.comm.estimate(Operation.p2p, (everyone[0], other), num_bytes) if len(everyone) > 1 else 0.0
 
     def gradient_sync_s(self, plan: Plan, module: str, stage: int) -> float:
         """Seconds to all-reduce a stage's gradients over its DP group, after its last backward."""
@@ -217,9 +218,8 @@ class CostModel:
         return 2 * hops * self.cluster.link_between(tuple(range(plan.world_size))).latency_s
 
     def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
-        config = self.workload.by_name[module]
         """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
-        placed = plan.modules[module]
+        config, placed = self.workload.by_name[module], plan.modules[module]
         if config.frozen:
             return 0.0
         dense, expert = (1, 1) if self.setup.sharding is Sharding.none else shards_of(placed.layout)
@@ -256,8 +256,8 @@ class CostModel:
             work.items * work.module.tokens_per_item / work.cp * work.module.hidden_size * self.precision.value_bytes
         )
         repeats = 2 if work.backward and work.recompute is Recompute.full else 1
-        repeats *= 1 - self.setup.tp_overlap_frac
-        return repeats * 2 * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
+        exposed = 1 - self.setup.tp_overlap_frac
+        return exposed * repeats * 2 * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
 
     def _other_comm_s(self, plan: Plan, module: str, stage: int, work: StageWork) -> float:
         """Exposed seconds of context-parallel keys and values and of expert all-to-alls.

@@ -41,7 +41,8 @@ class Case:
     measured_bytes: float
 
 
-# (word of the table's GPU name, GPU type, ranks that NVLink joins (of 72 in a rack, 64 in use), intra and inter bytes/s); datasheets
+# (word of the table's GPU name, GPU type, ranks that NVLink joins, intra and inter bytes/s of a rank), of datasheets;
+# of the 72 ranks in a rack the tables use 64
 _GPUS = (
     ("gb300", "gb300", 64, 900e9, 100e9),
     ("gb200", "gb200", 64, 900e9, 50e9),

@@ -37,10 +37,11 @@ def compare_memory(folder: Path) -> tuple[MemoryRow, ...]:
     table, cases = folder / "korthikanti2022_memory.csv", folder / "korthikanti2022_table5.csv"
     if not (table.exists() and cases.exists()):
         return ()
-    known = {row["model"]: case for row in load_rows(cases) if isinstance(case := try_case(row), Case)}
+    built = {row["model"]: try_case(row) for row in load_rows(cases)}
+    known = {model: case for model, case in built.items() if isinstance(case, Case)}
     found = []
     for row in load_rows(table):
-        case = known.get(_FIRST_WORD.get(row["model"], ""))
+        case: Case | None = known.get(_FIRST_WORD.get(row["model"], ""))
         if case is None or not row["activation_gib_per_gpu"]:
             continue
         module, placed = case.workload.backbone, case.plan.modules["llm"]

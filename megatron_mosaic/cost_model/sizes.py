@@ -52,7 +52,7 @@ def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1)
         # A learnt position table where the module has no rotary embedding (not gated)
         embedding = module.vocab_size * h / tp + (0 if module.gated else module.tokens_per_item * h)
         return embedding + (module.input_size + 1) * h * (module.input_size > 0)
-    head = (h + 1) * module.output_size * (module.output_size > 0)
+    head: float = (h + 1) * module.output_size * (module.output_size > 0)
     if module.untied_output:
         head += module.vocab_size * h / tp
     return norm + head  # else logits share the embedding's weights (Megatron's default)

@@ -191,13 +191,6 @@ def test_unbuilt_schedule_is_refused_by_name(capsys, plan, profile):
         assert "nested (a name of the plan format that is not built yet)" in err
 
 
-def test_validate_is_refused_by_name(capsys):
-    status, _, err = run(capsys, "validate")
-    assert status == 2
-    assert "mosaic validate" in err
-    assert "not built yet" in err
-
-
 def test_a_failed_rank_is_an_answer(capsys, monkeypatch):
     def fail(_):
         raise RankFailure("rank 3", got="killed", expected="exit status 0", fix="see its log")
