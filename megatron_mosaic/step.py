@@ -110,10 +110,9 @@ class StepRunner:
         self._backwards_left: dict[str, int] = defaultdict(int)
         for action in program:
             self._backwards_left[action.module] += action.kind is not Kind.F
-        # Without this, DistributedDataParallel would reduce buckets of its own accord when a lane's last unit is not
-        # its last backward, or never, when that unit is empty.
-        held_back = self._model.no_sync() if self._overlaps else contextlib.nullcontext()
-        with torch.set_grad_enabled(not forward_only), held_back:
+        # Without no_sync, DistributedDataParallel would reduce buckets of its own accord when a lane's last unit is
+        # not its last backward, or never, when that unit is empty.
+        with torch.set_grad_enabled(not forward_only), self._model.no_sync():
             self.executor.run(program, self._perform)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
         self._exchange.finish_step()
@@ -271,7 +270,10 @@ class StepRunner:
         return not self._forward_only and self._model.ddp_config.overlap_grad_reduce
 
     def _sum_gradients(self) -> None:
-        """Sum gradients inside every module."""
+        """Sum gradients inside every module: all modules at once, unless each has begun after its last backward."""
+        if not self._overlaps:
+            for name in self._grids.collections:
+                self._model.start_module_sync(name, whole=self.whole_gradients)
         for name, groups in self._grids.collections.items():
             with self._scopes.enter(name):
                 finalize_model_grads(

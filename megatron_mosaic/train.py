@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
@@ -111,8 +111,11 @@ class Runtime:
         return provider
 
     def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
-        """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
-        stages = {}
+        """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups.
+
+        Their buckets always reduce asynchronously: the modules' sums run side by side whenever the step starts them.
+        """
+        stages, side_by_side = {}, replace(ddp_config, overlap_grad_reduce=True)
         for name, groups in self.grids.collections.items():
             placed = self.plan.modules[name]
             stage_idx = coordinates_of(placed, self.grids.rank).pp
@@ -122,7 +125,7 @@ class Runtime:
                     stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                     initialize_by_name(stage, name, self._args.seed)
                     stage.to(device=cpu.device(), dtype=self._args.params_dtype)
-                    wrapped = DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups)
+                    wrapped = DistributedDataParallel(stage.config, side_by_side, stage, pg_collection=groups)
                     stages[stage_key(name, chunk)] = wrapped
         if self._args.mosaic_measure_activations:
             self.step.meter = ActivationMeter()

@@ -29,7 +29,7 @@ class RowChannel:
         self._width, self._dtype, self._device = width, dtype, device
         self._kept: dict[Hashable, Tensor] = {}
         self._outbox: list[tuple[dist.Work, Tensor, bool]] = []
-        self._spare: dict[int, list[Tensor]] = {}  # staging buffers by number of rows
+        self._spare: list[Tensor] = []  # staging buffers
         self.sent_bytes = 0
 
     def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor) -> None:
@@ -79,8 +79,8 @@ class RowChannel:
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the staging buffers that are free; messages of the same size use them again."""
-        return sum(buffer.numel() * buffer.element_size() for spare in self._spare.values() for buffer in spare)
+        """Bytes of the staging buffers that are free; messages that fit use them again."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._spare)
 
     def _collect(self, *, wait: bool = False) -> None:
         """Forget messages that have left; their staging buffers are free again."""
@@ -95,13 +95,17 @@ class RowChannel:
                 self._give(buffer)
 
     def _take(self, num_rows: int) -> Tensor:
-        spare = self._spare.get(num_rows)
-        if spare:
-            return spare.pop()
+        """[num_rows, width] of the smallest buffer that fits; where none does, a new one takes the place of a spare."""
+        fitting = [i for i, buffer in enumerate(self._spare) if len(buffer) >= num_rows]
+        if fitting:
+            return self._spare.pop(min(fitting, key=lambda i: len(self._spare[i])))[:num_rows]
+        if self._spare:
+            self._spare.pop()
         return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
 
     def _give(self, buffer: Tensor) -> None:
-        self._spare.setdefault(len(buffer), []).append(buffer)
+        """Take back what `_take` gave: never more buffers than messages were under way at once."""
+        self._spare.append(buffer if buffer._base is None else buffer._base)
 
 
 def _index(rows: Rows, device: torch.device) -> slice | Tensor:

@@ -77,6 +77,11 @@ class UnitLanes:
         )
         return own * (before - after) >= MIN_GAIN_FRAC * total
 
+    @cached_property
+    def imbalance(self) -> tuple[float, float]:
+        """Load of the busiest lane over the mean: if owners computed their items themselves, and as it is."""
+        return imbalance(self.owned, self.costs), imbalance(self.lanes, self.costs)
+
     def is_ghost(self, lane: int) -> bool:
         layout = self._placed.layout
         return not self.lanes[lane] and len(self.tokens) > 0 and layout.ep * layout.etp > 1

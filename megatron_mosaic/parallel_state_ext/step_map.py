@@ -16,13 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mosaic.batch import (
-    Integers,
-    Items,
-    Links,
-    Shard,
-    imbalance,
-)
+from megatron_mosaic.batch import Integers, Items, Links, Shard
 from megatron_mosaic.parallel_state_ext.lanes import UnitLanes
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, outgoing
@@ -121,6 +115,8 @@ class StepMap:
         self._at: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
+        self._units: dict[tuple[str, int], UnitLanes] = {}  # of this step
+        self._keys: dict[tuple[str, str, int, bool], tuple[Hashable, ...]] = {}
 
     def covered(self, module: str, unit: int) -> range:
         """The microbatches of a unit."""
@@ -142,8 +138,7 @@ class StepMap:
 
     def imbalance(self, module: str, unit: int) -> tuple[float, float]:
         """Load of the busiest lane over the mean: if owners computed their items themselves, and as it is."""
-        found = self._unit(module, unit)
-        return imbalance(found.owned, found.costs), imbalance(found.lanes, found.costs)
+        return self._unit(module, unit).imbalance
 
     def rows(self, edge: Edge, unit: int, *, at_source: bool) -> HeldRows:
         """The edge's rows that this rank holds in a unit of its source (or target)."""
@@ -170,12 +165,16 @@ class StepMap:
 
     def _key(self, edge: Edge, unit: int, at_source: bool) -> tuple[Hashable, ...]:
         """All that rows and messages of a unit depend on: its microbatches, and all others of the units opposite."""
+        asked = (edge.source, edge.target, unit, at_source)
+        if asked in self._keys:
+            return self._keys[asked]
         module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
         own, peers = self.covered(module, unit), self.peers(edge, unit, at_source=at_source)
         start, stop = self.covered(other, peers[0]).start, self.covered(other, peers[-1]).stop
         start, stop = min(start, own.start), max(stop, own.stop)
         place = (own.start - start, len(own), self.covered(other, peers[0]).start - start)
-        return (edge.source, edge.target, at_source, place, *self._digests[start:stop])
+        self._keys[asked] = (edge.source, edge.target, at_source, place, *self._digests[start:stop])
+        return self._keys[asked]
 
     def _offset(self, edge: Edge, unit: int, peer: int, at_source: bool) -> int:
         return peer - self.peers(edge, unit, at_source=at_source)[0]
@@ -193,10 +192,13 @@ class StepMap:
         return incoming(self._rank, group, replica, other, held.opposite[rows], rows.start)
 
     def _unit(self, module: str, unit: int) -> UnitLanes:
-        covered = self.covered(module, unit)
-        key = ("unit", module, *self._digests[covered.start : covered.stop])
-        items = [self._microbatches[m].items for m in covered]
-        return self._cache.find(key, lambda: UnitLanes(self._plan, self._workload, module, items))
+        if (module, unit) not in self._units:
+            covered = self.covered(module, unit)
+            key = ("unit", module, *self._digests[covered.start : covered.stop])
+            items = [self._microbatches[m].items for m in covered]
+            found = self._cache.find(key, lambda: UnitLanes(self._plan, self._workload, module, items))
+            self._units[module, unit] = found
+        return self._units[module, unit]
 
     def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
         found = self._unit(edge.source if at_source else edge.target, unit)

@@ -160,18 +160,19 @@ def test_rows_that_stay_are_not_copied_and_rows_that_nobody_takes_are_an_error()
 
 
 def use_buffers_again() -> None:
-    """Rows 0 and 2 travel through a staging buffer each way; the second message finds it free."""
+    """Some rows travel through a staging buffer each way; a later message finds it free, and no size has its own."""
     rank = dist.get_rank()
     channel = RowChannel(dist.new_group(), width=2, dtype=torch.float32, device=torch.device("cpu"))
-    rows = torch.arange(8.0).view(4, 2)
-    for turn in range(3):
+    rows = torch.arange(32.0).view(16, 2)
+    for turn, count in enumerate([2, 2, 5, 3, 8, 4]):
+        picked = np.arange(count) * 2
         if rank == 0:
-            channel.send(turn, (Part(1, np.array([0, 2]), 2),), rows + turn)
+            channel.send(turn, (Part(1, picked, count),), rows + turn)
             channel.drain()
         else:
-            got = channel.receive([(turn, (Part(0, np.array([1, 3]), 2),))], 4)
-            torch.testing.assert_close(got[[1, 3]], (rows + turn)[[0, 2]], rtol=0, atol=0)
-    assert channel.staging_bytes == 2 * 2 * 4
+            got = channel.receive([(turn, (Part(0, picked + 1, count),))], 16)
+            torch.testing.assert_close(got[picked + 1], (rows + turn)[picked], rtol=0, atol=0)
+    assert channel.staging_bytes == 8 * 2 * 4, "one buffer, of the largest message"
 
 
 def test_staging_buffers_are_used_again() -> None:
