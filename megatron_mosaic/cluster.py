@@ -114,4 +114,4 @@ class Cluster:
 
     def link_between(self, ranks: tuple[int, ...]) -> Link:
         """The slowest link that a group of ranks has to cross."""
-        return self.intra if len({self.node_of(rank) for rank in ranks}) <= 1 else self.inter
+        return self.intra if self.node_of(min(ranks)) == self.node_of(max(ranks)) else self.inter

@@ -8,6 +8,7 @@ Profile  --------- comm -----------+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from megatron_mosaic.cluster import Cluster
@@ -215,7 +216,7 @@ class CostModel:
         if self.cluster.shared_cores:
             return self.comm.estimate(Operation.all_reduce, tuple(range(plan.world_size)), _CONSENSUS_BYTES)
         hops = (plan.world_size - 1).bit_length()
-        return 2 * hops * self.cluster.link_between(tuple(range(plan.world_size))).latency_s
+        return 2 * hops * self.cluster.link_between((0, plan.world_size - 1)).latency_s
 
     def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
         """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
@@ -241,9 +242,7 @@ class CostModel:
     def _tp_ranks(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
         """The tp group that crosses nodes if any does, else the first one."""
         ranks, tp = stage_ranks(plan, module, stage), plan.modules[module].layout.tp
-        groups = [ranks[start : start + tp] for start in range(0, len(ranks), tp)]
-        node_of = self.cluster.node_of
-        return next((group for group in groups if node_of(group[0]) != node_of(group[-1])), groups[0])
+        return _worst_group(ranks, tp, self.cluster.gpus_per_node)
 
     def _tp_comm_s(self, work: StageWork, ranks: tuple[int, ...]) -> float:
         """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).
@@ -290,6 +289,14 @@ class CostModel:
             )
         repeats = 2 if work.backward and work.recompute is Recompute.full else 1
         return repeats * work.layers * seconds
+
+
+@lru_cache(maxsize=4096)
+def _worst_group(ranks: tuple[int, ...], size: int, gpus_per_node: int) -> tuple[int, ...]:
+    """Of consecutive groups of this size: the first that crosses nodes, else the first."""
+    groups = (ranks[start : start + size] for start in range(0, len(ranks), size))
+    crossing = (group for group in groups if group[0] // gpus_per_node != group[-1] // gpus_per_node)
+    return next(crossing, ranks[:size])
 
 
 def memory_limit_bytes(cluster: Cluster, memory_frac: float) -> float:
