@@ -31,6 +31,13 @@ _REFUSED = {  # Megatron arguments that this version does not carry over to seve
     "async_save": "--async-save",
     "non_persistent_ckpt_type": "--non-persistent-ckpt-type",
     "virtual_pipeline_model_parallel_size": "virtual pipeline stages",
+    "moe_z_loss_coeff": "--moe-z-loss-coeff",
+    "moe_expert_capacity_factor": "--moe-expert-capacity-factor",
+    "qk_layernorm": "--qk-layernorm",
+    "log_params_norm": "--log-params-norm",
+    "log_num_zeros_in_grad": "--log-num-zeros-in-grad",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "save_wgrads_interval": "--save-wgrads-interval",
 }
 
 DECIDED_BY_PLAN = (

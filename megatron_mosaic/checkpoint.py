@@ -94,6 +94,9 @@ class Checkpoints:
         stock_save = dist_checkpointing.save
 
         def save_and_sign(state: Any, directory: Any, *rest: Any, **named: Any) -> Any:
+            if dist.get_rank() == 0:  # a checkpoint that is written over is not whole until it is signed again
+                (Path(directory) / MANIFEST_FILE).unlink(missing_ok=True)
+            dist.barrier(group=self._world)
             result = stock_save(state, directory, *rest, **named)
             if dist.get_rank() == 0:
                 self._sign(Path(directory), iteration)
@@ -168,8 +171,8 @@ class Checkpoints:
                 outcome = [inspect_checkpoint(load_dir, self._args.ckpt_step, self._workload)]
                 if outcome[0] is not None and not (self._args.finetune or self._args.no_load_optim):
                     _require_same_optimizer(outcome[0], self._args.use_distributed_optimizer)
-            except MosaicError as error:
-                outcome = [error.as_dict()]
+            except (MosaicError, OSError) as error:  # the others wait for an answer
+                outcome = [(error if isinstance(error, MosaicError) else _unreadable(load_dir, error)).as_dict()]
         dist.broadcast_object_list(outcome, src=0, group=self._world)
         if isinstance(outcome[0], dict):
             outcome[0].pop("error")
@@ -272,7 +275,8 @@ def _other_iterations(load_dir: Path, directory: Path | None) -> str:
 
 def _complete_iterations(load_dir: Path, besides: Path | None) -> list[int]:
     found = [path.parent for path in load_dir.glob(f"iter_*/{MANIFEST_FILE}") if path.parent != besides]
-    return sorted(int(path.name.removeprefix("iter_")) for path in found)
+    steps = [path.name.removeprefix("iter_") for path in found]
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def _modules_that_keep_streams(saved: Saved, plan: Plan) -> frozenset[str]:
@@ -293,6 +297,15 @@ def _sizes(directory: Path) -> dict[str, int]:
         for path in sorted(directory.iterdir())
         if path.is_file() and not path.name.startswith((PLAN_FILE, MANIFEST_FILE))
     }
+
+
+def _unreadable(load_dir: str | None, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"checkpoint {load_dir}",
+        got=f"{type(error).__name__}: {_first_line(error)}",
+        expected="files that rank 0 can read",
+        fix="look at the directory and its permissions",
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -110,8 +110,8 @@ class Exchange:
                 self._backward[edge.source, edge.target].send((peer, unit), parts, gradient)
 
     def _channel(self, edge: Edge, sender: str, receiver: str) -> RowChannel:
-        group = self._grids.boundary_group(sender, receiver)
-        return RowChannel(group, width=edge.width, dtype=self._dtype, device=device())
+        groups = self._grids.boundary_groups(sender, receiver)
+        return RowChannel(groups, width=edge.width, dtype=self._dtype, device=device())
 
     # -- hidden states inside a module ---------------------------------------------------------------------------
 
@@ -119,21 +119,23 @@ class Exchange:
         """Post hidden states to the next stage (+1), or their gradients to the one before (-1)."""
         buffer = hidden.detach().contiguous()
         self._outbox = [(work, kept) for work, kept in self._outbox if not work.is_completed()]
-        group = self._grids.pipeline_group(module, towards)
-        self._outbox.append((dist.isend(buffer, dst=self._neighbour(module, towards), group=group), buffer))
+        neighbour, wraps = self._neighbour(module, towards)
+        group = self._grids.pipeline_group(module, towards, wraps=wraps)
+        self._outbox.append((dist.isend(buffer, dst=neighbour, group=group), buffer))
 
     def receive_hidden(self, module: str, shard: Shard, *, origin: int) -> Tensor:
         """[tokens, items, hidden_size] of this rank's shard, from the stage before (-1) or after (+1)."""
         shape = (len(shard.tokens), len(shard.items), self._workload.by_name[module].hidden_size)
         buffer = torch.empty(shape, dtype=self._dtype, device=device())
-        group = self._grids.pipeline_group(module, -origin)
-        dist.recv(buffer, src=self._neighbour(module, origin), group=group)
+        neighbour, wraps = self._neighbour(module, origin)
+        dist.recv(buffer, src=neighbour, group=self._grids.pipeline_group(module, -origin, wraps=wraps))
         return buffer
 
-    def _neighbour(self, module: str, step: int) -> int:
-        """The same place on the next stage (+1) or the one before (-1); with virtual stages, they form a ring."""
+    def _neighbour(self, module: str, step: int) -> tuple[int, bool]:
+        """The same place on the next stage (+1) or the one before (-1), and whether that is around the ring."""
         placed, at = self._plan.modules[module], self._at[module]
-        return rank_at(placed, tp=at.tp, cp=at.cp, dp=at.dp, pp=(at.pp + step) % placed.layout.pp)
+        around, stage = divmod(at.pp + step, placed.layout.pp)
+        return rank_at(placed, tp=at.tp, cp=at.cp, dp=at.dp, pp=stage), around != 0
 
 
 def _place(tokens: object, items: object) -> Place:

@@ -273,6 +273,7 @@ def _validate_layout(module_plan: ModulePlan, module: ModuleConfig) -> None:
         ("tp", layout.tp, "num_heads", module.num_heads),
         ("tp", layout.tp, "num_query_groups", module.query_groups),
         ("tp", layout.tp, "ffn_hidden_size", module.ffn_hidden_size),
+        ("tp", layout.tp, "vocab_size", module.vocab_size),
         ("pp", layout.pp * layout.vpp, "num_layers", module.num_layers),
         ("cp", tokens_split, "tokens_per_item", module.tokens_per_item),
         ("ep", layout.ep, "num_experts", module.num_experts),

@@ -120,7 +120,7 @@ class StepRunner:
             self.executor.record("~grads", self._sum_gradients)
         dist.all_reduce(self._totals, group=self._grids.world)
         if not forward_only:
-            self._model.scale_gradients(1.0 / max(1.0, float(self._totals[0])))
+            self._model.scale_gradients(1.0 / (float(self._totals[0]) or 1.0))
         return [self._report()]
 
     def _load(self, data_iterator: Iterator[Samples], num_microbatches: int) -> None:
@@ -283,7 +283,7 @@ class StepRunner:
     def _report(self) -> dict[str, Tensor]:
         """The global sums on rank 0 and zeros elsewhere: the loop adds them up over the world."""
         losses = {}
-        values = {"loss": float(self._totals[1]) / max(1.0, float(self._totals[0]))}
+        values = {"loss": float(self._totals[1]) / (float(self._totals[0]) or 1.0)}
         for index, name in enumerate(self.definition.loss_names):
             total, count = self._totals[2 + 2 * index : 4 + 2 * index].tolist()
             values[name] = total / count if count else 0.0

@@ -115,10 +115,12 @@ class Runtime:
 
         Their buckets always reduce asynchronously: the modules' sums run side by side whenever the step starts them.
         """
-        stages, side_by_side = {}, replace(ddp_config, overlap_grad_reduce=True)
+        stages = {}
         for name, groups in self.grids.collections.items():
             placed = self.plan.modules[name]
             stage_idx = coordinates_of(placed, self.grids.rank).pp
+            # DistributedDataParallel writes a bucket size for its own ranks into its config: a copy for each module
+            side_by_side = replace(ddp_config, overlap_grad_reduce=True)
             for chunk in range(placed.layout.vpp):
                 with self.scopes.enter(name):
                     stage = self.definition.build_stage(name, placed, stage_idx, groups, chunk)

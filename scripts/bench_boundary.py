@@ -45,7 +45,10 @@ class Ours:
         self._plan, self._workload, self._metadata = border.plan, border.workload, border.metadata()
         self.route()
         self._channels = [
-            RowChannel(dist.new_group(), width=WIDTH, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2)
+            RowChannel(
+                (dist.new_group(), dist.new_group()), width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
+            )
+            for _ in range(2)
         ]
 
     def route(self, *, cached: bool = False) -> None:

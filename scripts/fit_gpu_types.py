@@ -1,6 +1,9 @@
-"""Fit gpu_types/*.yaml to the published steps, and the constants of each fold. Arguments: GPU types (default: all).
+"""Fit the constants of gpu_types/*.yaml to the published steps, and those of each fold. Arguments: families.
 
-Weights: each file counts alike for a GPU type, however many rows it has.
+GPU types of one family have the same SMs, so they share constants, all but calibration.OWN; a type without rows takes
+those of the family's first. Weights: each file counts alike in a
+family, however many rows it has. A launch is the host's work: only the rows on one A100 node are bound by it, and their
+value holds for every family.
 """
 
 import sys
@@ -10,11 +13,17 @@ from pathlib import Path
 import yaml
 
 from megatron_mosaic.cost_model import calibration
-from megatron_mosaic.cost_model.hardware import load_gpu_type
+from megatron_mosaic.cost_model.calibration import BOUNDS, NUM_FOLDS, Constants, fit_constants, fold_of
 from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
 
 PACKAGE = Path(calibration.__file__).parent
-EVERY = 3  # of files with more than 100 rows, every third row is enough to fit seven numbers
+LAUNCH_BOUND = "a100_sxm_80gb"
+FAMILIES = {
+    "ampere": (LAUNCH_BOUND, "a100_sxm_40gb"),
+    "hopper": ("h100_sxm", "h200_sxm"),
+    "blackwell": ("b200_sxm", "b300_sxm", "gb200", "gb300"),
+}
+EVERY = 3  # of files with more than 150 rows, every third row is enough to fit seven numbers
 
 
 def load_cases() -> list[tuple[str, Case]]:
@@ -23,38 +32,58 @@ def load_cases() -> list[tuple[str, Case]]:
         rows = load_rows(PACKAGE / "published" / f"{name}.csv")
         for row in rows[:: EVERY if len(rows) > 150 else 1]:
             case = try_case(row)
-            if isinstance(case, Case) and case.measured_s:
+            if not isinstance(case, Case) or not case.measured_s:
+                continue
+            if name not in calibration.ATTENTION_ONLY or is_attention_bound(case):
                 found.append((name, case))
     return found
 
 
+def is_attention_bound(case: Case) -> bool:
+    """Whether attention decides, with kernels of the GPU's own time: on a Hopper, those rows ran Ampere's."""
+    return case.workload.backbone.tokens_per_item >= calibration.LONG and case.gpu.startswith("a100")
+
+
 def main(names: list[str]) -> None:
     cases = load_cases()
-    for gpu_name in names or sorted({case.gpu for _, case in cases}):
-        mine = [(file, case) for file, case in cases if case.gpu == gpu_name]
+    for family in names or FAMILIES:
+        mine = [(file, case) for file, case in cases if case.gpu in FAMILIES[family]]
         counts = Counter(file for file, _ in mine)
         weighted = [(case, (1 / counts[file]) ** 0.5 * 5) for file, case in mine]
-        gpu = calibration.fit_gpu(load_gpu_type(gpu_name), weighted)
+        fixed = {} if LAUNCH_BOUND in FAMILIES[family] else {"launch_s": read(LAUNCH_BOUND)["launch_s"]}
+        found = fit_constants(weighted, fixed)
         folds = []
-        for fold in range(calibration.NUM_FOLDS):
-            train = [pair for pair in weighted if calibration.fold_of(pair[0].row_id) != fold]
-            folds.append(calibration.fit_gpu(gpu, train, max_evaluations=5) if train else gpu)
-        write(gpu_name, gpu, folds, counts)
-        print(gpu_name, {key: f"{getattr(gpu, key):.4g}" for key in calibration.BOUNDS}, dict(counts), flush=True)
+        for fold in range(NUM_FOLDS):
+            train = [(case, weight) for case, weight in weighted if fold_of(case.row_id) != fold]
+            folds.append(fit_constants(train, fixed, start=found))
+        write(family, found, folds, counts)
+        for gpu, constants in found.items():
+            print(gpu, {key: f"{value:.4g}" for key, value in constants.items()}, flush=True)
+        print(f"  {family}: {dict(counts)}", flush=True)
 
 
-def write(name: str, gpu, folds: list, counts: Counter) -> None:
-    path = PACKAGE / "gpu_types" / f"{name}.yaml"
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+def read(name: str) -> dict:
+    return yaml.safe_load((PACKAGE / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def write(family: str, found: dict, folds: list[dict], counts: Counter[str]) -> None:
     rows = ", ".join(f"{count} rows of {file}" for file, count in counts.items())
-    for key in calibration.BOUNDS:
-        data[key] = float(f"{getattr(gpu, key):.5g}")
-        data["sources"][key] = f"fitted to {rows} by scripts/fit_gpu_types.py"
-    path.write_text(yaml.safe_dump(data, sort_keys=False, width=160), encoding="utf-8")
-    path = PACKAGE / "published" / "folds" / f"{name}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    table = [{key: float(f"{getattr(each, key):.5g}") for key in calibration.BOUNDS} for each in folds]
-    path.write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
+    for name in FAMILIES[family]:
+        data, sibling = read(name), name if name in found else FAMILIES[family][0]
+        for key in BOUNDS:
+            data[key] = found[sibling][key]
+            data["sources"][key] = "scripts/fit_gpu_types.py, see fitted_to"
+        if LAUNCH_BOUND not in FAMILIES[family]:
+            data["sources"]["launch_s"] = f"as {LAUNCH_BOUND}: the host's work"
+        data["sources"]["fitted_to"] = f"{family}, {' '.join(FAMILIES[family])}: {rows}"
+        if sibling != name:
+            data["sources"]["fitted_to"] += f"; none is of {name}, which has the constants of {sibling}"
+        text = yaml.safe_dump(data, sort_keys=False, width=160)
+        (PACKAGE / "gpu_types" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        if sibling == name:
+            path = PACKAGE / "published" / "folds" / f"{name}.yaml"
+            table: list[Constants] = [fold.get(name, found[name]) for fold in folds]
+            path.write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

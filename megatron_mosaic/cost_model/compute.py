@@ -47,7 +47,8 @@ class StageWork:
 class ComputeModel(Protocol):
     """Predicts seconds of a stage's work, without waiting for anyone outside the tp group."""
 
-    def estimate(self, work: StageWork) -> float: ...
+    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
+        """With `comm_s` of collectives in its layers."""
 
     def threads(self, share: float) -> int:
         """Cores that a rank computes on with this share (1 on a GPU: nobody else's device is touched)."""
@@ -62,17 +63,21 @@ class AnalyticCompute:
     def threads(self, share: float) -> int:
         return 1
 
-    def estimate(self, work: StageWork) -> float:
+    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
         gpu, module, setup = self.gpu, work.module, self.setup
         sms = grant_quota(work.share, gpu.num_sms, gpu.sm_granularity)
         seconds = 0.0
         for kernels, count in self._parts(work):
+            is_layer = kernels.core_flops + kernels.core_bytes > 0
+            layer_comm_s = comm_s / work.layers if is_layer else 0.0
             if not work.backward:
-                seconds += count * forward_s(gpu, kernels, sms, setup)
+                seconds += count * forward_s(gpu, kernels, sms, setup, layer_comm_s)
                 continue
-            each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen)
-            if work.recompute is Recompute.full and kernels.core_flops + kernels.core_bytes:
-                each += forward_s(gpu, kernels, sms, setup)
+            again = work.recompute is Recompute.full and is_layer  # its collectives are in comm_s too
+            each_comm_s = layer_comm_s / 2 if again else layer_comm_s
+            each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen, comm_s=each_comm_s)
+            if again:
+                each += forward_s(gpu, kernels, sms, setup, each_comm_s)
             elif work.recompute is Recompute.selective:
                 each += core_s(gpu, kernels, sms)
             seconds += count * each
@@ -112,7 +117,7 @@ class MeasuredCompute:
     def threads(self, share: float) -> int:
         return grant_quota(share, self.cores_per_rank, 1)
 
-    def estimate(self, work: StageWork) -> float:
+    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
         threads = self.threads(work.share)
         alone = min(1.0, self.fitted.profile.machine.cores / (work.tp * threads))
         seconds = self._direction(work, threads, backward=work.backward)

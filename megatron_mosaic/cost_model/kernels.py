@@ -18,6 +18,10 @@ from megatron_mosaic.workload import ModuleConfig
 
 # (rows, columns) of an output tile, efficiency relative to the largest (CUTLASS profiler, shapes of 8192^3)
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))
+# A fused attention kernel reaches size / (size + 24) of its efficiency: heads of 64 channels 0.86 of what heads of 128
+# do, between the 0.81 and 0.92 of Dao 2023 (FlashAttention-2), figures 4 and 5
+_HEAD_LOSS = 24
+_LAYER_LAUNCHES, _MIXTURE_LAUNCHES = 20.0, 24.0  # kernels of a layer's forward, and what a mixture of experts adds
 _ROPE_CHANNELS = 64  # of the decoupled key of latent attention (DeepSeek-V2, table 1; V3 keeps it)
 
 
@@ -95,9 +99,10 @@ def layer_work(
     routed = 0.0 if dense else 12 * tokens / tp * module.moe_top_k * h  # permute, unpermute, weighted sum
     low = sum(3 * g.m * g.k * g.count for g in gemms) if setup.format.is_low else 0.0  # reads 2 bytes, writes 1
     causal = 0.5 if module.causal else 1.0
-    flops = 4 * items * s * s * cp * heads * size
+    flops = 4 * items * s * s * cp * heads * (size + _HEAD_LOSS)
     moved = between + activation + rotary + routed + low
-    launches = 20.0 + (12 if not dense else 0)
+    # router, sorting and exchange, then two products for every expert of the rank
+    launches = _LAYER_LAUNCHES + (0.0 if dense else _MIXTURE_LAUNCHES + 2 * module.num_experts / ep)
     if setup.fused_attention:
         return Work(gemms, moved, launches, flops * causal)
     pairs = items * heads * s * module.tokens_per_item
@@ -153,14 +158,16 @@ def core_s(gpu: GpuType, work: Work, num_sms: int) -> float:
     return fused + products + stream_s(gpu, work.core_bytes, num_sms)
 
 
-def forward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup) -> float:
-    """Seconds of a part's forward."""
+def forward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, comm_s: float = 0.0) -> float:
+    """Seconds of a part's forward with `comm_s` of its collectives; the host's launches hide behind both."""
     products = sum(gemm_s(gpu, gemm, num_sms, setup.format) for gemm in work.gemms)
     busy = products + stream_s(gpu, work.moved_bytes, num_sms) + core_s(gpu, work, num_sms)
-    return max(busy, work.launches * gpu.launch_s)
+    return max(busy + comm_s, work.launches * gpu.launch_s)
 
 
-def backward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, *, trained: bool) -> float:
+def backward_s(
+    gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, *, trained: bool, comm_s: float = 0.0
+) -> float:
     """Seconds of a part's backward: gradients of inputs, and of weights where they are trained.
 
     A fused core recomputes its scores: five products for the forward's two (Dao 2023, section 3.1).
@@ -173,4 +180,4 @@ def backward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, *, 
     core = 2.5 * work.core_flops / (gpu.flops_per_s * gpu.attention_efficiency_frac * num_sms / gpu.num_sms)
     core += 2 * sum(gemm_s(gpu, gemm, num_sms, Format.bf16) for gemm in work.core_gemms)
     busy += core + stream_s(gpu, 1.5 * work.core_bytes, num_sms)
-    return max(busy, 1.7 * work.launches * gpu.launch_s)
+    return max(busy + comm_s, 1.7 * work.launches * gpu.launch_s)

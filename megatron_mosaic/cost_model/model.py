@@ -39,7 +39,10 @@ _CONSENSUS_BYTES = 64  # a handful of fp64 sums
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionCost:
-    """Seconds that one action keeps its ranks busy, by cause. `threads`: cores it computes on, per rank."""
+    """Seconds that one action keeps its ranks busy, by cause. `threads`: cores it computes on, per rank.
+
+    `tp_comm_s`: what collectives add; nothing where the host's launches take longer anyway.
+    """
 
     compute_s: float
     tp_comm_s: float
@@ -141,10 +144,11 @@ class CostModel:
                 ep=layout.ep,
                 split=placed.sequence_parallel,
             )
+            comm_s = self._tp_comm_s(work, tp_ranks) + self._other_comm_s(plan, module, stage, work)
             compute_s = require_finite(f"{module}.{stage}", self.compute.estimate(work))
             self._actions[key] = ActionCost(
                 compute_s=compute_s,
-                tp_comm_s=self._tp_comm_s(work, tp_ranks) + self._other_comm_s(plan, module, stage, work),
+                tp_comm_s=self.compute.estimate(work, comm_s) - compute_s if comm_s else 0.0,
                 threads=self.compute.threads(share),
             )
         return self._actions[key]
@@ -191,12 +195,15 @@ class CostModel:
             (dense, tuple(ranks[:: layout.tp])),
             (experts, tuple(ranks[:: min(len(ranks), layout.ep * layout.etp)])),
         ):
+            gradient_bytes = self.precision.gradient_bytes * parameters
             if self.setup.sharding is Sharding.none:
-                seconds += self.comm.estimate(Operation.all_reduce, group, self.precision.gradient_bytes * parameters)
+                seconds += self.comm.estimate(Operation.all_reduce, group, gradient_bytes)
                 continue
-            value_bytes = self.precision.value_bytes * parameters
-            seconds += self.comm.estimate(Operation.reduce_scatter, group, self.precision.gradient_bytes * parameters)
-            seconds += self.comm.estimate(Operation.all_gather, group, value_bytes)
+            scattered = self.comm.estimate(Operation.reduce_scatter, group, gradient_bytes)
+            gathered = self.comm.estimate(Operation.all_gather, group, self.precision.value_bytes * parameters)
+            seconds += scattered + gathered
+            if self.setup.sharding is Sharding.parameters:  # gathered for every forward and every backward
+                seconds += (plan.num_microbatches(module) - 1) * (scattered + 2 * gathered) + gathered
         return seconds
 
     def optimizer_s(self, num_parameters: float) -> float:
@@ -282,13 +289,21 @@ class CostModel:
             hidden_s = core_s(self.cluster.gpu, kernels, self.cluster.gpu.num_sms) * (2.5 if work.backward else 1)
             seconds += max(0.0, ring_s - hidden_s)
         if work.ep > 1:
-            num_bytes = tokens / work.tp * config.moe_top_k * config.hidden_size * self.precision.value_bytes
-            crossing = self.comm.estimate(Operation.all_to_all, tuple(ranks[: layout.ep * layout.etp]), num_bytes)
+            group = tuple(ranks[: layout.ep * layout.etp])
+            nodes = len({self.cluster.node_of(rank) for rank in group})
+            copies = _distinct(nodes if nodes > 1 else work.ep, config.moe_top_k)
+            num_bytes = tokens / work.tp * copies * config.hidden_size * self.precision.value_bytes
+            crossing = self.comm.estimate(Operation.all_to_all, group, num_bytes)
             seconds += (
                 2 * crossing * (1 - config.num_dense_layers / config.num_layers) * (1 - setup.expert_overlap_frac)
             )
         repeats = 2 if work.backward and work.recompute is Recompute.full else 1
         return repeats * work.layers * seconds
+
+
+def _distinct(places: int, choices: int) -> float:
+    """Expected number of different places among so many even choices: a token goes once to every node or rank."""
+    return float(places * (1 - (1 - 1 / places) ** choices))
 
 
 @lru_cache(maxsize=4096)

@@ -52,6 +52,7 @@ _GPUS = (
     ("h800", "h100_sxm", 8, 200e9, 50e9),
     ("h100", "h100_sxm", 8, 450e9, 50e9),
     ("hopper", "h100_sxm", 8, 450e9, 50e9),
+    ("a100_40gb", "a100_sxm_40gb", 8, 300e9, 25e9),
     ("a800", "a100_sxm_80gb", 8, 200e9, 25e9),
     ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
 )
@@ -269,7 +270,7 @@ def _setup(row: Row) -> TrainingSetup:
         fused_attention=not old,
         dropout=old,
         gradient_overlap_frac=overlap,
-        tp_overlap_frac=0.5 if number_format.is_low else 0.0,
+        tp_overlap_frac=0.8 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import LaneCost, price_plan
+from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
 
 _OVERHEAD_BYTES = 0.1e9  # workspaces that the libraries take from PyTorch's allocator
@@ -52,11 +53,12 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     busy = [cost.forward_s + cost.backward_s for cost in stages]
     worst = max(busy) + 2 * hops * (v if v > 1 else 0)
     fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v
-    backward_s = sum(cost.backward_s for cost in stages) / p
+    backward_s, busy_s = sum(cost.backward_s for cost in stages) / p, sum(busy) / p
     gradients_s = max(cost.gradients_s for cost in stages) + sum(cost.gradients_s for cost in encoders)
+    over_s = m * busy_s if model.setup.sharding is Sharding.parameters else backward_s
     exposed_s = max(
         gradients_s * 0.1 * (model.setup.gradient_overlap_frac > 0),
-        gradients_s - model.setup.gradient_overlap_frac * backward_s,
+        gradients_s - model.setup.gradient_overlap_frac * over_s,
     )
     together = [*encoders, max(stages, key=lambda cost: cost.trained_parameters)]
     optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from megatron_mosaic.cluster import GpuType
-from megatron_mosaic.cost_model.calibration import estimate_case, fold_of
+from megatron_mosaic.cost_model.calibration import estimate_case, fold_of, with_constants
 from megatron_mosaic.cost_model.hardware import load_gpu_type
 from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
@@ -90,7 +90,7 @@ def _fold_gpus(name: str) -> tuple[GpuType, ...]:
     if not path.exists():
         return ()
     gpu = load_gpu_type(name)
-    return tuple(replace(gpu, **constants) for constants in yaml.safe_load(path.read_text(encoding="utf-8")))
+    return tuple(with_constants(gpu, constants) for constants in yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def validate_file(path: Path) -> Report:

@@ -24,8 +24,16 @@ from megatron_mosaic.parallel_state_ext.routes import Part, Rows
 class RowChannel:
     """Rows of one edge in one direction, `width` values each."""
 
-    def __init__(self, group: dist.ProcessGroup, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._group, self._rank = group, dist.get_rank()
+    def __init__(
+        self,
+        groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
+        *,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`groups`: for messages to higher ranks, and to lower ranks."""
+        (self._up, self._down), self._rank = groups, dist.get_rank()
         self._width, self._dtype, self._device = width, dtype, device
         self._kept: dict[Hashable, Tensor] = {}
         self._outbox: list[tuple[dist.Work, Tensor, bool]] = []
@@ -33,7 +41,10 @@ class RowChannel:
         self.sent_bytes = 0
 
     def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor) -> None:
-        """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units."""
+        """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units.
+
+        gloo calls a message delivered only when it is waited for: there, buffers are free again after `drain`.
+        """
         rows = rows.detach()
         self._collect()
         for part in parts:
@@ -47,7 +58,8 @@ class RowChannel:
             else:
                 buffer = rows[part.rows].contiguous()
             self.sent_bytes += buffer.numel() * buffer.element_size()
-            self._outbox.append((dist.isend(buffer, dst=part.rank, group=self._group), buffer, staged))
+            group = self._up if part.rank > self._rank else self._down
+            self._outbox.append((dist.isend(buffer, dst=part.rank, group=group), buffer, staged))
 
     def receive(self, arrivals: Sequence[tuple[Hashable, Sequence[Part]]], num_rows: int) -> Tensor:
         """All of this rank's rows of a unit, [num_rows, width]. Waits for them. `arrivals`: by key, what comes."""
@@ -64,7 +76,8 @@ class RowChannel:
                     continue
                 staged = not isinstance(part.rows, slice)
                 buffer = self._take(part.num_rows) if staged else rows[part.rows]
-                waiting.append((dist.irecv(buffer, src=part.rank, group=self._group), part, buffer, staged))
+                group = self._up if part.rank < self._rank else self._down
+                waiting.append((dist.irecv(buffer, src=part.rank, group=group), part, buffer, staged))
         for work, part, buffer, staged in waiting:
             work.wait()
             if staged:
@@ -100,7 +113,7 @@ class RowChannel:
         if fitting:
             return self._spare.pop(min(fitting, key=lambda i: len(self._spare[i])))[:num_rows]
         if self._spare:
-            self._spare.pop()
+            self._spare.pop(min(range(len(self._spare)), key=lambda i: len(self._spare[i])))
         return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
 
     def _give(self, buffer: Tensor) -> None:

@@ -21,6 +21,7 @@ from megatron_mosaic.parallel_state_ext.group_list import (
     field_groups,
     list_groups,
     pipeline_purpose,
+    pipeline_ways,
 )
 from megatron_mosaic.parallel_state_ext.ranks import axis_groups
 from megatron_mosaic.plan import ModulePlan, Plan
@@ -47,29 +48,33 @@ class Grids:
         self.collections = {name: self._collection(placed) for name, placed in here.items()}
         # Messages between two ranks arrive in the order they were sent, per communicator. Senders and receivers of one
         # module and direction agree on an order; of two modules they may not, so nothing is shared between modules.
-        self._pipelines: dict[tuple[str, int], dist.ProcessGroup] = {}
+        self._pipelines: dict[tuple[str, int, bool], dist.ProcessGroup] = {}
         for name, placed in here.items():
             (chain,) = [ranks for ranks in axis_groups(placed, ("pp",)) if self.rank in ranks]
-            for towards in (+1, -1) if placed.layout.pp > 1 else ():
-                self._pipelines[name, towards] = self._groups[pipeline_purpose(name, towards), chain]
-        self._boundaries = {
-            (a, b): self._groups[boundary_purpose(a, b), edge_members(plan, a, b)]
-            for source, target in pairs
-            for a, b in ((source, target), (target, source))
-        }
+            for way in pipeline_ways(placed):
+                self._pipelines[name, *way] = self._groups[pipeline_purpose(name, *way), chain]
+        self._boundaries: dict[tuple[str, str], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+        for source, target in pairs:
+            members = edge_members(plan, source, target)
+            for a, b in ((source, target), (target, source)):
+                up, down = (self._groups[boundary_purpose(a, b, up), members] for up in (True, False))
+                self._boundaries[a, b] = up, down
         self.creation_s = time.perf_counter() - started
 
     @property
     def num_groups(self) -> int:
         return len(self._groups)
 
-    def boundary_group(self, source: str, target: str) -> dist.ProcessGroup:
-        """The group that carries messages from `source`'s ranks to `target`'s."""
+    def boundary_groups(self, source: str, target: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The groups that carry messages from `source`'s ranks to `target`'s: to higher ranks, to lower ranks."""
         return self._boundaries[source, target]
 
-    def pipeline_group(self, module: str, towards: int) -> dist.ProcessGroup:
-        """The group that carries hidden states to the module's next stage (+1), or gradients to the one before (-1)."""
-        return self._pipelines[module, towards]
+    def pipeline_group(self, module: str, towards: int, *, wraps: bool) -> dist.ProcessGroup:
+        """The group of hidden states that go to the module's next stage (+1), or of gradients to the one before (-1).
+
+        `wraps`: between its last stage and its first, which only virtual stages do.
+        """
+        return self._pipelines[module, towards, wraps]
 
     def world_view(self) -> ProcessGroupCollection:
         """What the stock training loop is shown: every rank is a last stage, and losses are summed over the world.

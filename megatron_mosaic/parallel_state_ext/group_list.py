@@ -1,7 +1,9 @@
 """Which process groups a plan needs: pure integers, so that they can be counted without creating any.
 
 Collectives share one group per rank tuple (purpose ""). Messages have a group of their own per pipeline or edge and
-direction, so that each keeps its own order. Every rank walks the list in the same order.
+direction, so that each keeps its own order; and no group carries messages both ways between two ranks, which NCCL would
+put into one queue: rows to higher and to lower ranks are apart, and so is what wraps around a ring of virtual stages.
+Every rank walks the list in the same order.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ def list_groups(plan: Plan, edges: Iterable[tuple[str, str]]) -> list[GroupKey]:
         for field in FIELDS:
             asked += [("", members) for members in field_groups(module, field)]
     for name, module in plan.modules.items():
-        for towards in (+1, -1) if module.layout.pp > 1 else ():
-            asked += [(pipeline_purpose(name, towards), chain) for chain in axis_groups(module, ("pp",))]
+        for towards, wraps in pipeline_ways(module):
+            asked += [(pipeline_purpose(name, towards, wraps), chain) for chain in axis_groups(module, ("pp",))]
     for source, target in edges:
         members = edge_members(plan, source, target)
-        asked += [(boundary_purpose(a, b), members) for a, b in ((source, target), (target, source))]
+        for sender, receiver in ((source, target), (target, source)):
+            asked += [(boundary_purpose(sender, receiver, up), members) for up in (True, False)]
     return asked
 
 
@@ -74,11 +77,17 @@ def edge_members(plan: Plan, source: str, target: str) -> tuple[int, ...]:
     return tuple(sorted({*plan.modules[source].ranks.ranks, *plan.modules[target].ranks.ranks}))
 
 
-def pipeline_purpose(module: str, towards: int) -> str:
-    """The name of a module's pipeline groups towards the next stage (+1) or the one before (-1)."""
-    return f"{module}{towards:+d}"
+def pipeline_ways(module: ModulePlan) -> list[tuple[int, bool]]:
+    """(towards, wraps) of a module's hidden states: to the next stage (+1) or the one before (-1), and around."""
+    wraps = (False, True) if module.layout.vpp > 1 else (False,)
+    return [(towards, around) for towards in (+1, -1) for around in wraps] if module.layout.pp > 1 else []
 
 
-def boundary_purpose(source: str, target: str) -> str:
-    """The name of the group that carries rows (or gradients) from `source` to `target`."""
-    return f"{source}>{target}"
+def pipeline_purpose(module: str, towards: int, wraps: bool) -> str:
+    """The name of a module's pipeline groups; `wraps`: between its last stage and its first."""
+    return f"{module}{towards:+d}{'~' if wraps else ''}"
+
+
+def boundary_purpose(source: str, target: str, up: bool) -> str:
+    """The name of the group that carries rows (or gradients) from `source` to `target`; `up`: to a higher rank."""
+    return f"{source}>{target}{'^' if up else 'v'}"

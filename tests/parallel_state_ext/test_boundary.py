@@ -62,7 +62,9 @@ def make_plan(source, target) -> Plan:
 
 
 def make_channel() -> RowChannel:
-    return RowChannel(dist.new_group(), width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+    return RowChannel(
+        (dist.new_group(), dist.new_group()), width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def summed(value: float) -> float:
@@ -162,7 +164,7 @@ def test_rows_that_stay_are_not_copied_and_rows_that_nobody_takes_are_an_error()
 def use_buffers_again() -> None:
     """Some rows travel through a staging buffer each way; a later message finds it free, and no size has its own."""
     rank = dist.get_rank()
-    channel = RowChannel(dist.new_group(), width=2, dtype=torch.float32, device=torch.device("cpu"))
+    channel = RowChannel((dist.new_group(), dist.new_group()), width=2, dtype=torch.float32, device=torch.device("cpu"))
     rows = torch.arange(32.0).view(16, 2)
     for turn, count in enumerate([2, 2, 5, 3, 8, 4]):
         picked = np.arange(count) * 2

@@ -80,8 +80,9 @@ def check_members() -> None:
     for source, target in (*EDGES, *((b, a) for a, b in EDGES)):
         ends = {*PLAN.modules[source].ranks.ranks, *PLAN.modules[target].ranks.ranks}
         if rank in ends:
-            assert ranks_in(grids.boundary_group(source, target)) == sorted(ends)
-            assert grids.boundary_group(source, target) is not grids.boundary_group(target, source)
+            groups = (*grids.boundary_groups(source, target), *grids.boundary_groups(target, source))
+            assert all(ranks_in(group) == sorted(ends) for group in groups)
+            assert len(set(map(id, groups))) == 4
     for field in FIELD_AXES:
         assert ranks_in(getattr(grids.alone_view(), field)) == [rank], field
     view = grids.world_view()
