@@ -106,7 +106,7 @@ def check_deduplication() -> None:
     chains = sum(
         placed.layout.num_ranks // placed.layout.pp for placed in PLAN.modules.values() if placed.layout.pp > 1
     )
-    assert grids.num_groups == len(tuples) + 2 * len(EDGES) + 2 * chains  # a pair for each edge, and for each pipeline
+    assert grids.num_groups == len(tuples) + 4 * len(EDGES) + 2 * chains  # four for each edge, a pair for each pipeline
     for collection in grids.collections.values():
         assert collection.dp is collection.dp_cp is collection.intra_dp_cp
         assert collection.cp is collection.embd is grids.alone

@@ -15,9 +15,17 @@ def test_a_small_plans_groups_by_hand() -> None:
         ("", pair),  # vision's dp; the llm's pp is everyone
         ("llm+1", everyone),
         ("llm-1", everyone),
-        ("vision>llm", everyone),
-        ("llm>vision", everyone),
+        ("vision>llm^", everyone),
+        ("vision>llmv", everyone),
+        ("llm>vision^", everyone),
+        ("llm>visionv", everyone),
     ]
+
+
+def test_what_wraps_around_virtual_stages_has_its_own_groups() -> None:
+    plan = make_plan({"llm": ("0-1", Layout(pp=2, vpp=2))}, world_size=2)
+    purposes = [purpose for purpose, _ in dict.fromkeys(list_groups(plan, ())) if purpose]
+    assert purposes == ["llm+1", "llm+1~", "llm-1", "llm-1~"]
 
 
 def test_every_field_asks_once_for_every_rank() -> None:
