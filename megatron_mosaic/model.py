@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,8 +60,6 @@ class MosaicModel(MegatronModule):
         self.stages = nn.ModuleDict(stages)
         self.ddp_config = ddp_config
         self.pg_collection = world_view
-        self.model_type: Any = None
-        self.force_all_reduce = False
         self.streams: Streams | None = None  # RNG streams to be saved and restored with the model
 
     def forward(self, call: StageCall) -> StageOutput:
@@ -71,10 +69,6 @@ class MosaicModel(MegatronModule):
         """The module's (virtual) stages on this rank, in order."""
         return [stage for key, stage in self.stages.items() if module_of(key) == module]
 
-    def set_input_tensor(self, input_tensor: object) -> None:
-        """Part of the loop's protocol; stages get their inputs as arguments."""
-        assert input_tensor is None, "MosaicModel takes inputs through StageCall"
-
     def zero_grad_buffer(self) -> None:
         for stage in self.stages.values():
             stage.zero_grad_buffer()
@@ -83,35 +77,11 @@ class MosaicModel(MegatronModule):
         for stage in self.stages.values():
             stage.scale_gradients(factor)
 
-    def start_grad_sync(self, *args: Any) -> None:
-        for stage in self.stages.values():
-            stage.start_grad_sync(*args)
-
     def start_module_sync(self, module: str, *, whole: bool) -> None:
         """Begin to sum one module's gradients over its data-parallel ranks; `whole`: all of them on every rank."""
         for stage in self.stages_of(module):
             for buckets in stage.bucket_groups + stage.expert_parallel_bucket_groups:
                 buckets.start_grad_sync(force_all_reduce=whole)
-
-    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        for stage in self.stages.values():
-            stage.finish_grad_sync(force_all_reduce=force_all_reduce)
-
-    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
-        for stage in self.stages.values():
-            stage.start_param_sync(*args, **kwargs)
-
-    def enable_forward_pre_hook(self) -> None:
-        for stage in self.stages.values():
-            stage.enable_forward_pre_hook()
-
-    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
-        for stage in self.stages.values():
-            stage.disable_forward_pre_hook(param_sync=param_sync)
-
-    def free_overlap_buffers(self) -> None:
-        for stage in self.stages.values():
-            stage.free_overlap_buffers()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -149,6 +119,18 @@ class MosaicModel(MegatronModule):
             wrapped.module.load_state_dict(own, strict=True)
         if self.streams is not None and "~rng" in state_dict:
             self.streams.restore_process(state_dict["~rng"])
+
+
+def wrap_stage(
+    stage: MegatronModule, ddp_config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
+    """The stage with its gradient buffers, whose buckets reduce asynchronously whenever the step starts them.
+
+    The config is copied: DistributedDataParallel writes a bucket size for its own number of ranks into it, and ranks
+    of one module would cut their buffers differently where they run different modules besides.
+    """
+    own = replace(ddp_config, overlap_grad_reduce=True)
+    return DistributedDataParallel(stage.config, own, stage, pg_collection=groups)
 
 
 def empty_stage(

@@ -14,14 +14,14 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -34,7 +34,7 @@ from megatron_mosaic.checkpoint import Checkpoints
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
-from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, stage_key
+from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
@@ -111,24 +111,18 @@ class Runtime:
         return provider
 
     def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
-        """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups.
-
-        Their buckets always reduce asynchronously: the modules' sums run side by side whenever the step starts them.
-        """
+        """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
         stages = {}
         for name, groups in self.grids.collections.items():
             placed = self.plan.modules[name]
             stage_idx = coordinates_of(placed, self.grids.rank).pp
-            # DistributedDataParallel writes a bucket size for its own ranks into its config: a copy for each module
-            side_by_side = replace(ddp_config, overlap_grad_reduce=True)
             for chunk in range(placed.layout.vpp):
                 with self.scopes.enter(name):
                     stage = self.definition.build_stage(name, placed, stage_idx, groups, chunk)
                     stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                     initialize_by_name(stage, name, self._args.seed)
                     stage.to(device=cpu.device(), dtype=self._args.params_dtype)
-                    wrapped = DistributedDataParallel(stage.config, side_by_side, stage, pg_collection=groups)
-                    stages[stage_key(name, chunk)] = wrapped
+                    stages[stage_key(name, chunk)] = wrap_stage(stage, ddp_config, groups)
         if self._args.mosaic_measure_activations:
             self.step.meter = ActivationMeter()
             for wrapped in stages.values():

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.arguments import parse_and_validate_args
-from megatron_mosaic.model import initialize_by_name
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.model import initialize_by_name, wrap_stage
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
@@ -116,3 +118,27 @@ def test_streams_are_separate_and_of_megatrons_scale(tmp_path) -> None:
     )
     save_plan(everywhere, tmp_path / "plan.yaml")
     run_gloo(1, check_streams, tmp_path / "plan.yaml")
+
+
+def check_wrapping(path) -> None:
+    definition, plan = parse(path)
+    groups = Grids(plan, (), timeout=timedelta(seconds=30)).alone_view()
+    config = DistributedDataParallelConfig()
+    wrapped = wrap_stage(build(definition, "vision", WHOLE, 0, groups), config, groups)
+    assert wrapped.ddp_config.bucket_size is not None, "this is what must not reach the next module"
+    assert config == DistributedDataParallelConfig()
+
+
+def test_wrapping_a_stage_leaves_the_config_of_the_others_alone(tmp_path) -> None:
+    cpu.install()
+    save_plan(PLAN, tmp_path / "plan.yaml")
+    run_gloo(4, check_wrapping, tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("flag", ["--qk-layernorm", "--moe-z-loss-coeff=1e-3", "--log-params-norm"])
+def test_arguments_that_a_plan_does_not_carry_over_are_refused_by_name(flag, tmp_path, monkeypatch) -> None:
+    save_plan(PLAN, tmp_path / "plan.yaml")
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--mosaic-plan", str(tmp_path / "plan.yaml"), flag])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=flag.partition("=")[0]):
+        parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)

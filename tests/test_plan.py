@@ -142,6 +142,13 @@ def test_validate_refuses_degrees_that_do_not_divide(layout, axis, size):
     _refused(wide, f"modules.llm.layout.{axis}", size)
 
 
+def test_validate_refuses_a_vocabulary_that_does_not_divide():
+    odd = replace(WORKLOAD, modules=tuple(replace(m, vocab_size=m.vocab_size and 33) for m in WORKLOAD.modules))
+    plan = replace(GOOD, digest=odd.digest)
+    with pytest.raises(PlanError, match="vocab_size 33"):
+        validate_plan(plan, odd)
+
+
 def test_validate_refuses_batches_that_do_not_divide():
     plan = replace(GOOD, modules={**GOOD.modules, "llm": ModulePlan(ranks=RankSet.parse("0-3"), layout=EVERYONE)})
     validate_plan(plan, WORKLOAD)

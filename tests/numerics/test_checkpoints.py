@@ -244,6 +244,31 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(saved, tmp_pa
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
+def test_a_rank_killed_while_it_writes_over_a_checkpoint_leaves_none_that_looks_whole(
+    saved, tmp_path, monkeypatch
+) -> None:
+    """Old and new files have the same names and sizes: only the list beside them can tell."""
+    from megatron.core import dist_checkpointing
+
+    stock = dist_checkpointing.save
+
+    def killed(state, directory, *args, **kwargs):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stock(state, directory, *args, **kwargs)
+
+    again = ("--save", str(saved), "--save-interval", "4", *loading(tmp_path))
+    monkeypatch.setattr(dist_checkpointing, "save", killed)
+    assert f"exit code {-signal.SIGKILL}" in failure_of(tmp_path, "killed", *again)
+    monkeypatch.setattr(dist_checkpointing, "save", stock)
+    (saved / "iter_0000002_copy").mkdir()
+    (saved / "iter_0000002_copy" / checkpoint.MANIFEST_FILE).write_text("{}")
+    got = failure_of(tmp_path, "torn", "--load", str(saved))
+    assert "this one was not saved to its end" in got and "status 2" in got
+    run_all([Run(name="resumed", plan=SMALL_PLAN, arguments=loading(tmp_path))], tmp_path)
+    assert losses(tmp_path, "resumed") == losses(tmp_path, "whole")[2:]
+
+
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_gradient_that_is_no_number(skips, saved, tmp_path, monkeypatch) -> None:
     """On one rank, in one module: an error on all, or a step that nobody makes; then training resumes from step 2."""
