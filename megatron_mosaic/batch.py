@@ -63,9 +63,15 @@ class Links:
 
 def rows_of(items: Integers, starts: Integers, counts: Integers) -> tuple[Integers, Integers]:
     """(token, item) of every row of one end of some links, link by link."""
-    link = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(link)) - np.repeat(np.cumsum(counts) - counts, counts)
+    link, within = expand(counts)
     return starts[link] + within, items[link]
+
+
+def expand(counts: Integers) -> tuple[Integers, Integers]:
+    """For each of sum(counts) rows: which count it belongs to, and its number within."""
+    link = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return link, np.arange(len(link)) - np.repeat(starts, counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

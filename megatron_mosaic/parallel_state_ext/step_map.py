@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mosaic.batch import Integers, Items, Links, Shard
+from megatron_mosaic.batch import Integers, Items, Links, Shard, expand
 from megatron_mosaic.parallel_state_ext.lanes import UnitLanes
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, outgoing
@@ -232,7 +232,7 @@ class StepMap:
             (items, starts), (far_items, far_starts) = ends if at_source else reversed(ends)
             items = items + found.offsets[index]
             near = np.flatnonzero(own.lane_of_item[items] == at.dp) if len(items) else items
-            link, within = _expand(links.rows[near])
+            link, within = expand(links.rows[near])
             rows = near[link]
             group, token, item = own.locate(items[rows], starts[rows] + within)
             kept = group == mine
@@ -246,10 +246,3 @@ class StepMap:
             first.append(first[-1] + int(kept.sum()))
         tokens, row_items, groups = (np.concatenate(column) for column in columns)
         return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))
-
-
-def _expand(counts: Integers) -> tuple[Integers, Integers]:
-    """For each of sum(counts) rows: which count it belongs to, and its number within."""
-    link = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return link, np.arange(len(link)) - np.repeat(starts, counts)
