@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_mosaic.cluster import Cluster
+from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
 from megatron_mosaic.cost_model.comm import CommModel, MeasuredComm, RingComm
 from megatron_mosaic.cost_model.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
 from megatron_mosaic.cost_model.fit import FittedProfile
@@ -157,7 +158,7 @@ class CostModel:
         """Seconds from the end of an action to the start of the one that needs its result, on other ranks.
 
         (module, stage) of both ends. Inside a module: a stage's output [tokens, items, hidden] per DP lane. Between
-        modules: the edge's rows; the lane that handles the most sends or receives them one after the other.
+        modules: the rows of the edge, or their gradients, that the busiest rank sends or receives.
         """
         ranks = tuple(stage_ranks(plan, *source)), tuple(stage_ranks(plan, *target))
         if source[0] == target[0]:
@@ -169,17 +170,16 @@ class CostModel:
             width = module.tokens_per_item * module.hidden_size / split
             hidden_bytes = self.items_of_action(plan, source[0]) * width * self.precision.value_bytes
             return self.comm.estimate(Operation.p2p, (ranks[0][0], ranks[1][0]), hidden_bytes)
-        layouts = plan.modules[source[0]].layout, plan.modules[target[0]].layout
-        if ranks[0] == ranks[1] and (layouts[0].tp, layouts[0].dp) == (layouts[1].tp, layouts[1].dp):
-            return 0.0  # every lane already holds its rows
-        edge = next(e for e in self.workload.edges if {e.source, e.target} == {source[0], target[0]})
+        forward = next((e for e in self.workload.edges if (e.source, e.target) == (source[0], target[0])), None)
+        edge = forward or next(e for e in self.workload.edges if (e.target, e.source) == (source[0], target[0]))
+        traffic = boundary_traffic(plan.modules[edge.source], plan.modules[edge.target])
+        if not traffic.busiest_frac:
+            return 0.0  # every rank already holds its rows
         carrier = self.workload.items_of(edge)
-        items = self.items_of_action(plan, carrier) * plan.modules[carrier].layout.dp / min(x.dp for x in layouts)
-        num_bytes = items * edge.rows_per_item * edge.width * self.precision.value_bytes
-        everyone = tuple(sorted({*ranks[0], *ranks[1]}))
-        here = self.cluster.node_of(everyone[0])
-        other = next((rank for rank in everyone if self.cluster.node_of(rank) != here), everyone[-1])
-        return self.comm.estimate(Operation.p2p, (everyone[0], other), num_bytes) if len(everyone) > 1 else 0.0
+        items = self.items_of_action(plan, carrier) * plan.modules[carrier].layout.dp
+        num_bytes = traffic.busiest_frac * items * edge.rows_per_item * edge.width * self.precision.value_bytes
+        low, high = traffic.crosses
+        return self.comm.estimate(Operation.p2p, (low, high), num_bytes) if high > low else 0.0
 
     def gradient_sync_s(self, plan: Plan, module: str, stage: int) -> float:
         """Seconds to all-reduce a stage's gradients over its DP group, after its last backward."""
