@@ -43,7 +43,11 @@ class _Side:
     dp: Integers
     shard: Integers  # of the tokens
     num_lanes: int
-    num_shards: int
+    cuts: tuple[int, int]  # cp, and tp under sequence parallelism
+
+    @property
+    def num_shards(self) -> int:
+        return self.cuts[0] * self.cuts[1]
 
 
 @lru_cache(maxsize=4096)
@@ -68,14 +72,14 @@ def _side(placed: ModulePlan, stage: int) -> _Side:
     tp, cp, dp = position % layout.tp, position // layout.tp % layout.cp, position // (layout.tp * layout.cp)
     split = layout.tp if placed.sequence_parallel else 1
     ranks = np.array(placed.ranks.ranks[stage * size : (stage + 1) * size])
-    return _Side(ranks, dp, cp * split + tp % split, layout.dp, layout.cp * split)
+    return _Side(ranks, dp, cp * split + tp % split, layout.dp, (layout.cp, split))
 
 
 def _overlap(sends: _Side, needs: _Side, at_source: Integers, at_target: Integers) -> Floats:
     """Share of all rows that a rank on both sides has and needs."""
     i, j = sends.dp[at_source] / sends.num_lanes, needs.dp[at_target] / needs.num_lanes
     items = np.minimum(i + 1 / sends.num_lanes, j + 1 / needs.num_lanes) - np.maximum(i, j)
-    if sends.num_shards == needs.num_shards:
+    if sends.cuts == needs.cuts:
         tokens = (sends.shard[at_source] == needs.shard[at_target]) / sends.num_shards
     else:  # of shards that are cut differently, what two random ones have in common; all of one side's if it is whole
         tokens = np.full(len(at_source), 1 / (sends.num_shards * needs.num_shards))
