@@ -64,6 +64,11 @@ def attention_gemms(module: ModuleConfig, tokens: float, tp: int) -> tuple[Gemm,
     return (Gemm(tokens, heads * size + kv, h), Gemm(tokens, h, heads * size))
 
 
+def mean_head_size(module: ModuleConfig) -> float:
+    """Channels of a head, mean of keys and values: latent attention gives keys a rotary part of their own."""
+    return module.head_size + (_ROPE_CHANNELS / 2 if module.kv_latent_size else 0)
+
+
 def mlp_gemms(module: ModuleConfig, tokens: float, tp: int, ep: int, dense: bool) -> tuple[Gemm, ...]:
     """Products of an MLP; of a mixture of experts, those of the experts of one rank at even routing."""
     h, wide = module.hidden_size, 2 if module.gated else 1
@@ -84,7 +89,7 @@ def layer_work(
     """One layer on one rank. `split`: sequence parallelism divides what stands between the matrix products."""
     s = module.tokens_per_item / cp
     tokens, h, heads = items * s, module.hidden_size, module.num_heads / tp
-    size = module.head_size + (_ROPE_CHANNELS / 2 if module.kv_latent_size else 0)  # mean of keys and values
+    size = mean_head_size(module)
     gemms = attention_gemms(module, tokens, tp) + mlp_gemms(module, tokens, tp, ep, dense)
     # 2-byte values: two norms read and write, two residual additions read two and write one (and a mask)
     between = tokens * h * (2 * 4 + 2 * (7 if setup.dropout else 6)) / (tp if split else 1)

@@ -116,7 +116,7 @@ def estimate_activation_bytes(
                 value_bytes=precision.value_bytes,
                 fused_attention=precision.fused_attention or plan.recompute is Recompute.selective,
                 split=plan.sequence_parallel,
-                ep=plan.layout.ep,
+                dropout=setup.dropout,
             )
         total += count * items * per_item / plan.layout.cp
     return total

@@ -48,7 +48,13 @@ def compare_memory(folder: Path) -> tuple[MemoryRow, ...]:
         layout, layers = placed.layout, stage_parts(module, placed, 0)[Part.layer]
         selective = "selective" in row["mode"]
         each = count_activation_bytes(
-            module, Part.layer, layout.tp, value_bytes=2, fused_attention=selective, split="seq" in row["mode"]
+            module,
+            Part.layer,
+            layout.tp,
+            value_bytes=2,
+            fused_attention=selective,
+            split="seq" in row["mode"],
+            dropout=True,
         )
         more = 1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1.0
         activation = more * layers * layout.pp * case.plan.micro_batch_size * each

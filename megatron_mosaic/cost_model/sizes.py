@@ -6,12 +6,20 @@ A gated module is taken to be LLaMA-like (RMSNorm, no biases), any other GPT-lik
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from megatron_mosaic.cost_model.kernels import Gemm, attention_gemms, mean_head_size, mlp_gemms
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.workload import ModuleConfig
 
 
 def _kv_size(module: ModuleConfig) -> int:
     return module.head_size * module.query_groups
+
+
+def _norm_size(module: ModuleConfig) -> int:
+    """Parameters of one norm: RMSNorm has weights only."""
+    return module.hidden_size if module.gated else 2 * module.hidden_size
 
 
 def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> float:
@@ -33,14 +41,16 @@ def _count_mixture(module: ModuleConfig, tp: int) -> float:
         attention, whole = h * (2 * heads * size + 2 * _kv_size(module)), 0
     dense_frac = module.num_dense_layers / module.num_layers
     mlp = dense_frac * module.dense_ffn_size + (1 - dense_frac) * module.shared_expert_size
-    return (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * h
+    return (
+        (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * _norm_size(module)
+    )
 
 
 def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1) -> float:
     """Parameters of one part (for `layer`: of one layer) on one rank of a tp group."""
     h, f, kv = module.hidden_size, module.ffn_hidden_size, _kv_size(module)
     q = module.num_heads * module.head_size
-    norm = h if module.gated else 2 * h
+    norm = _norm_size(module)
     bias = 0 if module.gated else 1
     if part is Part.layer and module.num_experts:
         return _count_mixture(module, tp) + count_expert_parameters(module, ep)
@@ -64,9 +74,14 @@ def count_flops(module: ModuleConfig, part: Part) -> float:
     Matrix products 2*m*n*k; attention scores and values 4*s*s*h, half of it under a causal mask
     (Narayanan et al. 2021, appendix, which counts the full square).
     """
-    s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
+    s, h = module.tokens_per_item, module.hidden_size
     if part is Part.layer:
-        linear = 2 * s * (h * (h + 2 * _kv_size(module)) + h * h + h * f * (3 if module.gated else 2))
+        dense_frac = module.num_dense_layers / module.num_layers if module.num_experts else 1.0
+        linear = _flops(attention_gemms(module, s, 1)) + sum(
+            frac * _flops(mlp_gemms(module, s, 1, 1, dense))
+            for dense, frac in ((True, dense_frac), (False, 1 - dense_frac))
+            if frac
+        )
         return linear + count_attention_flops(module)
     if part is Part.pre:
         return 2.0 * s * module.input_size * h
@@ -75,7 +90,12 @@ def count_flops(module: ModuleConfig, part: Part) -> float:
 
 def count_attention_flops(module: ModuleConfig) -> float:
     """Forward FLOPs of one layer's attention core for one item."""
-    return 4.0 * module.tokens_per_item**2 * module.hidden_size * (0.5 if module.causal else 1.0)
+    square = 4.0 * module.tokens_per_item**2 * module.num_heads * mean_head_size(module)
+    return square * (0.5 if module.causal else 1.0)
+
+
+def _flops(gemms: Iterable[Gemm]) -> float:
+    return sum(2 * gemm.m * gemm.n * gemm.k * gemm.count for gemm in gemms)
 
 
 def count_activation_bytes(
@@ -86,12 +106,13 @@ def count_activation_bytes(
     value_bytes: int,
     fused_attention: bool,
     split: bool = False,
-    ep: int = 1,
+    dropout: bool = False,
 ) -> float:
-    """Bytes that the forward of one part keeps for the backward, per item and rank, without sequence parallelism.
+    """Bytes that the forward of one part keeps for the backward, per item and rank. `split`: sequence parallelism.
 
     Korthikanti et al. 2022, section 4.2: s*b*h*(10 + 24/t + 5*a*s/(h*t)) for f = 4h in 2-byte values; the last term is
     the attention matrix, which a fused kernel does not keep. The 24 is 8 (Q, K, V, attention output) + 4*f/h here.
+    Without dropout the matrix is kept once (2) and no masks are (of the 10, 8 are left).
     """
     s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
     scale = value_bytes / 2
@@ -109,8 +130,8 @@ def count_activation_bytes(
         else:
             attention = 4.0 * q + 4.0 * _kv_size(module)
         divided = attention + 2.0 * f_kept * (3 if module.gated else 2) + routed
-        matrix = 0.0 if fused_attention else 5.0 * module.num_heads * s
-        masks = 0.0 if module.gated else 2.0  # gated models train without dropout
+        matrix = 0.0 if fused_attention else (5.0 if dropout else 2.0) * module.num_heads * s
+        masks = 2.0 if dropout else 0.0
         between = (8.0 + masks) * h / (tp if split else 1)
         return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:

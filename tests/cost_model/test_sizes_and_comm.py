@@ -68,8 +68,11 @@ def test_activation_bytes_follow_the_published_formula(tp):
     # Korthikanti et al. 2022, table 2, "tensor parallel (no sequence parallel)": sbh (10 + 24/t + 5as/ht)
     s, h, a = 2048, 12288, 96
     expected = s * h * (10 + 24 / tp + 5 * a * s / (h * tp))
-    assert count_activation_bytes(GPT3, Part.layer, tp, value_bytes=2, fused_attention=False) == pytest.approx(expected)
-    fused = count_activation_bytes(GPT3, Part.layer, tp, value_bytes=2, fused_attention=True)
+    whole, fused = (
+        count_activation_bytes(GPT3, Part.layer, tp, value_bytes=2, fused_attention=fused, dropout=True)
+        for fused in (False, True)
+    )
+    assert whole == pytest.approx(expected)
     assert fused == pytest.approx(s * h * (10 + 24 / tp))
 
 
