@@ -48,6 +48,25 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
 
 
+def lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
+    """Path of a key in nested mappings -> its line, from 1. For text that `parse_yaml` reads; of what stands behind
+    several names (`&x`, `*x`), the keys are listed below the first."""
+    lines: dict[tuple[str, ...], int] = {}
+    seen: set[int] = set()  # a mapping may hold itself, or the same one many times
+
+    def visit(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            return
+        seen.add(id(node))
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                lines[*path, key.value] = key.start_mark.line + 1
+                visit(value, (*path, key.value))
+
+    visit(yaml.compose(text, Loader=_FastLoader), ())
+    return lines
+
+
 def describe_yaml_error(error: Exception) -> str:
     """The message on one line."""
     return " ".join(str(error).split())

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mosaic.yaml_text import describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
 
 
 class _Model(BaseModel):
@@ -80,3 +80,10 @@ def test_a_huge_value_is_not_printed_whole():
         with pytest.raises(ValidationError) as caught:
             _Model.model_validate({"count": value, "text": "x"})
         assert len(describe_violation(caught.value, known="")["got"]) < 20_000
+
+
+def test_lines_of_keys():
+    text = "a: 1\nb: {c: 2,\n  d: {1: 3}}\n\n'e f':\n  - g: 4\nh: &x\n  i: *x\nj: *x\n"
+    expected = {("a",): 1, ("b",): 2, ("b", "c"): 2, ("b", "d"): 3, ("b", "d", "1"): 3, ("e f",): 5, ("h",): 7}
+    assert lines_of_keys(text) == expected | {("h", "i"): 8, ("j",): 9}
+    assert lines_of_keys("") == lines_of_keys("- 1") == {}

@@ -1,4 +1,4 @@
-"""`mosaic calibrate`: this machine as a profile."""
+"""`mosaic calibrate`: this machine as a profile, or its GPU as a file of constants."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import argparse
 import os
 import time
 
-from megatron_mosaic.cli.output import print_json, print_progress
+from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.config import LocalClusterSection, compose_sections
+from megatron_mosaic.cost_model.gpu_type_file import SUFFIX, format_gpu_type_file
+from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.profile import default_profile_path, save_profile
 from megatron_mosaic.errors import ConfigError
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, write the profile, say where it is."""
+    """Measure, write the profile (with `--gpu-type` the constants of the GPU), say where it is."""
+    if arguments.gpu_type is not None:
+        return _calibrate_gpu(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
     cluster = compose_sections(arguments.overrides).cluster
@@ -32,4 +36,40 @@ def main(arguments: argparse.Namespace) -> int:
         print_json({"profile": str(path), "seconds": seconds})
     else:
         print(f"{profile.title}: {profile.machine.cores} cores, written to {path} in {seconds:.0f} s")
+    return 0
+
+
+def _calibrate_gpu(arguments: argparse.Namespace) -> int:
+    """Measure the GPU that torch uses, write its constants for `cluster.gpu=FILE.yaml`."""
+    started = time.perf_counter()
+    name, out = arguments.gpu_type, arguments.out
+    if name not in gpu_type_names():
+        raise ConfigError("--gpu-type", got=name, expected=f"one of {list(gpu_type_names())}", fix="name one of them")
+    if not (out or "").endswith(SUFFIX):
+        raise ConfigError(
+            "--out", got=out or "nothing", expected="FILE.yaml, for cluster.gpu", fix="give --out FILE.yaml"
+        )
+    if arguments.overrides:
+        raise ConfigError(
+            f"override {arguments.overrides[0]!r}",
+            got="an override with --gpu-type",
+            expected="none",
+            fix="leave it out",
+        )
+    from megatron_mosaic.measure_gpu import current_device, describe_source, measure_constants
+
+    device, base = current_device(), load_gpu_type(name)
+    found = measure_constants(base, device, progress=lambda text: print_progress(f"calibrate: {text} ..."))
+    source = describe_source(device)
+    write_text(out, format_gpu_type_file(name, found, source))
+    seconds = time.perf_counter() - started
+    if arguments.json:
+        print_json({"gpu_type": out, "constants": found, "seconds": seconds})
+        return 0
+    rows = [(key, f"{getattr(base, key):.5g}", f"{value:.5g}") for key, value in found.items()]
+    print_table(source, ("constant", name, "measured"), rows)
+    print(f"written to {out} in {seconds:.0f} s: mosaic plan ... cluster.gpu={out}")
+    print_note(
+        "these describe kernels alone; fitted ones hold what a step loses beside them too: expect shorter predictions"
+    )
     return 0

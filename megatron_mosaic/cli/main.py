@@ -59,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_argument("--trace", metavar="FILE", help="write Chrome-trace JSON, for Perfetto")
     simulate.add_argument("--html", metavar="FILE", help="write the timeline as one HTML page")
     calibrate = add("calibrate", "measure this machine and write its profile")
-    calibrate.add_argument("--out", metavar="FILE", help="profile to write (default: $MOSAIC_PROFILE, else the cache)")
+    calibrate.add_argument("--out", metavar="FILE", help="file to write (default: $MOSAIC_PROFILE, else the cache)")
+    calibrate.add_argument(
+        "--gpu-type",
+        metavar="NAME",
+        help="measure the GPU instead: a file for cluster.gpu=FILE.yaml, with NAME's datasheet",
+    )
     check = add("check", "run a plan on local CPU processes and compare with a single process")
     check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
     check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")

@@ -1,14 +1,18 @@
-"""GPU types from `gpu_types/*.yaml`, and the cluster that a profile describes."""
+"""GPU types from `gpu_types/*.yaml` or a file of local measurements, and the cluster that a profile describes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.cost_model.fit import FittedProfile
+from megatron_mosaic.cost_model.gpu_type_file import SUFFIX, load_gpu_type_file
 from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile
 from megatron_mosaic.errors import ConfigError, ProfileError
 
@@ -19,15 +23,29 @@ def gpu_type_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
-@cache
 def load_gpu_type(name: str) -> GpuType:
-    """The GPU type of `gpu_types/<name>.yaml`. ConfigError lists the known names."""
+    """The GPU type of `gpu_types/<name>.yaml`; of a path that ends in .yaml, the file's base with its constants.
+
+    ConfigError lists the known names, or names the file's line.
+    """
+    return _load_measured(name) if name.endswith(SUFFIX) else _load_named(name)
+
+
+def _load_measured(path: str) -> GpuType:
+    file = load_gpu_type_file(path, gpu_type_names())
+    base = _load_named(file.base)
+    values: dict[str, Any] = dict(file.constants)
+    return replace(base, name=Path(path).name, sources={**base.sources, **file.sources}, **values)
+
+
+@cache
+def _load_named(name: str) -> GpuType:
     if name not in gpu_type_names():
         raise ConfigError(
             "cluster.gpu",
             got=name,
             expected=f"one of {list(gpu_type_names())}",
-            fix=f"add cost_model/gpu_types/{name}.yaml with sources",
+            fix=f"add cost_model/gpu_types/{name}.yaml with sources, or give a file: FILE.yaml",
         )
     data = yaml.safe_load((files(__package__) / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
     try:

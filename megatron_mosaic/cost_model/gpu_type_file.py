@@ -1,0 +1,152 @@
+"""Local measurements that replace constants of a GPU type: what `mosaic calibrate --gpu-type` writes.
+
+gpu_type: 1
+base: h100_sxm
+bandwidth_frac: 0.87
+sources: {bandwidth_frac: "measured 2026-11-21 by mosaic calibrate on NVIDIA H100 80GB HBM3, torch 2.13.0"}
+
+The datasheet's numbers, and the constants that the file leaves out, are those of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
+
+FORMAT_VERSION = 1
+SUFFIX = ".yaml"
+
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]  # of what the datasheet promises
+Text = Annotated[str, Field(strict=True, pattern=r"\S")]
+
+
+class GpuTypeFile(BaseModel):
+    """One file: fitted constants of a GPU type (`GpuType` says what each means).
+
+    A constant that the file leaves out is not in `constants`. `sources` has an entry for each that it sets.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpu_type: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    base: Annotated[str, Field(strict=True)]
+    gemm_efficiency_frac: Share = 0.0
+    attention_efficiency_frac: Share = 0.0
+    bandwidth_frac: Share = 0.0
+    network_frac: Share = 0.0
+    half_depth: Positive = 0.0
+    launch_s: Positive = 0.0
+    low_precision_frac: Positive = 0.0  # relative to 16 bit, so it may be above 1
+    sources: Mapping[str, Text] = {}
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Name -> value of the constants that the file sets; seconds, shares, and a depth in elements."""
+        return {name: getattr(self, name) for name in CONSTANTS if name in self.model_fields_set}
+
+
+CONSTANTS = tuple(name for name in GpuTypeFile.model_fields if name not in ("gpu_type", "base", "sources"))
+
+
+def load_gpu_type_file(path: str | Path, bases: Collection[str]) -> GpuTypeFile:
+    """What a file says. ConfigError names file and line; `bases` are the names that `base` may have."""
+    text, data = _read(Path(path), bases)
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}:1",
+            got=type(data).__name__,
+            expected=f"a mapping with gpu_type: {FORMAT_VERSION}",
+            fix=_remake(bases),
+        )
+    lines = lines_of_keys(text)
+    try:
+        found = GpuTypeFile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        parts = describe_violation(error, known=f"one of {list(GpuTypeFile.model_fields)}")
+        if first["type"] == "float_type" and _is_number(first["input"]):
+            number = yaml.safe_dump(float(first["input"])).split()[0]
+            parts["fix"] = f"write {number}, with a point and without quotes: this is text in YAML"
+        parts["where"] = f"{path}:{_line(lines, first['loc'])}: {parts['where']}"
+        raise ConfigError(**parts) from error
+    _validate_names(str(path), found, lines, bases)
+    return found
+
+
+def format_gpu_type_file(base: str, constants: Mapping[str, float], source: str) -> str:
+    """YAML text that `load_gpu_type_file` reads; `source` is said of each constant, rounded to five digits."""
+    data: dict[str, Any] = {"gpu_type": FORMAT_VERSION, "base": base}
+    data |= {name: float(f"{value:.5g}") for name, value in constants.items()}
+    return yaml.safe_dump(data | {"sources": dict.fromkeys(constants, source)}, sort_keys=False, width=160)
+
+
+def _read(path: Path, bases: Collection[str]) -> tuple[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, parse_yaml(text)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            str(path), got="no such file", expected="a GPU type file, or a name without .yaml", fix=_remake(bases)
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"{path}:{mark.line + 1}" if mark else str(path),
+            got=describe_yaml_error(error),
+            expected="a readable YAML file",
+            fix="correct the file",
+        ) from error
+
+
+def _validate_names(
+    path: str, found: GpuTypeFile, lines: Mapping[tuple[str, ...], int], bases: Collection[str]
+) -> None:
+    """The base is known; sources and constants are the same names."""
+    if found.base not in bases:
+        raise ConfigError(
+            f"{path}:{_line(lines, ('base',))}: base",
+            got=found.base,
+            expected=f"one of {sorted(bases)}",
+            fix="name the GPU type whose datasheet holds",
+        )
+    for name in found.constants:
+        if name not in found.sources:
+            raise ConfigError(
+                f"{path}:{_line(lines, (name,))}: {name}",
+                got="a number without a source",
+                expected="where it comes from",
+                fix=f"add sources: {{{name}: ...}}",
+            )
+    for name in found.sources:
+        if name not in found.constants:
+            raise ConfigError(
+                f"{path}:{_line(lines, ('sources', name))}: sources.{name}",
+                got="a source without its number",
+                expected=f"one of {list(found.constants)}",
+                fix=f"remove it, or add {name}: ..." if name in CONSTANTS else "remove it or correct its spelling",
+            )
+
+
+def _line(lines: Mapping[tuple[str, ...], int], path: tuple[int | str, ...]) -> int:
+    """The line of a key; of what should hold it where it is missing."""
+    keys = tuple(map(str, path))
+    return next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), 1)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, str) and float(value) > 0
+    except ValueError:
+        return False
+
+
+def _remake(bases: Collection[str]) -> str:
+    return f"mosaic calibrate --gpu-type BASE --out FILE writes one, BASE one of {sorted(bases)}"
