@@ -81,6 +81,8 @@ def describe_violation(error: ValidationError, *, where: str = "", known: str) -
         expected, fix = known, "remove the key or correct its spelling"
     elif first["type"] == "missing":
         expected, got, fix = "this key to be present", "nothing", f"add {path}"
+    elif first["type"] == "model_type":
+        expected, fix = "a section: keys with values", "write it as in the files under conf/"
     if rest:
         fix += "; also wrong: " + ", ".join(_path(other["loc"]) for other in rest[:5])
     return {"where": where + path, "got": got, "expected": expected, "fix": fix}

@@ -75,7 +75,10 @@ def timed_main(main: Callable[[], int], path: str, profiled: bool, in_steps: boo
     if get_args().rank == 0:
         Path(path).write_text(json.dumps(steps), encoding="utf-8")
         if profiled:
-            pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+            with Path(f"{path}.profile").open("w", encoding="utf-8") as text:
+                stats = pstats.Stats(profile, stream=text)
+                stats.sort_stats("tottime").print_stats(40)
+                stats.sort_stats("cumtime").print_stats("megatron_mosaic", 40)
     return status
 
 
@@ -113,6 +116,7 @@ def compare(layout: str, args: argparse.Namespace) -> dict[str, Any]:
         if args.profile:
             for side in runs:
                 run_once(side, plan, args, Path(directory) / "steps.json", profiled=True)
+                print(side, (Path(directory) / "steps.json.profile").read_text(encoding="utf-8"))
         for _ in range(args.runs):
             for side in runs:
                 steps = run_once(side, plan, args, Path(directory) / "steps.json")

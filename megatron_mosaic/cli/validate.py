@@ -68,15 +68,17 @@ def _plot(reports: dict[str, Report], path: str) -> None:
             expected="the plot extra",
             fix="pip install 'megatron-mosaic[plot]'",
         ) from error
-    figure = Figure(figsize=(6, 6))
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    for name, report in reports.items():
+    for index, (name, report) in enumerate(reports.items()):
         timed = [each for each in report.compared if each.case.measured_s]
-        axes.loglog([each.case.measured_s for each in timed], [each.step_s for each in timed], ".", label=name)
+        if timed:
+            seconds = [each.case.measured_s for each in timed], [each.step_s for each in timed]
+            axes.loglog(*seconds, "o^s"[index // 10 % 3], label=name, markersize=4, alpha=0.7)  # ten colours
     axes.axline((1, 1), (10, 10), color="grey", linewidth=0.5)
     axes.set_xlabel("measured step, s")
     axes.set_ylabel("predicted step, s")
-    axes.legend(fontsize=6)
+    figure.legend(loc="outside right upper", fontsize=8)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

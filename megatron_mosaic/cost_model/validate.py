@@ -60,6 +60,9 @@ class Report:
         timed = [each for each in self.compared if each.case.measured_s]
         errors = [each.time_error_frac for each in timed]
         memory = [each.memory_error_frac for each in self.compared if each.case.measured_bytes]
+        by_format: dict[str, list[float]] = {}
+        for each in timed:
+            by_format.setdefault(each.case.setup.format, []).append(abs(each.fold_error_frac))
         return {
             "rows": self.rows,
             "predicted": len(self.compared),
@@ -69,6 +72,8 @@ class Report:
             "time_p90": _quantile(map(abs, errors), 0.9),
             "time_bias": _mean(errors),
             "time_mape_out_of_sample": _mean(abs(each.fold_error_frac) for each in timed),
+            "time_mape_out_of_sample_by_format": {name: _mean(errors) for name, errors in by_format.items()},
+            "timed_by_format": {name: len(errors) for name, errors in by_format.items()},
             "memory_mape": _mean(map(abs, memory)),
             "memory_median": _quantile(map(abs, memory), 0.5),
         }

@@ -7,7 +7,7 @@ import pytest
 from megatron_mosaic.cli.main import main
 from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
 from megatron_mosaic.cost_model.side_tables import compare_memory
-from megatron_mosaic.cost_model.validate import PUBLISHED, validate_folder
+from megatron_mosaic.cost_model.validate import PUBLISHED, merge_reports, validate_folder
 from megatron_mosaic.errors import ConfigError
 
 ROW = load_rows(PUBLISHED / "korthikanti2022_table5.csv")[0]
@@ -60,3 +60,30 @@ def test_memory_of_korthikanti_figure_1():
     assert len(rows) == 8
     assert max(abs(row.static_error_frac) for row in rows) < 0.02
     assert max(abs(row.activation_error_frac) for row in rows) < 0.05
+
+
+# file -> largest mean error of the time out of sample, and of the memory (of the median, for the tests of Megatron)
+TARGETS = {
+    "korthikanti2022_table5": (0.03, None),
+    "vtrain_multi_node_a100": (0.08, None),
+    "vtrain_single_node_a100": (0.15, None),
+    "simumax_b200": (0.06, 0.03),
+    "mimo_vlm_h100": (0.08, 0.08),
+}
+
+
+def test_errors_on_published_steps_stay_within_their_targets():
+    reports = validate_folder(PUBLISHED)
+    for name, (time_frac, memory_frac) in TARGETS.items():
+        found = reports[name].as_dict()
+        assert found["time_mape_out_of_sample"] <= time_frac, name
+        assert memory_frac is None or found["memory_mape"] <= memory_frac, name
+    bridge = [each for each in reports["megatron_bridge_perf"].compared if each.case.setup.format in ("bf16", "fp8")]
+    assert len(bridge) > 40
+    assert sum(abs(each.fold_error_frac) for each in bridge) <= 0.12 * len(bridge)
+    assert reports["megatron_ci_golden"].as_dict()["memory_median"] <= 0.08
+    schedules = reports["optimus_vlm"].compared
+    by_measured = sorted(schedules, key=lambda each: each.case.measured_s)
+    assert by_measured == sorted(schedules, key=lambda each: each.step_s)
+    total = merge_reports(list(reports.values()))
+    assert len(total.compared) >= 0.8 * total.rows

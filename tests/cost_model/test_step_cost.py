@@ -1,0 +1,62 @@
+"""The step without a clock against the simulator that plans are searched with, and how long either takes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.cost_model.step_cost import estimate_step
+from megatron_mosaic.cost_model.validate import PUBLISHED
+
+ROW = load_rows(PUBLISHED / "mimo_vlm_h100.csv")[0]
+
+
+def _model(tp: int, pp: int, dp: int, encoder_tp: int, microbatches: int) -> tuple[Case, CostModel]:
+    """A 64-layer VLM; its encoder on all ranks."""
+    num_gpus = tp * pp * dp
+    degrees = {"n_gpus": num_gpus, "tp": tp, "pp": pp, "enc_tp": encoder_tp, "enc_dp": num_gpus // encoder_tp}
+    shape = {"gbs": dp * microbatches, "num_layers": 64, "hidden": 8192, "heads": 64, "kv_heads": 8}
+    case = try_case(ROW | {key: str(value) for key, value in (degrees | shape).items()})
+    assert isinstance(case, Case), case
+    return case, CostModel(case.workload, case.cluster)
+
+
+@given(
+    tp=st.sampled_from([1, 2, 8]),
+    pp=st.sampled_from([1, 2, 4, 8]),
+    dp=st.sampled_from([8, 16, 64]),
+    encoder_tp=st.sampled_from([1, 4, 8]),
+    microbatches=st.sampled_from([4, 9, 16]),
+)
+@settings(max_examples=40)
+def test_what_is_validated_is_what_is_searched_with(tp, pp, dp, encoder_tp, microbatches):
+    # `mosaic validate` measures the closed form, plans are searched and simulated with a clock
+    case, model = _model(tp, pp, dp, encoder_tp, microbatches)
+    assert estimate_step(case.plan, model).step_s == pytest.approx(simulate(case.plan, model).step_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("predict", [estimate_step, simulate])
+def test_a_plan_of_ten_thousand_gpus_is_predicted_in_five_milliseconds(predict):
+    case, _ = _model(tp=8, pp=8, dp=160, encoder_tp=4, microbatches=8)
+    seconds = []
+    for _ in range(20):
+        model = CostModel(case.workload, case.cluster)  # remembers nothing of other plans
+        start_s = time.process_time()
+        predict(case.plan, model)
+        seconds.append(time.process_time() - start_s)
+    assert min(seconds) < 5e-3
+
+
+def test_the_cost_model_is_imported_in_a_third_of_a_second():
+    code = (
+        "import time; start_s = time.process_time(); import megatron_mosaic.cost_model.step_cost, sys; "
+        "assert not {'torch', 'megatron', 'scipy'} & set(sys.modules); print(time.process_time() - start_s)"
+    )
+    seconds = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(seconds) < 0.3
