@@ -116,9 +116,10 @@ class StepRunner:
             self.executor.run(program, self._perform)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
         self._exchange.finish_step()
+        totals = dist.all_reduce(self._totals, group=self._grids.world, async_op=True)
         if not forward_only:
             self.executor.record("~grads", self._sum_gradients)
-        dist.all_reduce(self._totals, group=self._grids.world)
+        totals.wait()
         if not forward_only:
             self._model.scale_gradients(1.0 / (float(self._totals[0]) or 1.0))
         return [self._report()]

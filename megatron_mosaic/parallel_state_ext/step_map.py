@@ -116,6 +116,7 @@ class StepMap:
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
         self._units: dict[tuple[str, int], UnitLanes] = {}  # of this step
+        self._shards: dict[tuple[str, int], Shard] = {}
         self._keys: dict[tuple[str, str, int, bool], tuple[Hashable, ...]] = {}
 
     def covered(self, module: str, unit: int) -> range:
@@ -125,8 +126,10 @@ class StepMap:
 
     def shard(self, module: str, unit: int) -> Shard:
         """What this rank computes. No items: the unit is empty here."""
-        at = self._at[module]
-        return self._unit(module, unit).shard(at.dp, at)
+        if (module, unit) not in self._shards:
+            at = self._at[module]
+            self._shards[module, unit] = self._unit(module, unit).shard(at.dp, at)
+        return self._shards[module, unit]
 
     def is_ghost(self, module: str, unit: int) -> bool:
         """Whether this rank computes an item that counts for nothing.
