@@ -37,9 +37,10 @@ from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.batch import Integers, Shard, rows_of, shard_of
-from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Operation, Part, Profile
+from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Part, Profile
 from megatron_mosaic.definition import Place, StageInputs
 from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.measure_collectives import measure_collectives
 from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
@@ -48,7 +49,6 @@ from megatron_mosaic.plan_file import save_plan
 from megatron_mosaic.report import TIMELINE_FILE
 
 ITEMS = (1, 2, 4, 8, 16)
-MESSAGE_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
 REPEATS = 5
 _NOTHING = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 _PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
@@ -110,7 +110,7 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
             if tp == 1:
                 optimizer.update(bench.measure_optimizer())
             bench.close()
-    collectives = _measure_collectives(Path(directory) / "messages-timed")
+    collectives = measure_collectives(Path(directory) / "messages-timed")
     if dist.get_rank() == 0:
         measured = {
             "machine": _measure_machine(cores),
@@ -270,75 +270,6 @@ class _ModuleBench:
 
     def close(self) -> None:
         self._grids.destroy()
-
-
-def _measure_collectives(flag: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """operation -> ranks -> points. Collective over all ranks. `flag`: a file that does not exist yet."""
-    table: dict[str, dict[int, list[dict[str, float]]]] = {operation.value: {} for operation in Operation}
-    for num_ranks in range(2, dist.get_world_size() + 1):
-        group = dist.new_group(list(range(num_ranks)))
-        if dist.get_rank() < num_ranks:
-            for operation in (Operation.all_reduce, Operation.all_gather, Operation.reduce_scatter):
-                table[operation][num_ranks] = [
-                    {"bytes": size, "seconds": _time_collective(operation, size, group, num_ranks)}
-                    for size in MESSAGE_BYTES
-                ]
-        dist.barrier()
-        if dist.get_rank() < num_ranks:
-            dist.destroy_process_group(group)
-    seconds = _time_messages(flag)
-    table[Operation.p2p][2] = [{"bytes": size, "seconds": s} for size, s in zip(MESSAGE_BYTES, seconds, strict=True)]
-    return table
-
-
-def _time_collective(operation: Operation, size: int, group: dist.ProcessGroup, num_ranks: int) -> float:
-    part = torch.ones(max(1, size // 4 // num_ranks))
-    whole = torch.ones(part.numel() * num_ranks)
-
-    def exchange() -> None:
-        if operation is Operation.all_reduce:
-            dist.all_reduce(whole, group=group)
-        elif operation is Operation.all_gather:
-            dist.all_gather_into_tensor(whole, part, group=group)
-        else:
-            dist.reduce_scatter_tensor(part, whole, group=group)
-
-    exchange()
-    return statistics.median(_repeat(exchange, 2 * REPEATS))
-
-
-def _time_messages(flag: Path) -> list[float]:
-    """Median seconds from posting a message on rank 0 to holding it on rank 1, per size, as in a training step: the
-    sender goes on computing, and so do all other ranks. Collective; the clock is the host's."""
-    rank, times = dist.get_rank(), []
-    if rank > 1:
-        while not flag.exists():
-            _compute_a_little()
-    for size in MESSAGE_BYTES if rank < 2 else ():
-        message = torch.ones(size // 4)
-        for _ in range(2 * REPEATS + 1):
-            if rank == 0:
-                times.append(time.monotonic())
-                work = dist.isend(message, 1)
-                _compute_a_little()
-                work.wait()
-            else:
-                dist.recv(message, 0)
-                times.append(time.monotonic())
-    if rank == 1:
-        flag.touch()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, times)
-    taken = [received - sent for sent, received in zip(everyone[0], everyone[1], strict=True)]
-    count = 2 * REPEATS + 1
-    return [statistics.median(taken[i * count + 1 : (i + 1) * count]) for i in range(len(MESSAGE_BYTES))]
-
-
-def _compute_a_little() -> None:
-    """A few milliseconds of matrix products."""
-    matrix = torch.ones(256, 256)
-    for _ in range(10):
-        matrix = (matrix @ matrix) / 256
 
 
 def _measure_machine(cores: int) -> dict[str, float]:

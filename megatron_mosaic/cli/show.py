@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_workload
-from megatron_mosaic.cost_model.memory import estimate_peak_bytes, precision_of
+from megatron_mosaic.cost_model.memory import Memory, estimate_memory, precision_of
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
-from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan_file import load_plan
 from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
@@ -27,7 +29,8 @@ def main(arguments: argparse.Namespace) -> int:
     workload = load_workload([f"model={plan.workload}", f"workload.global_batch_size={plan.global_batch_size}"])
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
-    peaks = estimate_peak_bytes(plan, workload, precision_of(plan))
+    memory = estimate_memory(plan, workload, precision_of(plan))
+    peaks = {rank: held.total for rank, held in memory.items()}
     asked = list_groups(plan, workload.edge_pairs)
     groups = {"created": len(set(asked)), "asked": len(asked)}
     if arguments.json:
@@ -37,16 +40,37 @@ def main(arguments: argparse.Namespace) -> int:
                 "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
+                "memory": {str(ranks): asdict(held) for ranks, held in ranks_of(memory).items()},
                 "groups": groups,
             }
         )
         return 0
     _print_modules(plan, workload)
     print(render_rank_map(plan, peaks))
+    print()
+    print_memory("memory of a rank, at its peak", ranks_of(memory))
     print(f"groups: {groups['created']} created, {groups['asked']} asked for")
     print()
     print(schedule, end="")
     return 0
+
+
+def ranks_of(memory: Mapping[int, Memory]) -> dict[RankSet, Memory]:
+    """Ranks that hold the same -> what they hold."""
+    members: dict[Memory, list[int]] = {}
+    for rank, held in memory.items():
+        members.setdefault(held, []).append(rank)
+    return {RankSet.of(ranks): held for held, ranks in members.items()}
+
+
+def print_memory(title: str, memory: Mapping[RankSet, Memory]) -> None:
+    """A row for each set of ranks, a column for whatever holds bytes somewhere."""
+    columns = [name for name in Memory.__slots__ if any(getattr(held, name) for held in memory.values())]
+    rows = [
+        (str(ranks), *(format_bytes(getattr(held, name)) for name in columns), format_bytes(held.total))
+        for ranks, held in memory.items()
+    ]
+    print_table(title, ("ranks", *columns, "total"), rows)
 
 
 def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from megatron_mosaic.cli.output import print_json, print_table, write_text
 from megatron_mosaic.cli.page import render_page
+from megatron_mosaic.cli.show import print_memory
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.plan import Plan, validate_plan
@@ -25,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))
     if arguments.html:
         write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
+    alike = simulation.ranks_alike()
+    memory = dict(zip(alike.values(), simulation.memory()))
     if arguments.json:
         print_json(
             {
@@ -32,10 +36,10 @@ def main(arguments: argparse.Namespace) -> int:
                 "bubble_frac": timeline.bubble_frac,
                 "peak_bytes": simulation.peak_bytes,
                 "by_module": timeline.seconds_by_module(),
+                "memory": {str(ranks): asdict(held) for ranks, held in memory.items()},
             }
         )
         return 0
-    alike = simulation.ranks_alike()
     print(render_text(Timeline(tuple(span for span in timeline.spans if span.rank in alike))))
     for first, ranks in alike.items():
         if len(ranks) > 1:
@@ -47,6 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
         ("module", "busy, mean over its ranks"),
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
+    print_memory("memory of a rank, at its peak", memory)
     return 0
 
 

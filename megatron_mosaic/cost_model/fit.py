@@ -1,7 +1,8 @@
 """Measured points -> straight lines: seconds = a + b * size, a and b not negative (scipy's NNLS).
 
-Residuals are relative, so that small sizes count as much as large ones. Below the smallest measured size the line
-goes on to its intercept; above `EXTRAPOLATION` times the largest it is refused.
+Less work never takes longer: where it was measured to, another process was in the way, and the larger size's time
+counts. Residuals are relative, so that small sizes count as much as large ones. Below the smallest measured size the
+line goes on to its intercept; above `EXTRAPOLATION` times the largest it is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def fit_line(where: str, points: Sequence[tuple[float, float]]) -> Line:
     import numpy as np
     from scipy.optimize import nnls
 
-    sizes, seconds = (np.array(column, dtype=float) for column in zip(*points))
+    sizes, seconds = (np.array(column, dtype=float) for column in zip(*sorted(points)))
+    seconds = np.minimum.accumulate(seconds[::-1])[::-1]
     largest = float(sizes.max())
     if len(points) == 1:
         return Line(where=where, intercept_s=float(seconds[0]), slope_s=0.0, largest=largest)

@@ -64,11 +64,10 @@ def local_cluster(profile: Profile, num_ranks: int) -> Cluster:
     source = profile.title
     machine = profile.machine
     line = FittedProfile(profile).collective(Operation.p2p, 2)
-    if not line.slope_s > 0 or not line.intercept_s > 0:
-        raise ProfileError(
-            line.where, got=f"{line.intercept_s} s + {line.slope_s} s/byte", expected="both above 0", fix=CALIBRATE
-        )
-    link = Link(name="processes", bytes_per_s=1 / line.slope_s, latency_s=line.intercept_s, source=source)
+    if not line.intercept_s > 0:
+        raise ProfileError(line.where, got=f"{line.intercept_s} s for no bytes", expected="above 0", fix=CALIBRATE)
+    per_byte_s = max(line.slope_s, 1 / machine.memory_bytes_per_s)  # a message is copied at least
+    link = Link(name="processes", bytes_per_s=1 / per_byte_s, latency_s=line.intercept_s, source=source)
     keys = ("num_sms", "sm_granularity", "memory_bytes", "flops_per_s", "memory_bytes_per_s", "gemm_efficiency_frac")
     gpu = GpuType(
         name="cpu",

@@ -1,4 +1,6 @@
-"""Bytes on a rank: parameters, gradients and optimizer state, plus the activations of the units that are alive.
+"""Bytes on a rank, by what holds them: what stays (`static`), what each live unit adds (`unit`), what comes and goes.
+
+    peak of a rank = sum of its lanes' static + worst moment of (live units x unit) + largest workspace of its lanes
 
 Adam in Megatron (core developer guide, "Distributed Optimizer", bytes per parameter without sharding):
 
@@ -9,15 +11,45 @@ Adam in Megatron (core developer guide, "Distributed Optimizer", bytes per param
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import reduce
 
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
 from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
-from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_expert_parameters, count_parameters
+from megatron_mosaic.cost_model.sizes import (
+    count_activation_bytes,
+    count_expert_parameters,
+    count_logits_bytes,
+    count_parameters,
+)
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.workload import ModuleConfig, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of a rank (or of a lane, or of one of its units), by what holds them."""
+
+    parameters: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0  # with the fp32 copy that their loss needs
+    buffers: float = 0.0  # hidden states under way between stages, parameters gathered by FSDP
+    workspace: float = 0.0  # one matrix's gradient, a layer that is recomputed, the libraries' own
+
+    @property
+    def total(self) -> float:
+        return math.fsum(astuple(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+
+    def times(self, count: float) -> Memory:
+        """`count` of these."""
+        return Memory(**{name: count * getattr(self, name) for name in self.__slots__})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +60,11 @@ class Precision:
     trained_bytes: int  # per parameter that is trained
     gradient_bytes: int
     fused_attention: bool
+    library_bytes: float = 0.0  # workspaces that libraries take from PyTorch's allocator
 
 
 ANALYTIC = "analytic"  # how the name of a cost model without a profile ends
-BF16 = Precision(value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True)
+BF16 = Precision(value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True, library_bytes=0.1e9)
 FP32 = Precision(value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False)  # the CPU runtime
 
 
@@ -69,57 +102,99 @@ def shards_of(layout: Layout) -> tuple[int, int]:
     return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
 
 
-def estimate_static_bytes(
-    module: ModuleConfig, plan: ModulePlan, stage: int, precision: Precision, setup: TrainingSetup = DEFAULT_SETUP
-) -> float:
-    """Parameters, gradients and optimizer state of one stage on one rank.
-
-    Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
-    in the further stages (Rajbhandari et al. 2020, figure 1).
-    """
-    parameters, experts = stage_parameters(module, plan, stage), stage_expert_parameters(module, plan)
-    if module.frozen:
-        return precision.value_bytes * parameters
-    value, gradient = precision.value_bytes, precision.gradient_bytes
-    state = precision.trained_bytes - value - gradient
-    total = 0.0
-    for count, shards in zip((parameters - experts, experts), shards_of(plan.layout)):
-        level = list(Sharding).index(setup.sharding)
-        parts = (state / (shards if level > 0 else 1), gradient / (shards if level > 1 else 1))
-        total += count * (sum(parts) + value / (shards if level > 2 else 1))
-    return total
-
-
-def estimate_activation_bytes(
+def estimate_static(
     module: ModuleConfig,
     plan: ModulePlan,
     stage: int,
     items: int,
     precision: Precision,
     setup: TrainingSetup = DEFAULT_SETUP,
-) -> float:
-    """Bytes that one live unit of `items` items holds on one rank of a stage.
+) -> Memory:
+    """Parameters, gradients, optimizer state and message buffers of one stage on one rank. `items`: of a unit.
+
+    Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
+    in the further stages (Rajbhandari et al. 2020, figure 1), which gather two layers at a time.
+    """
+    parameters, experts = stage_parameters(module, plan, stage), stage_expert_parameters(module, plan)
+    value, gradient = precision.value_bytes, precision.gradient_bytes
+    state = precision.trained_bytes - value - gradient
+    buffers = 2.0 * _hidden_bytes(module, plan, items, precision) if plan.layout.pp > 1 else 0.0  # one each way
+    level = list(Sharding).index(setup.sharding)
+    if module.frozen:
+        return Memory(parameters=value * parameters, buffers=buffers)
+    held = Memory(buffers=buffers)
+    for count, shards in zip((parameters - experts, experts), shards_of(plan.layout)):
+        held += Memory(
+            parameters=value * count / (shards if level > 2 else 1),
+            gradients=gradient * count / (shards if level > 1 else 1),
+            optimizer=state * count / (shards if level > 0 else 1),
+        )
+    if setup.sharding is Sharding.parameters:
+        layer = count_parameters(module, Part.layer, plan.layout.tp, plan.layout.ep * plan.layout.etp)
+        held += Memory(buffers=2.0 * value * layer)
+    return held
+
+
+def estimate_unit(
+    module: ModuleConfig,
+    plan: ModulePlan,
+    stage: int,
+    items: int,
+    precision: Precision,
+    setup: TrainingSetup = DEFAULT_SETUP,
+) -> Memory:
+    """Activations and logits that one live unit of `items` items keeps on one rank of a stage.
 
     Full recomputation keeps each layer's input only (Korthikanti et al. 2022: 2sbh); selective drops the attention
     matrix.
     """
-    total = 0.0
-    for part, count in stage_parts(module, plan, stage).items():
-        if part is Part.layer and plan.recompute is Recompute.full:
-            split = plan.layout.tp if plan.sequence_parallel else 1
-            per_item = precision.value_bytes * module.tokens_per_item * module.hidden_size / split
-        else:
-            per_item = count_activation_bytes(
-                module,
-                part,
-                plan.layout.tp,
-                value_bytes=precision.value_bytes,
-                fused_attention=precision.fused_attention or plan.recompute is Recompute.selective,
-                split=plan.sequence_parallel,
-                dropout=setup.dropout,
-            )
-        total += count * items * per_item / plan.layout.cp
-    return total
+    parts = stage_parts(module, plan, stage)
+    layers = (
+        _hidden_bytes(module, plan, items, precision)
+        if plan.recompute is Recompute.full
+        else _kept_bytes(module, plan, Part.layer, items, precision, setup)
+    )
+    pre, post = (_kept_bytes(module, plan, part, items, precision, setup) for part in (Part.pre, Part.post))
+    logits = items * count_logits_bytes(module, plan.layout.tp, precision.value_bytes) / plan.layout.cp
+    return Memory(
+        activations=parts[Part.layer] * layers + parts[Part.pre] * pre + parts[Part.post] * (post - logits),
+        logits=parts[Part.post] * logits,
+    )
+
+
+def estimate_workspace_bytes(
+    module: ModuleConfig, plan: ModulePlan, items: int, precision: Precision, setup: TrainingSetup = DEFAULT_SETUP
+) -> float:
+    """What is there for a moment: the fp32 gradient of a layer's largest matrix before it is added to its bucket, a
+    layer whose activations are computed again, and what libraries keep."""
+    width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
+    matrix = module.hidden_size * width * (2 if module.gated else 1) / plan.layout.tp
+    passing = 0.0 if module.frozen else precision.gradient_bytes * matrix
+    if plan.recompute is Recompute.full:
+        passing += _kept_bytes(module, plan, Part.layer, items, precision, setup)
+    return precision.library_bytes + passing
+
+
+def _hidden_bytes(module: ModuleConfig, plan: ModulePlan, items: int, precision: Precision) -> float:
+    """Hidden states [tokens, items, hidden_size] of a unit on one rank."""
+    split = plan.layout.cp * (plan.layout.tp if plan.sequence_parallel else 1)
+    return precision.value_bytes * items * module.tokens_per_item * module.hidden_size / split
+
+
+def _kept_bytes(
+    module: ModuleConfig, plan: ModulePlan, part: Part, items: int, precision: Precision, setup: TrainingSetup
+) -> float:
+    """What the forward of a part keeps of a unit, unless it is recomputed as a whole."""
+    each = count_activation_bytes(
+        module,
+        part,
+        plan.layout.tp,
+        value_bytes=precision.value_bytes,
+        fused_attention=precision.fused_attention or plan.recompute is Recompute.selective,
+        split=plan.sequence_parallel,
+        dropout=setup.dropout,
+    )
+    return items * each / plan.layout.cp
 
 
 def items_of_action(plan: Plan, workload: Workload, module: str) -> int:
@@ -130,26 +205,55 @@ def items_of_action(plan: Plan, workload: Workload, module: str) -> int:
 
 
 def peak_of_classes(
-    program: Program, lane_map: LaneMap, static_bytes: Sequence[float], unit_bytes: Sequence[float]
+    program: Program,
+    lane_map: LaneMap,
+    static_bytes: Sequence[float],
+    unit_bytes: Sequence[float],
+    workspace_bytes: Sequence[float],
 ) -> tuple[float, ...]:
-    """Per class of ranks: what its lanes always hold, plus the worst moment of its live units."""
+    """Per class of ranks: what its lanes always hold, plus the worst moment of its live units, plus a workspace."""
     return tuple(
         sum(static_bytes[lane] for lane in lanes)
         + max(sum(n * size for n, size in zip(live, unit_bytes)) for live in program.live_units[name])
+        + max(workspace_bytes[lane] for lane in lanes)
         for name, lanes in enumerate(lane_map.lanes_of_class.values())
     )
 
 
-def estimate_peak_bytes(plan: Plan, workload: Workload, precision: Precision) -> dict[int, float]:
-    """Rank -> peak bytes, for ranks that have a lane. No clock: the order of work decides what is alive."""
+def memory_of_classes(
+    program: Program,
+    lane_map: LaneMap,
+    static: Sequence[Memory],
+    unit: Sequence[Memory],
+    workspace_bytes: Sequence[float],
+) -> tuple[Memory, ...]:
+    """`peak_of_classes` by what holds the bytes."""
+    unit_bytes, found = [each.total for each in unit], []
+    for name, lanes in enumerate(lane_map.lanes_of_class.values()):
+        worst = max(program.live_units[name], key=lambda live: sum(n * size for n, size in zip(live, unit_bytes)))
+        alive = add_up(each.times(n) for n, each in zip(worst, unit) if n)
+        workspace = Memory(workspace=max(workspace_bytes[lane] for lane in lanes))
+        found.append(add_up(static[lane] for lane in lanes) + alive + workspace)
+    return tuple(found)
+
+
+def add_up(parts: Iterable[Memory]) -> Memory:
+    """Their sum."""
+    return reduce(Memory.__add__, parts, Memory())
+
+
+def estimate_memory(plan: Plan, workload: Workload, precision: Precision) -> dict[int, Memory]:
+    """Rank -> its peak, for ranks that have a lane. No clock: the order of work decides what is alive."""
     lane_map = map_lanes(plan, workload)
-    static_bytes, unit_bytes = [], []
+    static, unit, workspace_bytes = [], [], []
     for module, stage in lane_map.lanes:
         config, placed = workload.by_name[module], plan.modules[module]
         items = items_of_action(plan, workload, module)
-        static_bytes.append(estimate_static_bytes(config, placed, stage, precision))
-        unit_bytes.append(estimate_activation_bytes(config, placed, stage, items, precision) / placed.layout.vpp)
-    peaks = peak_of_classes(build_program(plan.schedule, lane_map), lane_map, static_bytes, unit_bytes)
+        static.append(estimate_static(config, placed, stage, items, precision))
+        unit.append(estimate_unit(config, placed, stage, items, precision).times(1 / placed.layout.vpp))
+        workspace_bytes.append(estimate_workspace_bytes(config, placed, items, precision))
+    program = build_program(plan.schedule, lane_map)
+    peaks = memory_of_classes(program, lane_map, static, unit, workspace_bytes)
     return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
 
 

@@ -21,8 +21,10 @@ from megatron_mosaic.cost_model.memory import (
     ANALYTIC,
     BF16,
     FP32,
-    estimate_activation_bytes,
-    estimate_static_bytes,
+    Memory,
+    estimate_static,
+    estimate_unit,
+    estimate_workspace_bytes,
     items_of_action,
     shards_of,
     stage_expert_parameters,
@@ -234,16 +236,25 @@ class CostModel:
         experts = stage_expert_parameters(config, placed)
         return (stage_parameters(config, placed, stage) - experts) / dense + experts / expert
 
-    def static_bytes(self, plan: Plan, module: str, stage: int) -> float:
-        return estimate_static_bytes(
-            self.workload.by_name[module], plan.modules[module], stage, self.precision, self.setup
+    def static(self, plan: Plan, module: str, stage: int) -> Memory:
+        """What a stage always holds on one rank."""
+        items = self.items_of_action(plan, module)
+        return estimate_static(
+            self.workload.by_name[module], plan.modules[module], stage, items, self.precision, self.setup
         )
 
-    def activation_bytes(self, plan: Plan, module: str, stage: int) -> float:
-        """Bytes of one live unit of a stage on one rank."""
+    def unit(self, plan: Plan, module: str, stage: int) -> Memory:
+        """What one live unit of a stage holds on one rank."""
         items = self.items_of_action(plan, module)
-        return estimate_activation_bytes(
+        return estimate_unit(
             self.workload.by_name[module], plan.modules[module], stage, items, self.precision, self.setup
+        )
+
+    def workspace_bytes(self, plan: Plan, module: str) -> float:
+        """What the module's work needs for moments."""
+        items = self.items_of_action(plan, module)
+        return estimate_workspace_bytes(
+            self.workload.by_name[module], plan.modules[module], items, self.precision, self.setup
         )
 
     def _tp_ranks(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:

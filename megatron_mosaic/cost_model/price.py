@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_mosaic.cost_model.memory import Memory
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
 from megatron_mosaic.plan import Plan
@@ -26,8 +27,11 @@ class LaneCost:
     threads: int  # at work on all ranks of the stage together
     gradients_s: float
     trained_parameters: float
-    static_bytes: float
+    static: Memory
+    unit: Memory
+    static_bytes: float  # their totals
     unit_bytes: float
+    workspace_bytes: float
     min_live_units: int  # at some moment at least so many units are alive
     ranks: tuple[int, ...]
 
@@ -116,6 +120,7 @@ class PlanPrice:
         return max(
             sum(self.costs[i].static_bytes for i in lanes)
             + max(self.costs[i].min_live_units * self.costs[i].unit_bytes for i in lanes)
+            + max(self.costs[i].workspace_bytes for i in lanes)
             for lanes in self.lanes_of_class.values()
         )
 
@@ -140,6 +145,7 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
     if key not in model.lane_costs:
         forward, backward = (model.action_cost(plan, module, stage, backward=b) for b in (False, True))
         ranks = stage_ranks(plan, module, stage)
+        static, unit = model.static(plan, module, stage), model.unit(plan, module, stage).times(1 / chunks)
         model.lane_costs[key] = LaneCost(
             forward_s=forward.busy_s / chunks,
             backward_s=backward.busy_s / chunks if module in chain.has_backward else 0.0,
@@ -147,8 +153,11 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
             threads=forward.threads * len(ranks),
             gradients_s=model.gradient_sync_s(plan, module, stage),
             trained_parameters=model.trained_parameters(plan, module, stage),
-            static_bytes=model.static_bytes(plan, module, stage),
-            unit_bytes=model.activation_bytes(plan, module, stage) / chunks,
+            static=static,
+            unit=unit,
+            static_bytes=static.total,
+            unit_bytes=unit.total,
+            workspace_bytes=model.workspace_bytes(plan, module),
             min_live_units=min_live_units,
             ranks=ranks,
         )

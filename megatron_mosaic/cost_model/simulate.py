@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.cost_model.memory import peak_of_classes
+from megatron_mosaic.cost_model.memory import Memory, memory_of_classes, peak_of_classes
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import PlanPrice, price_plan
 from megatron_mosaic.cost_model.program import Program, build_program
@@ -55,7 +55,11 @@ def prepare_program(price: PlanPrice, num_microbatches: int = 0) -> PricedProgra
         gradients_s=tuple(price.gradients_s.values()),
         optimizer_s=tuple(price.optimizer_s.values()),
         peak_bytes=peak_of_classes(
-            program, price.lane_map, [cost.static_bytes for cost in costs], [cost.unit_bytes for cost in costs]
+            program,
+            price.lane_map,
+            [cost.static_bytes for cost in costs],
+            [cost.unit_bytes for cost in costs],
+            [cost.workspace_bytes for cost in costs],
         ),
     )
 
@@ -90,6 +94,17 @@ class Simulation:
     def peak_bytes(self) -> float:
         """Of the fullest rank."""
         return max(self.priced.peak_bytes)
+
+    def memory(self) -> tuple[Memory, ...]:
+        """Per class, its peak by what holds the bytes."""
+        costs = self.priced.price.costs
+        return memory_of_classes(
+            self.priced.program,
+            self.priced.price.lane_map,
+            [cost.static for cost in costs],
+            [cost.unit for cost in costs],
+            [cost.workspace_bytes for cost in costs],
+        )
 
     def ranks_alike(self) -> dict[int, RankSet]:
         """Lowest rank of each class -> the class: ranks that do the same at the same time."""

@@ -136,10 +136,13 @@ def count_activation_bytes(
         return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:
         return scale * s * 2.0 * module.input_size
-    # input of the final norm and of the head; logits once in training precision and once in fp32 (their softmax)
-    return scale * s * 4.0 * h / (tp if split else 1) + s * module.vocab_size * (value_bytes + 4.0) / tp * (
-        module.vocab_size > 0
-    )
+    # input of the final norm and of the head
+    return scale * s * 4.0 * h / (tp if split else 1) + count_logits_bytes(module, tp, value_bytes)
+
+
+def count_logits_bytes(module: ModuleConfig, tp: int, value_bytes: int) -> float:
+    """Logits of one item on a rank, once in training precision and once in fp32 (their softmax)."""
+    return module.tokens_per_item * module.vocab_size * (value_bytes + 4.0) / tp
 
 
 def module_parameters(module: ModuleConfig) -> float:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_mosaic.cost_model.memory import Memory, add_up
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import LaneCost, price_plan
 from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
-
-_OVERHEAD_BYTES = 0.1e9  # workspaces that the libraries take from PyTorch's allocator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +26,7 @@ class StepCost:
     bubble_s: float
     gradients_s: float
     optimizer_s: float
-    static_bytes: float
-    activation_bytes: float
-    overhead_bytes: float
+    memory: Memory
 
     @property
     def step_s(self) -> float:
@@ -37,7 +34,7 @@ class StepCost:
 
     @property
     def peak_bytes(self) -> float:
-        return self.static_bytes + self.activation_bytes + self.overhead_bytes
+        return self.memory.total
 
 
 def estimate_step(plan: Plan, model: CostModel) -> StepCost:
@@ -65,16 +62,13 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     encoder_s = sum(cost.busy_s for cost in encoders) + _boundary_s(plan, model)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
     hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
-    static, activation = _memory(stages, encoders, p, v, m)
     return StepCost(
         encoder_s=max(0.0, encoder_s - hidden_s),
         backbone_s=m * worst,
         bubble_s=fill,
         gradients_s=exposed_s,
         optimizer_s=optimizer_s,
-        static_bytes=static,
-        activation_bytes=activation,
-        overhead_bytes=_OVERHEAD_BYTES + _transient_bytes(model, plan),
+        memory=_memory(stages, encoders, p, v, m),
     )
 
 
@@ -94,26 +88,16 @@ def _boundary_s(plan: Plan, model: CostModel) -> float:
     return seconds
 
 
-def _transient_bytes(model: CostModel, plan: Plan) -> float:
-    """The fp32 gradient of the largest matrix of a layer, before it is added to its bucket."""
-    module = model.workload.backbone
-    width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
-    matrix = module.hidden_size * width * (2 if module.gated else 1) / plan.modules[module.name].layout.tp
-    return model.precision.gradient_bytes * matrix
-
-
 def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
     return model.transfer_s(_without_chunks(plan), (backbone, 0), (backbone, 1))
 
 
-def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int) -> tuple[float, float]:
-    """Static and activation bytes of the fullest rank of the backbone, its encoders' included."""
-    beside = (
-        sum(cost.static_bytes for cost in encoders),
-        sum(min(m, p) / m * cost.num_units * cost.unit_bytes for cost in encoders),
-    )
+def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int) -> Memory:
+    """The fullest rank of the backbone, its encoders' included."""
+    beside = add_up(cost.static + cost.unit.times(min(m, p) / m * cost.num_units) for cost in encoders)
     found = []
     for stage, cost in enumerate(stages):
         live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)
-        found.append((cost.static_bytes + beside[0], live * cost.unit_bytes + beside[1]))
-    return max(found, key=sum)
+        workspace = Memory(workspace=max(each.workspace_bytes for each in (cost, *encoders)))
+        found.append(cost.static + cost.unit.times(live) + beside + workspace)
+    return max(found, key=lambda memory: memory.total)

@@ -126,6 +126,7 @@ def test_simulate(capsys, plan, profile, tmp_path):
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     result = run_json(capsys, "simulate", plan, "--trace", trace, "--html", page)
     assert set(result) >= {"step_s", "bubble_frac", "peak_bytes", "by_module"}
+    assert max(sum(held.values()) for held in result["memory"].values()) == pytest.approx(result["peak_bytes"])
     assert set(result["by_module"]) >= {"vision", "llm", "generator"}
     assert 0 < result["bubble_frac"] < 1
     assert json.loads(trace.read_text())["traceEvents"]

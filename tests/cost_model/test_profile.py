@@ -104,10 +104,12 @@ def test_fit_recovers_a_line(intercept_s, slope_s, sizes):
         assert line.at(size) == pytest.approx(intercept_s + slope_s * size, rel=1e-6)
 
 
-def test_fit_is_never_negative():
-    line = fit_line("x", [(1, 4.0), (2, 2.0), (3, 1.0)])  # falling: the best line with a slope >= 0 is flat
+def test_less_work_never_takes_longer():
+    line = fit_line("x", [(1, 4.0), (2, 2.0), (3, 1.0)])  # the first two were disturbed
     assert line.slope_s == 0
-    assert line.at(1) == line.at(3) > 0
+    assert line.at(1) == line.at(3) == pytest.approx(1.0)
+    undisturbed, disturbed = (fit_line("x", [(1, first), (10, 2.0), (100, 11.0)]) for first in (1.1, 9.0))
+    assert disturbed.at(50) == pytest.approx(undisturbed.at(50), rel=0.2)
 
 
 def test_one_point_is_flat():
@@ -157,10 +159,13 @@ def test_local_cluster_takes_every_number_from_the_profile():
     assert set(cluster.gpu.sources.values()) == {"profile of made up, 2026-11-20"} == {PROFILE.title}
 
 
-def test_local_cluster_refuses_a_flat_link():
+def test_a_local_message_is_copied_at_least_and_takes_time():
     data = PROFILE.model_dump()
     data["collectives"]["p2p"][2] = [{"bytes": 1, "seconds": 1.0}, {"bytes": 2, "seconds": 1.0}]
-    with pytest.raises(ProfileError, match="both above 0"):
+    flat = local_cluster(Profile.model_validate(data), 2)
+    assert flat.intra.bytes_per_s == flat.gpu.memory_bytes_per_s
+    data["collectives"]["p2p"][2] = [{"bytes": 1, "seconds": 1e-9}, {"bytes": 1000, "seconds": 1.0}]
+    with pytest.raises(ProfileError, match="above 0"):
         local_cluster(Profile.model_validate(data), 2)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.cost_model.hardware import local_cluster
-from megatron_mosaic.cost_model.memory import BF16, estimate_peak_bytes, precision_of
+from megatron_mosaic.cost_model.memory import BF16, estimate_memory, precision_of
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
 from megatron_mosaic.cost_model.profile import Overheads
@@ -273,7 +273,7 @@ def test_more_items_or_recomputation_cost_more():
             model.action_cost(again, "llm", 0, backward=True).busy_s
             > model.action_cost(plan, "llm", 0, backward=True).busy_s
         )
-        assert model.activation_bytes(again, "llm", 0) <= model.activation_bytes(plan, "llm", 0)
+        assert model.unit(again, "llm", 0).total <= model.unit(plan, "llm", 0).total
 
 
 def test_an_item_is_not_split():
@@ -330,10 +330,15 @@ def test_peak_without_a_clock_is_the_simulated_one():
     plan = make_plan(
         {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("2-3", Layout(dp=2))}
     )
-    peaks = estimate_peak_bytes(plan, WORKLOAD, BF16)
+    memory = estimate_memory(plan, WORKLOAD, BF16)
     simulation = simulate(plan, _gpu_model())
-    assert max(peaks.values()) == simulation.peak_bytes
-    assert list(peaks) == [0, 1, 2, 3]
+    assert max(held.total for held in memory.values()) == pytest.approx(simulation.peak_bytes)
+    assert list(memory) == [0, 1, 2, 3]
+    # by what holds it, and for ranks that do the same
+    for peak, held in zip(simulation.priced.peak_bytes, simulation.memory(), strict=True):
+        assert held.total == pytest.approx(peak)
+    for ranks, held in zip(simulation.ranks_alike().values(), simulation.memory(), strict=True):
+        assert all(memory[rank] == held for rank in ranks.ranks)
     assert precision_of(plan).value_bytes == 4  # no prediction: the CPU runtime
 
 
@@ -343,8 +348,8 @@ def test_pipeline_stages_hold_their_live_units():
     model = _gpu_model(BACKBONE_ONLY)
     simulation = simulate(plan, model)
     for stage, peak in enumerate(simulation.priced.peak_bytes):
-        unit, static = model.activation_bytes(plan, "llm", stage), model.static_bytes(plan, "llm", stage)
-        assert peak == pytest.approx(static + (4 - stage) * unit)
+        unit, static = model.unit(plan, "llm", stage).total, model.static(plan, "llm", stage).total
+        assert peak == pytest.approx(static + (4 - stage) * unit + model.workspace_bytes(plan, "llm"))
 
 
 def test_local_needs_a_profile_of_the_workload():

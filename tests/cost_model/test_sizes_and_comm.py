@@ -9,15 +9,23 @@ from hypothesis import strategies as st
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.comm import MeasuredComm, RingComm
 from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.memory import BF16, FP32, estimate_static_bytes, stage_parameters
+from megatron_mosaic.cost_model.memory import (
+    BF16,
+    FP32,
+    estimate_static,
+    estimate_unit,
+    estimate_workspace_bytes,
+    stage_parameters,
+)
 from megatron_mosaic.cost_model.profile import Operation, Part
+from megatron_mosaic.cost_model.setup import Sharding, TrainingSetup
 from megatron_mosaic.cost_model.sizes import (
     count_activation_bytes,
     count_flops,
     count_parameters,
     module_parameters,
 )
-from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet, Recompute
 from megatron_mosaic.workload import ModuleConfig, Role
 from tests.cases import LLM, VISION, make_cluster, make_profile
 
@@ -79,9 +87,36 @@ def test_activation_bytes_follow_the_published_formula(tp):
 def test_static_bytes_are_megatrons_bytes_per_parameter():
     placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
     parameters = module_parameters(LLM)
-    assert estimate_static_bytes(LLM, placed, 0, BF16) == 18 * parameters
-    assert estimate_static_bytes(LLM, placed, 0, FP32) == 16 * parameters
-    assert estimate_static_bytes(replace(LLM, frozen=True), placed, 0, BF16) == 2 * parameters
+    assert estimate_static(LLM, placed, 0, 1, BF16).total == 18 * parameters
+    assert estimate_static(LLM, placed, 0, 1, FP32).total == 16 * parameters
+    assert estimate_static(replace(LLM, frozen=True), placed, 0, 1, BF16).total == 2 * parameters
+
+
+@pytest.mark.parametrize(
+    ("sharding", "parameters", "gradients", "optimizer"),
+    [("none", 2, 4, 12), ("optimizer", 2, 4, 3), ("gradients", 2, 1, 3), ("parameters", 0.5, 1, 3)],
+)
+def test_four_ranks_share_what_their_sharding_says(sharding, parameters, gradients, optimizer):
+    # Rajbhandari et al. 2020, figure 1, with Megatron's fp32 gradients and copies
+    placed = ModulePlan(ranks=RankSet.parse("0-3"), layout=Layout(dp=4))
+    held = estimate_static(LLM, placed, 0, 1, BF16, TrainingSetup(sharding=Sharding(sharding)))
+    count = module_parameters(LLM)
+    assert held.parameters == parameters * count
+    assert held.gradients == gradients * count
+    assert held.optimizer == optimizer * count
+    assert (held.buffers > 0) == (sharding == "parameters")
+
+
+def test_a_recomputed_unit_keeps_its_layers_inputs_and_works_on_one_layer():
+    placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
+    full = replace(placed, recompute=Recompute.full)
+    kept, recomputed = (estimate_unit(LLM, each, 0, 2, BF16) for each in (placed, full))
+    inputs = 2 * 2 * LLM.tokens_per_item * LLM.hidden_size
+    layer = 2 * count_activation_bytes(LLM, Part.layer, 1, value_bytes=2, fused_attention=True)
+    assert kept.activations - recomputed.activations == LLM.num_layers * (layer - inputs)
+    assert kept.logits == recomputed.logits == 2 * LLM.tokens_per_item * LLM.vocab_size * (2 + 4)
+    more = (estimate_workspace_bytes(LLM, each, 2, BF16) for each in (full, placed))
+    assert next(more) - next(more) == layer
 
 
 def test_stages_share_the_module_but_for_tied_embeddings():
