@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -98,8 +99,8 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
         plan=plan,
         cluster=cluster,
         setup=setup,
-        measured_s=_measured_s(row, number, workload),
-        measured_bytes=_measured_bytes(row),
+        measured_s=_measured_s(number, workload),
+        measured_bytes=_measured_bytes(row, number),
     )
 
 
@@ -111,8 +112,25 @@ class _Numbers:
         text = self.row.get(key, "")
         try:
             return int(float(text)) if text else default
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise Refusal(f"{key} is {text!r}, not a number") from error
+
+    def degree(self, key: str, default: int = 1) -> int:
+        value = self.get(key, default)
+        if value < 1:
+            raise Refusal(f"{key} is {value}, not a degree of parallelism")
+        return value
+
+    def positive(self, key: str) -> float:
+        """0 where the cell is empty."""
+        text = self.row.get(key, "")
+        try:
+            value = float(text) if text else 0.0
+        except ValueError:
+            value = math.nan
+        if text and not 0 < value < math.inf:
+            raise Refusal(f"{key} is {text!r}, not a number above 0")
+        return value
 
     def need(self, key: str) -> int:
         value = self.get(key, 0)
@@ -171,7 +189,7 @@ def _backbone(row: Row, number: _Numbers) -> ModuleConfig:
         "causal": family not in ("dit", "bert"),
         "untied_output": is_gated(name),
     }
-    pieces = number.get("pp", 1) * number.get("vpp", 1)
+    pieces = number.degree("pp") * number.degree("vpp")
     # Stages that hold the embedding or the loss take fewer layers: the others decide, and have the rounded number
     fields["num_layers"] = -(-layers // pieces) * pieces
     try:
@@ -201,13 +219,18 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     n_gpus = number.need("n_gpus")
     if encoder and not row.get("tp"):
         raise Refusal("its parallel layout is not stated")
-    tp, pp, cp = (number.get(axis, 1) for axis in ("tp", "pp", "cp"))
-    dp = n_gpus // (tp * pp * cp)
-    if dp < 1 or n_gpus % (tp * pp * cp):
-        raise Refusal(f"{n_gpus} GPUs are not a multiple of tp {tp} x pp {pp} x cp {cp}")
+    tp, pp, cp = (number.degree(axis) for axis in ("tp", "pp", "cp"))
+    enc_tp, enc_pp = number.degree("enc_tp", tp), number.degree("enc_pp")
+    enc_dp = number.degree("enc_dp", max(1, n_gpus // (enc_tp * enc_pp)))
+    own = enc_tp * enc_dp * enc_pp if encoder else 0
+    apart = own > 0 and own + tp * pp * cp * number.get("dp", 0) == n_gpus  # the encoder on GPUs of its own
+    on = n_gpus - own if apart else n_gpus
+    dp = on // (tp * pp * cp)
+    if dp < 1 or on % (tp * pp * cp):
+        raise Refusal(f"{on} GPUs are not a multiple of tp {tp} x pp {pp} x cp {cp}")
     if backbone.num_heads % tp:
         raise Refusal(f"{backbone.num_heads} heads cannot be split over tp {tp}")
-    mbs = number.get("mbs", 1)
+    mbs = number.degree("mbs")
     if gbs % (mbs * dp):
         raise Refusal(f"global batch {gbs} is not a multiple of micro batch {mbs} x dp {dp}")
     text = row.get("recompute", "")
@@ -216,22 +239,19 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     # Not stated: on for a language model (every published recipe has it), off beside an encoder (Megatron's default)
     stated = {"1": True, "0": False}.get(row.get("seq_parallel", ""), encoder is None)
     split = tp > 1 and (stated or bool(backbone.num_experts))
-    ep = number.get("ep", 1) if backbone.num_experts else 1
-    stage = n_gpus // pp
-    ranks = RankSet(tuple(range(n_gpus)))
-    layout = Layout(tp=tp, cp=cp, pp=pp, vpp=number.get("vpp", 1), dp=dp, ep=ep if stage % ep == 0 else 1)
+    ep = number.degree("ep") if backbone.num_experts else 1
+    stage = on // pp
+    ranks = RankSet(tuple(range(n_gpus - on, n_gpus)))
+    layout = Layout(tp=tp, cp=cp, pp=pp, vpp=number.degree("vpp"), dp=dp, ep=ep if stage % ep == 0 else 1)
     modules = {"llm": ModulePlan(ranks=ranks, layout=layout, recompute=recompute, sequence_parallel=split)}
     if encoder:
-        enc_tp = number.get("enc_tp", tp)
-        enc_dp = number.get("enc_dp", n_gpus // enc_tp)
-        if enc_tp * enc_dp > n_gpus:
+        if own > n_gpus:
             raise Refusal("its encoder's degrees need more GPUs than it names")
-        on = RankSet(tuple(range(enc_tp * enc_dp)))
         enc = ModulePlan(
-            ranks=on,
-            layout=Layout(tp=enc_tp, dp=enc_dp),
+            ranks=RankSet(tuple(range(own))),
+            layout=Layout(tp=enc_tp, dp=enc_dp, pp=enc_pp),
             sequence_parallel=split and enc_tp > 1,
-            unit=gbs // (mbs * dp),
+            unit=1 if apart or enc_pp > 1 else gbs // (mbs * dp),
         )
         modules = {"vision": enc, **modules}
     return Plan(
@@ -275,25 +295,25 @@ def _setup(row: Row) -> TrainingSetup:
     )
 
 
-def _measured_s(row: Row, number: _Numbers, workload: Workload) -> float:
-    if row.get("iter_time_s"):
-        return float(row["iter_time_s"])
+def _measured_s(number: _Numbers, workload: Workload) -> float:
+    if seconds := number.positive("iter_time_s"):
+        return seconds
     tokens = workload.global_batch_size * workload.backbone.tokens_per_item
     n_gpus = number.need("n_gpus")
-    if row.get("tokens_per_s_per_gpu"):
-        return tokens / float(row["tokens_per_s_per_gpu"]) / n_gpus
-    if row.get("tflops_per_gpu") and len(workload.modules) == 1:
+    if rate := number.positive("tokens_per_s_per_gpu"):
+        return tokens / rate / n_gpus
+    if (rate := number.positive("tflops_per_gpu")) and len(workload.modules) == 1:
         # model FLOPs as these tables count them: three forwards, the full attention square
         whole = replace(workload.backbone, causal=False)
         forward = whole.num_layers * count_flops(whole, Part.layer) + count_flops(whole, Part.post)
-        return 3 * forward * workload.global_batch_size / (float(row["tflops_per_gpu"]) * 1e12 * n_gpus)
+        return 3 * forward * workload.global_batch_size / (rate * 1e12 * n_gpus)
     return 0.0
 
 
-def _measured_bytes(row: Row) -> float:
-    if not row.get("peak_mem_gb") or "device-used" in row.get("peak_mem_unit", ""):
+def _measured_bytes(row: Row, number: _Numbers) -> float:
+    if "device-used" in row.get("peak_mem_unit", ""):
         return 0.0  # what a device reports includes the context and the allocator's cache
-    return float(row["peak_mem_gb"]) * (2**30 if "GiB" in row.get("peak_mem_unit", "") else 1e9)
+    return number.positive("peak_mem_gb") * (2**30 if "GiB" in row.get("peak_mem_unit", "") else 1e9)
 
 
 def try_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case | str:

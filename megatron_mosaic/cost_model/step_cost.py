@@ -2,6 +2,8 @@
 
     step = encoders + (m + (p - 1) / v) x bottleneck stage + exposed gradients + optimizer
 
+Encoders on ranks of their own are stages before the first.
+
 Narayanan et al. 2021, section 2.2: interleaving divides the bubble by v. A first stage of an interleaved pipeline
 keeps 1 + (p - 1) / (p v) times the layers' activations of p microbatches (Korthikanti et al. 2022, section 4.2.3).
 """
@@ -9,10 +11,11 @@ keeps 1 + (p - 1) / (p v) times the layers' activations of p microbatches (Korth
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from megatron_mosaic.cost_model.memory import Memory, add_up
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.price import LaneCost, price_plan
+from megatron_mosaic.cost_model.price import LaneCost, PlanPrice, price_plan
 from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
 
@@ -38,18 +41,20 @@ class StepCost:
 
 
 def estimate_step(plan: Plan, model: CostModel) -> StepCost:
-    """The step of a plan whose encoders share the backbone's ranks or stand alone."""
+    """The step of a plan whose encoders share the backbone's ranks, or stand before it as further pipeline stages."""
     price = price_plan(_without_chunks(plan), model)
     backbone = model.workload.backbone.name
-    lanes = dict(zip(price.lane_map.lanes, price.costs))
-    stages = [cost for (module, _), cost in lanes.items() if module == backbone]
-    encoders = [cost for (module, _), cost in lanes.items() if module != backbone]
     placed = plan.modules[backbone]
     p, v, m = placed.layout.pp, placed.layout.vpp, plan.num_microbatches(backbone)
+    stages, before, shared = _sort_lanes(price, backbone)
+    encoders = list(chain.from_iterable(shared.values()))
     hops = _hop_s(plan, model, backbone) if p > 1 else 0.0
     busy = [cost.forward_s + cost.backward_s for cost in stages]
-    worst = max(busy) + 2 * hops * (v if v > 1 else 0)
-    fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v
+    ahead = [cost.busy_s / m for cost in before]
+    slowest, boundary_s = max([*busy, *ahead]), _boundary_s(plan, model)
+    worst = max(slowest, max(busy) + 2 * hops * (v if v > 1 else 0))
+    fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v + sum(ahead) + max(busy) - slowest
+    fill += boundary_s / m if before else 0.0
     backward_s, busy_s = sum(cost.backward_s for cost in stages) / p, sum(busy) / p
     gradients_s = max(cost.gradients_s for cost in stages) + sum(cost.gradients_s for cost in encoders)
     over_s = m * busy_s if model.setup.sharding is Sharding.parameters else backward_s
@@ -59,17 +64,40 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     )
     together = [*encoders, max(stages, key=lambda cost: cost.trained_parameters)]
     optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)
-    encoder_s = sum(cost.busy_s for cost in encoders) + _boundary_s(plan, model)
+    encoder_s = sum(map(_module_s, shared.values())) + (boundary_s if encoders else 0.0)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
     hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
+    memory = [_held(cost, min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
+    memory.append(_memory(stages, shared, p, v, m))
     return StepCost(
         encoder_s=max(0.0, encoder_s - hidden_s),
         backbone_s=m * worst,
         bubble_s=fill,
         gradients_s=exposed_s,
         optimizer_s=optimizer_s,
-        memory=_memory(stages, encoders, p, v, m),
+        memory=max(memory, key=lambda held: held.total),
     )
+
+
+def _sort_lanes(price: PlanPrice, backbone: str) -> tuple[list[LaneCost], list[LaneCost], dict[str, list[LaneCost]]]:
+    """The backbone's stages, the stages of modules on other ranks, and by module those that share its ranks."""
+    ranks = {*price.plan.modules[backbone].ranks.ranks}
+    stages: list[LaneCost] = []
+    before: list[LaneCost] = []
+    shared: dict[str, list[LaneCost]] = {}
+    for (module, _), cost in zip(price.lane_map.lanes, price.costs):
+        if module == backbone:
+            stages.append(cost)
+        elif ranks.isdisjoint(cost.ranks):
+            before.append(cost)
+        else:
+            shared.setdefault(module, []).append(cost)
+    return stages, before, shared
+
+
+def _module_s(stages: list[LaneCost]) -> float:
+    """All units of a module through its stages, one after the other."""
+    return max(cost.busy_s for cost in stages) * (1 + (len(stages) - 1) / stages[0].num_units)
 
 
 def _without_chunks(plan: Plan) -> Plan:
@@ -92,12 +120,18 @@ def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
     return model.transfer_s(_without_chunks(plan), (backbone, 0), (backbone, 1))
 
 
-def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int) -> Memory:
-    """The fullest rank of the backbone, its encoders' included."""
+def _held(cost: LaneCost, live_units: float) -> Memory:
+    return cost.static + cost.unit.times(live_units) + Memory(workspace=cost.workspace_bytes)
+
+
+def _memory(stages: list[LaneCost], shared: dict[str, list[LaneCost]], p: int, v: int, m: int) -> Memory:
+    """The fullest rank of the backbone, with the fullest stages of the modules on its ranks."""
+    encoders = [max(costs, key=lambda cost: cost.static_bytes + cost.unit_bytes) for costs in shared.values()]
     beside = add_up(cost.static + cost.unit.times(min(m, p) / m * cost.num_units) for cost in encoders)
     found = []
     for stage, cost in enumerate(stages):
         live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)
-        workspace = Memory(workspace=max(each.workspace_bytes for each in (cost, *encoders)))
-        found.append(cost.static + cost.unit.times(live) + beside + workspace)
+        held = _held(cost, live) + beside
+        extra = max((each.workspace_bytes for each in encoders), default=0.0) - cost.workspace_bytes
+        found.append(held + Memory(workspace=max(0.0, extra)))
     return max(found, key=lambda memory: memory.total)

@@ -41,6 +41,28 @@ def test_what_is_validated_is_what_is_searched_with(tp, pp, dp, encoder_tp, micr
     assert estimate_step(case.plan, model).step_s == pytest.approx(simulate(case.plan, model).step_s, rel=1e-3)
 
 
+@given(
+    pp=st.sampled_from([1, 2, 4]),
+    dp=st.sampled_from([2, 4]),
+    encoder_dp=st.sampled_from([2, 4, 8]),
+    encoder_pp=st.sampled_from([1, 2, 3]),
+    microbatches=st.sampled_from([8, 16]),
+)
+@settings(max_examples=30)
+def test_encoders_apart_are_stages_before_the_first(pp, dp, encoder_dp, encoder_pp, microbatches):
+    own = encoder_dp * encoder_pp
+    degrees = {"n_gpus": own + 4 * pp * dp, "tp": 4, "pp": pp, "dp": dp, "enc_tp": 1, "enc_dp": encoder_dp}
+    shape = {"gbs": dp * microbatches, "enc_pp": encoder_pp}
+    case = try_case(ROW | {key: str(value) for key, value in (degrees | shape).items()})
+    assert isinstance(case, Case), case
+    vision, llm = case.plan.modules["vision"], case.plan.modules["llm"]
+    assert not {*vision.ranks.ranks} & {*llm.ranks.ranks}
+    model = CostModel(case.workload, case.cluster)
+    found, simulation = estimate_step(case.plan, model), simulate(case.plan, model)
+    assert found.step_s == pytest.approx(simulation.step_s, rel=0.05)
+    assert found.peak_bytes == pytest.approx(simulation.peak_bytes, rel=0.2)
+
+
 @pytest.mark.parametrize("predict", [estimate_step, simulate])
 def test_a_plan_of_ten_thousand_gpus_is_predicted_in_five_milliseconds(predict):
     case, _ = _model(tp=8, pp=8, dp=160, encoder_tp=4, microbatches=8)

@@ -1,14 +1,19 @@
 """`mosaic validate`: what is reported, what is refused, and that shipped tables are read."""
 
+import contextlib
 import json
+import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_mosaic.cli.main import main
+from megatron_mosaic.cost_model.calibration import estimate_case
 from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
 from megatron_mosaic.cost_model.side_tables import compare_memory
 from megatron_mosaic.cost_model.validate import PUBLISHED, merge_reports, validate_folder
-from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.errors import ConfigError, MosaicError
 
 ROW = load_rows(PUBLISHED / "korthikanti2022_table5.csv")[0]
 
@@ -52,6 +57,25 @@ def test_rows_are_refused_with_a_reason(changes, reason):
     found = try_case(ROW | changes)
     assert not isinstance(found, Case)
     assert re.search(reason, found)
+
+
+CELLS = st.one_of(
+    st.sampled_from(["", "0", "-1", "1e400", "nan", "~8", "1,024", "FULL", "1.5", "3"]), st.text(max_size=8)
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(ROW)), CELLS, max_size=6), st.sampled_from(sorted(PUBLISHED.glob("*.csv")))
+)
+@settings(max_examples=300)
+def test_whatever_a_cell_holds_a_row_is_predicted_or_refused_with_a_reason(changes, path):
+    rows = load_rows(path)
+    found = try_case(rows[len(str(changes)) % len(rows)] | changes)
+    if isinstance(found, str):
+        assert found
+        return
+    with contextlib.suppress(MosaicError):  # counts as refused too
+        assert 0 < estimate_case(found).step_s < math.inf
 
 
 def test_memory_of_korthikanti_figure_1():
