@@ -7,11 +7,13 @@ Both give every rank a flight file, so that even a killed rank's lane and action
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +33,7 @@ _MESSAGE_LINES = 4  # of a MosaicError
 _REJECTED = 2  # exit status of argparse, and of our scripts for wrong input
 _LOGS = "worker-logs"
 _CAUSE_FILE = "first-failure.json"
+_PORTS = (15_000, 32_768)  # Linux gives connections 32,768 and above, others 49,152
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -246,9 +249,13 @@ def _last_message(directory: str, rank: int) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below those that systems give to connections: none of the ranks' own takes it before it is used."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(*_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

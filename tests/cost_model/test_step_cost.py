@@ -59,7 +59,8 @@ def test_encoders_apart_are_stages_before_the_first(pp, dp, encoder_dp, encoder_
     assert not {*vision.ranks.ranks} & {*llm.ranks.ranks}
     model = CostModel(case.workload, case.cluster)
     found, simulation = estimate_step(case.plan, model), simulate(case.plan, model)
-    assert found.step_s == pytest.approx(simulation.step_s, rel=0.05)
+    # 10 %: an encoder slower than the backbone lets it wait in ways that no closed form follows
+    assert found.step_s == pytest.approx(simulation.step_s, rel=0.1)
     assert found.peak_bytes == pytest.approx(simulation.peak_bytes, rel=0.2)
 
 
