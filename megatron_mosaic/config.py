@@ -18,6 +18,7 @@ from megatron_mosaic.cluster import Cluster, Link
 from megatron_mosaic.cost_model.hardware import load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.profile import Profile, default_profile_path, load_profile
+from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.search.space import SearchConfig
 from megatron_mosaic.workload import Workload
@@ -55,9 +56,21 @@ class LocalClusterSection(_Strict):
     num_ranks: Count
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingSection(_Strict):
+    format: Format = Format.bf16
+    sharding: Sharding = Sharding.none
+    gradient_overlap_frac: Share = 0.0
+    tp_overlap_frac: Share = 0.0
+    expert_overlap_frac: Share = 0.0
+
+
 class WorkloadSection(_Strict):
     global_batch_size: Count
     items_per_sample: dict[str, float] = {}
+    training: TrainingSection = TrainingSection()
 
 
 class SearchSection(_Strict):
@@ -85,9 +98,10 @@ class Task:
     cluster: Cluster
     search: SearchConfig
     profile: Profile | None
+    setup: TrainingSetup = DEFAULT_SETUP
 
     def cost_model(self) -> CostModel:
-        return CostModel(self.workload, self.cluster, self.profile)
+        return CostModel(self.workload, self.cluster, self.profile, self.setup)
 
 
 def group_options(group: str) -> tuple[str, ...]:
@@ -101,13 +115,25 @@ def load_task(overrides: Sequence[str], *, profile_path: str | Path | None = Non
     sections = compose_sections(overrides)
     workload = build_workload(sections)
     profile: Profile | None = None
+    setup = TrainingSetup(**sections.workload.training.model_dump())
     if isinstance(sections.cluster, LocalClusterSection):
+        if setup != DEFAULT_SETUP:
+            raise ConfigError(
+                "workload.training",
+                got="another set-up for cluster=local",
+                expected="the set-up that `mosaic calibrate` measured",
+                fix="leave it out, or plan for GPUs",
+            )
         profile = load_profile(profile_path or default_profile_path())
         cluster = local_cluster(profile, sections.cluster.num_ranks)
     else:
         cluster = _gpu_cluster(sections.cluster)
     return Task(
-        workload=workload, cluster=cluster, search=SearchConfig(**sections.search.model_dump()), profile=profile
+        workload=workload,
+        cluster=cluster,
+        search=SearchConfig(**sections.search.model_dump()),
+        profile=profile,
+        setup=setup,
     )
 
 

@@ -54,7 +54,7 @@ def main(names: list[str]) -> None:
         found = fit_constants(weighted, fixed)
         folds = []
         for fold in range(NUM_FOLDS):
-            train = [(case, weight) for case, weight in weighted if fold_of(case.row_id) != fold]
+            train = [(case, weight) for case, weight in weighted if fold_of(case) != fold]
             folds.append(fit_constants(train, fixed, start=found))
         write(family, found, folds, counts)
         for gpu, constants in found.items():
@@ -80,8 +80,10 @@ def write(family: str, found: dict, folds: list[dict], counts: Counter[str]) -> 
             data["sources"]["fitted_to"] += f"; none is of {name}, which has the constants of {sibling}"
         text = yaml.safe_dump(data, sort_keys=False, width=160)
         (PACKAGE / "gpu_types" / f"{name}.yaml").write_text(text, encoding="utf-8")
-        if sibling == name:
-            path = PACKAGE / "published" / "folds" / f"{name}.yaml"
+        path = PACKAGE / "published" / "folds" / f"{name}.yaml"
+        if sibling != name:
+            path.unlink(missing_ok=True)
+        else:
             table: list[Constants] = [fold.get(name, found[name]) for fold in folds]
             path.write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Few constants of a GPU type from measured steps: robust least squares on the logarithm of predicted / measured.
 
-The declared subset: the rows of FITTED_FILES that the model predicts. Folds split rows by a hash of their id, so that
-a row's fold never depends on its neighbours; each fold's constants come from the other folds.
+The declared subset: the rows of FITTED_FILES that the model predicts. Folds split configurations by a hash, so that a
+row's fold never depends on its neighbours; each fold's constants come from the other folds.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ OWN = ("gemm_efficiency_frac", "network_frac")  # what power limits and networks
 _PRIOR_WEIGHT = 0.2  # twice or half the usual value costs as much as an error of 3 % in one of the files
 
 
-def fold_of(row_id: str) -> int:
-    return zlib.crc32(row_id.encode()) % NUM_FOLDS
+def fold_of(case: Case) -> int:
+    """The same for all runs of one configuration, so that none is predicted from its repetition."""
+    layouts = [(name, placed.layout, placed.recompute) for name, placed in case.plan.modules.items()]
+    batch = (case.plan.world_size, case.plan.global_batch_size, case.plan.micro_batch_size)
+    told = (case.gpu, batch, layouts, case.workload.modules, case.setup)
+    return zlib.crc32(repr(told).encode()) % NUM_FOLDS
 
 
 def estimate_case(case: Case, gpu: GpuType | None = None) -> StepCost:

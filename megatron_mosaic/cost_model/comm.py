@@ -5,7 +5,8 @@ n ranks, B bytes of the full tensor, latency a, bandwidth w:
 
     all_reduce                    2 (n-1) a + 2 (n-1)/n B/w
     all_gather, reduce_scatter      (n-1) a +   (n-1)/n B/w
-    all_to_all                      (n-1) a +   (n-1)/n B/w      B: what one rank sends
+    all_to_all                      (n-1) a +   (n-1)/n B/w      B: what one rank sends; across N nodes of g ranks
+                                        N a +   (n-g)/n B/w      what leaves a node, each rank through its own port
     p2p                                   a +           B/w
 
 Across nodes every GPU brings its own network port: a group with g ranks on each node can drive g ports at once.
@@ -42,7 +43,7 @@ class RingComm:
         if operation is Operation.p2p:
             link = self.cluster.link_between(ranks)
             return link.latency_s + num_bytes / (link.bytes_per_s * self._frac)
-        key = (operation, n, ranks[0], ranks[-1], num_bytes)  # groups are regular: ends and size tell them apart
+        key = (operation, ranks, num_bytes)
         if key not in self._known:
             self._known[key] = self._collective(operation, ranks, num_bytes)
         return self._known[key]
@@ -55,8 +56,8 @@ class RingComm:
         if nodes == 1:
             latency_s, bytes_per_s = (n - 1) * intra.latency_s, intra.bytes_per_s
         elif operation is Operation.all_to_all:
-            latency_s = nodes * inter.latency_s
-            bytes_per_s = inter.bytes_per_s * n / (n - min(ports_of_node.values()))
+            leaving = (n - min(ports_of_node.values())) / n  # of what a rank sends, the share for other nodes
+            return nodes * inter.latency_s + leaving * num_bytes / (inter.bytes_per_s * self._frac)
         else:
             bytes_per_s = min(intra.bytes_per_s, min(ports_of_node.values()) * inter.bytes_per_s)
             hops = (n - 1) * inter.latency_s

@@ -12,7 +12,7 @@ from typing import Protocol
 from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.colocation.quota import grant_quota
 from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.kernels import Gemm, Work, backward_s, core_s, forward_s, layer_work
+from megatron_mosaic.cost_model.kernels import Gemm, Work, backward_s, core_s, forward_s, gemm_s, layer_work
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, TrainingSetup
 from megatron_mosaic.plan import Recompute
@@ -37,11 +37,17 @@ class StageWork:
     cp: int = 1
     ep: int = 1
     split: bool = False  # sequence parallelism
+    reaches_layers: bool = True  # the backward: else it ends at the trained projector of a frozen module
 
     @property
     def parts(self) -> tuple[tuple[Part, int], ...]:
         """(part, how often)."""
-        return ((Part.pre, int(self.first)), (Part.layer, self.layers), (Part.post, int(self.last)))
+        within = self.reaches_layers or not self.backward
+        return (
+            (Part.pre, int(self.first and within)),
+            (Part.layer, self.layers * within),
+            (Part.post, int(self.last)),
+        )
 
 
 class ComputeModel(Protocol):
@@ -66,6 +72,9 @@ class AnalyticCompute:
     def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
         gpu, module, setup = self.gpu, work.module, self.setup
         sms = grant_quota(work.share, gpu.num_sms, gpu.sm_granularity)
+        if work.backward and not work.reaches_layers:
+            head = Gemm(module.hidden_size, module.output_size, work.items * module.tokens_per_item / work.cp)
+            return gemm_s(gpu, head, sms, setup.format, 8) if work.last else 0.0
         seconds = 0.0
         for kernels, count in self._parts(work):
             is_layer = kernels.core_flops + kernels.core_bytes > 0

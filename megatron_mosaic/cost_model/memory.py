@@ -23,6 +23,7 @@ from megatron_mosaic.cost_model.sizes import (
     count_expert_parameters,
     count_logits_bytes,
     count_parameters,
+    count_projector_parameters,
 )
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.workload import ModuleConfig, Workload
@@ -88,6 +89,14 @@ def stage_parameters(module: ModuleConfig, plan: ModulePlan, stage: int) -> floa
     )
 
 
+def trained_parameters(module: ModuleConfig, plan: ModulePlan, stage: int) -> float:
+    """Those of `stage_parameters` that are trained: all, none, or the projector of a frozen module."""
+    if not module.frozen:
+        return stage_parameters(module, plan, stage)
+    last = stage == plan.layout.pp - 1
+    return count_projector_parameters(module) if module.trains_projector and last else 0.0
+
+
 def stage_expert_parameters(module: ModuleConfig, plan: ModulePlan) -> float:
     """Parameters of the routed experts of one stage on one rank."""
     if not module.num_experts:
@@ -115,21 +124,20 @@ def estimate_static(
     Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
     in the further stages (Rajbhandari et al. 2020, figure 1), which gather two layers at a time.
     """
-    parameters, experts = stage_parameters(module, plan, stage), stage_expert_parameters(module, plan)
+    parameters, trained = stage_parameters(module, plan, stage), trained_parameters(module, plan, stage)
+    experts = 0.0 if module.frozen else stage_expert_parameters(module, plan)
     value, gradient = precision.value_bytes, precision.gradient_bytes
     state = precision.trained_bytes - value - gradient
     buffers = 2.0 * _hidden_bytes(module, plan, items, precision) if plan.layout.pp > 1 else 0.0  # one each way
     level = list(Sharding).index(setup.sharding)
-    if module.frozen:
-        return Memory(parameters=value * parameters, buffers=buffers)
-    held = Memory(buffers=buffers)
-    for count, shards in zip((parameters - experts, experts), shards_of(plan.layout)):
+    held = Memory(parameters=value * (parameters - trained), buffers=buffers)
+    for count, shards in zip((trained - experts, experts), shards_of(plan.layout)):
         held += Memory(
             parameters=value * count / (shards if level > 2 else 1),
             gradients=gradient * count / (shards if level > 1 else 1),
             optimizer=state * count / (shards if level > 0 else 1),
         )
-    if setup.sharding is Sharding.parameters:
+    if setup.sharding is Sharding.parameters and not module.frozen:
         layer = count_parameters(module, Part.layer, plan.layout.tp, plan.layout.ep * plan.layout.etp)
         held += Memory(buffers=2.0 * value * layer)
     return held

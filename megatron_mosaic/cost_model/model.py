@@ -28,7 +28,7 @@ from megatron_mosaic.cost_model.memory import (
     items_of_action,
     shards_of,
     stage_expert_parameters,
-    stage_parameters,
+    trained_parameters,
 )
 from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile, require_finite
 from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
@@ -115,12 +115,14 @@ class CostModel:
         first, last = stage == 0, stage == layout.pp - 1
         tp_ranks = self._tp_ranks(plan, module, stage)
         crosses = self.cluster.link_between(tp_ranks) is not self.cluster.intra
+        near = self._nodes(plan, module, stage) if layout.cp > 1 or layout.ep > 1 else ()
         share, recompute = placed.quota.share, placed.recompute
         key = (
             module,
             layout.tp,
             layout.cp,
             layout.ep,
+            layout.etp,
             placed.sequence_parallel,
             layout.pp,
             items,
@@ -130,6 +132,7 @@ class CostModel:
             share,
             recompute,
             crosses,
+            near,
         )
         if key not in self._actions:
             config = self.workload.by_name[module]
@@ -146,8 +149,11 @@ class CostModel:
                 cp=layout.cp,
                 ep=layout.ep,
                 split=placed.sequence_parallel,
+                reaches_layers=self.workload.hidden_has_gradient(module),
             )
-            comm_s = self._tp_comm_s(work, tp_ranks) + self._other_comm_s(plan, module, stage, work)
+            comm_s = 0.0
+            if work.reaches_layers or not backward:
+                comm_s = self._tp_comm_s(work, tp_ranks, layout.etp) + self._other_comm_s(plan, module, stage, work)
             compute_s = require_finite(f"{module}.{stage}", self.compute.estimate(work))
             self._actions[key] = ActionCost(
                 compute_s=compute_s,
@@ -186,11 +192,10 @@ class CostModel:
     def gradient_sync_s(self, plan: Plan, module: str, stage: int) -> float:
         """Seconds to all-reduce a stage's gradients over its DP group, after its last backward."""
         config, placed = self.workload.by_name[module], plan.modules[module]
-        if config.frozen:
-            return 0.0
         layout = placed.layout
-        experts = stage_expert_parameters(config, placed)
-        dense = stage_parameters(config, placed, stage) - experts
+        experts = 0.0 if config.frozen else stage_expert_parameters(config, placed)
+        dense = trained_parameters(config, placed, stage) - experts
+        units = -(-plan.num_microbatches(self.workload.backbone.name) // (placed.unit or 1))
         ranks = stage_ranks(plan, module, stage)
         seconds = 0.0
         for parameters, group in (
@@ -205,7 +210,7 @@ class CostModel:
             gathered = self.comm.estimate(Operation.all_gather, group, self.precision.value_bytes * parameters)
             seconds += scattered + gathered
             if self.setup.sharding is Sharding.parameters:  # gathered for every forward and every backward
-                seconds += (plan.num_microbatches(module) - 1) * (scattered + 2 * gathered) + gathered
+                seconds += (units - 1) * (scattered + 2 * gathered) + gathered
         return seconds
 
     def optimizer_s(self, num_parameters: float) -> float:
@@ -230,11 +235,9 @@ class CostModel:
     def trained_parameters(self, plan: Plan, module: str, stage: int) -> float:
         """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
         config, placed = self.workload.by_name[module], plan.modules[module]
-        if config.frozen:
-            return 0.0
         dense, expert = (1, 1) if self.setup.sharding is Sharding.none else shards_of(placed.layout)
-        experts = stage_expert_parameters(config, placed)
-        return (stage_parameters(config, placed, stage) - experts) / dense + experts / expert
+        experts = 0.0 if config.frozen else stage_expert_parameters(config, placed)
+        return (trained_parameters(config, placed, stage) - experts) / dense + experts / expert
 
     def static(self, plan: Plan, module: str, stage: int) -> Memory:
         """What a stage always holds on one rank."""
@@ -262,10 +265,17 @@ class CostModel:
         ranks, tp = stage_ranks(plan, module, stage), plan.modules[module].layout.tp
         return _worst_group(ranks, tp, self.cluster.gpus_per_node)
 
-    def _tp_comm_s(self, work: StageWork, ranks: tuple[int, ...]) -> float:
+    def _nodes(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
+        """Nodes of the stage's first cp and expert groups, counted from the first."""
+        layout, ranks = plan.modules[module].layout, stage_ranks(plan, module, stage)
+        nodes = tuple(map(self.cluster.node_of, ranks[: max(layout.tp * layout.cp, layout.ep * layout.etp)]))
+        return tuple(node - nodes[0] for node in nodes)
+
+    def _tp_comm_s(self, work: StageWork, ranks: tuple[int, ...], etp: int) -> float:
         """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).
 
-        Measured compute has them inside already.
+        A mixture of whole experts (etp 1) has the one of its attention, unless a shared expert is split. Measured
+        compute has them inside already.
         """
         if self.cluster.shared_cores or len(ranks) == 1:
             return 0.0
@@ -274,7 +284,10 @@ class CostModel:
         )
         repeats = 2 if work.backward and work.recompute is Recompute.full else 1
         exposed = 1 - self.setup.tp_overlap_frac
-        return exposed * repeats * 2 * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
+        config = work.module
+        sparse_frac = 1 - config.num_dense_layers / config.num_layers if config.num_experts else 0.0
+        each = 2 - sparse_frac * (etp == 1 and not config.shared_expert_size)
+        return exposed * repeats * each * work.layers * self.comm.estimate(Operation.all_reduce, ranks, num_bytes)
 
     def _other_comm_s(self, plan: Plan, module: str, stage: int, work: StageWork) -> float:
         """Exposed seconds of context-parallel keys and values and of expert all-to-alls.
@@ -287,29 +300,29 @@ class CostModel:
         config, layout, setup = work.module, plan.modules[module].layout, self.setup
         ranks = stage_ranks(plan, module, stage)
         tokens = work.items * config.tokens_per_item / work.cp
+        again = work.backward and work.recompute is Recompute.full
         seconds = 0.0
         if work.cp > 1:
             group = tuple(ranks[: layout.tp * layout.cp : layout.tp])
             width = 2 * config.query_groups * config.head_size / work.tp
             ring_s = self.comm.estimate(
                 Operation.all_gather, group, work.cp * tokens * width * self.precision.value_bytes
-            ) * (2 if work.backward else 1)
+            )
             kernels = layer_work(
                 config, work.items, work.tp, work.cp, work.ep, work.split, not config.num_experts, setup
             )
-            hidden_s = core_s(self.cluster.gpu, kernels, self.cluster.gpu.num_sms) * (2.5 if work.backward else 1)
-            seconds += max(0.0, ring_s - hidden_s)
+            hidden_s = core_s(self.cluster.gpu, kernels, self.cluster.gpu.num_sms)
+            forward_s, backward_s = max(0.0, ring_s - hidden_s), max(0.0, 2 * ring_s - 2.5 * hidden_s)
+            seconds += backward_s + again * forward_s if work.backward else forward_s
         if work.ep > 1:
             group = tuple(ranks[: layout.ep * layout.etp])
             nodes = len({self.cluster.node_of(rank) for rank in group})
             copies = _distinct(nodes if nodes > 1 else work.ep, config.moe_top_k)
             num_bytes = tokens / work.tp * copies * config.hidden_size * self.precision.value_bytes
             crossing = self.comm.estimate(Operation.all_to_all, group, num_bytes)
-            seconds += (
-                2 * crossing * (1 - config.num_dense_layers / config.num_layers) * (1 - setup.expert_overlap_frac)
-            )
-        repeats = 2 if work.backward and work.recompute is Recompute.full else 1
-        return repeats * work.layers * seconds
+            sparse_frac = 1 - config.num_dense_layers / config.num_layers
+            seconds += (1 + again) * 2 * crossing * sparse_frac * (1 - setup.expert_overlap_frac)
+        return work.layers * seconds
 
 
 def _distinct(places: int, choices: int) -> float:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_mosaic.cost_model.memory import Memory
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
+from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.schedules.chain import Chain
 from megatron_mosaic.schedules.program import stage_ranks
+
+_NEVER_HIDDEN_FRAC = 0.1  # of the gradients' traffic: the last bucket has no backward left beside it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +63,18 @@ class PlanPrice:
 
     @cached_property
     def gradients_s(self) -> dict[int, float]:
-        """Per class: the all-reduces of its modules, one after the other."""
-        return {name: sum(self.costs[i].gradients_s for i in lanes) for name, lanes in self.lanes_of_class.items()}
+        """Per class: the collectives of its modules' gradients, one after the other, as far as nothing hides them."""
+        return {name: self.exposed_gradients_s(lanes) for name, lanes in self.lanes_of_class.items()}
+
+    def exposed_gradients_s(self, lanes: Iterable[int]) -> float:
+        """Of a rank with these lanes. Traffic hides behind the last backward of each; that of FSDP behind all work."""
+        costs, setup = [self.costs[i] for i in lanes], self.model.setup
+        total = sum(cost.gradients_s for cost in costs)
+        if not setup.gradient_overlap_frac:
+            return total
+        whole = setup.sharding is Sharding.parameters
+        over_s = sum(cost.busy_s if whole else cost.backward_s for cost in costs)
+        return max(_NEVER_HIDDEN_FRAC * total, total - setup.gradient_overlap_frac * over_s)
 
     @cached_property
     def optimizer_s(self) -> dict[int, float]:

@@ -15,7 +15,7 @@ from megatron_mosaic.cost_model.hardware import load_gpu_type
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.published_models import is_gated, model_card
 from megatron_mosaic.cost_model.setup import Format, Sharding, TrainingSetup
-from megatron_mosaic.cost_model.sizes import count_flops
+from megatron_mosaic.cost_model.sizes import count_flops, module_parameters
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
@@ -57,6 +57,7 @@ _GPUS = (
     ("a800", "a100_sxm_80gb", 8, 200e9, 25e9),
     ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
 )
+_LARGE = 1e9  # parameters
 _FORMATS = (
     ("nvfp4", Format.nvfp4),
     ("mx", Format.mxfp8),
@@ -87,7 +88,7 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
     )
     gbs = number.need("gbs")
     workload = Workload(name="published", modules=modules, edges=edges, global_batch_size=gbs)
-    setup = _setup(row)
+    setup = _setup(row, backbone)
     plan = _plan(row, number, backbone, encoder, gbs)
     if cluster.num_ranks < plan.world_size:
         raise Refusal("its degrees need more GPUs than it names")
@@ -247,11 +248,14 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     if encoder:
         if own > n_gpus:
             raise Refusal("its encoder's degrees need more GPUs than it names")
+        if enc_pp > 1 and not apart:
+            raise Refusal("an encoder's pipeline on the backbone's GPUs: its schedule is not stated")
         enc = ModulePlan(
             ranks=RankSet(tuple(range(own))),
             layout=Layout(tp=enc_tp, dp=enc_dp, pp=enc_pp),
             sequence_parallel=split and enc_tp > 1,
-            unit=1 if apart or enc_pp > 1 else gbs // (mbs * dp),
+            # beside a pipelined backbone MIMO runs it once for the whole batch, before and after the pipeline
+            unit=1 if apart or pp == 1 else gbs // (mbs * dp),
         )
         modules = {"vision": enc, **modules}
     return Plan(
@@ -264,7 +268,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     )
 
 
-def _setup(row: Row) -> TrainingSetup:
+def _setup(row: Row, backbone: ModuleConfig) -> TrainingSetup:
     text = row.get("precision", "").lower()
     number_format = next((value for word, value in _FORMATS if word in text), None)
     if number_format is None:
@@ -273,8 +277,9 @@ def _setup(row: Row) -> TrainingSetup:
         raise Refusal("LoRA: adapters inside frozen layers are not modelled")
     zero = row.get("zero_or_fsdp", "")
     modern = not any(word in row.get("gpu", "").lower() for word in ("a100", "a800"))
-    if not zero:
-        sharding = Sharding.optimizer if modern and not row.get("seq_parallel") else Sharding.none
+    if not zero:  # not stated: what recipes of models of this size do since the distributed optimizer is there
+        large = module_parameters(backbone) >= _LARGE
+        sharding = Sharding.optimizer if modern and large else Sharding.none
     elif "FULL" in zero or "ZeRO-3" in zero or re.fullmatch(r"FSDP(=[1-9]\d*)?", zero):
         sharding = Sharding.parameters
     elif "GRAD_OP" in zero or "ZeRO-2" in zero:
@@ -292,6 +297,7 @@ def _setup(row: Row) -> TrainingSetup:
         gradient_overlap_frac=overlap,
         tp_overlap_frac=0.8 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
+        offloads_encoders="offload" in row.get("source_url", ""),  # the name of the campaign
     )
 
 

@@ -40,6 +40,7 @@ class TrainingSetup:
     gradient_overlap_frac: float = 0.0  # of the backward passes, what hides gradient traffic
     tp_overlap_frac: float = 0.0  # of the tp traffic that hides behind matrix products
     expert_overlap_frac: float = 0.0  # of the all-to-alls
+    offloads_encoders: bool = False  # activations of encoders wait in the host's memory
 
 
 DEFAULT_SETUP = TrainingSetup()

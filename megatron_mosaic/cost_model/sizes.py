@@ -62,10 +62,15 @@ def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1)
         # A learnt position table where the module has no rotary embedding (not gated)
         embedding = module.vocab_size * h / tp + (0 if module.gated else module.tokens_per_item * h)
         return embedding + (module.input_size + 1) * h * (module.input_size > 0)
-    head: float = (h + 1) * module.output_size * (module.output_size > 0)
+    head: float = count_projector_parameters(module)
     if module.untied_output:
         head += module.vocab_size * h / tp
     return norm + head  # else logits share the embedding's weights (Megatron's default)
+
+
+def count_projector_parameters(module: ModuleConfig) -> float:
+    """Parameters of what makes the module's output rows."""
+    return (module.hidden_size + 1.0) * module.output_size * (module.output_size > 0)
 
 
 def count_flops(module: ModuleConfig, part: Part) -> float:

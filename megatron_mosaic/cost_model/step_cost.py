@@ -11,12 +11,10 @@ keeps 1 + (p - 1) / (p v) times the layers' activations of p microbatches (Korth
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from megatron_mosaic.cost_model.memory import Memory, add_up
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import LaneCost, PlanPrice, price_plan
-from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
 
 
@@ -47,7 +45,6 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     placed = plan.modules[backbone]
     p, v, m = placed.layout.pp, placed.layout.vpp, plan.num_microbatches(backbone)
     stages, before, shared = _sort_lanes(price, backbone)
-    encoders = list(chain.from_iterable(shared.values()))
     hops = _hop_s(plan, model, backbone) if p > 1 else 0.0
     busy = [cost.forward_s + cost.backward_s for cost in stages]
     ahead = [cost.busy_s / m for cost in before]
@@ -55,20 +52,23 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     worst = max(slowest, max(busy) + 2 * hops * (v if v > 1 else 0))
     fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v + sum(ahead) + max(busy) - slowest
     fill += boundary_s / m if before else 0.0
-    backward_s, busy_s = sum(cost.backward_s for cost in stages) / p, sum(busy) / p
-    gradients_s = max(cost.gradients_s for cost in stages) + sum(cost.gradients_s for cost in encoders)
-    over_s = m * busy_s if model.setup.sharding is Sharding.parameters else backward_s
+    lanes = price.lane_map.lanes
     exposed_s = max(
-        gradients_s * 0.1 * (model.setup.gradient_overlap_frac > 0),
-        gradients_s - model.setup.gradient_overlap_frac * over_s,
+        price.exposed_gradients_s(
+            i
+            for i, (module, _) in enumerate(lanes)
+            if i == at or (module in shared and price.costs[i] is _fullest(shared[module]))
+        )
+        for at, (module, _) in enumerate(lanes)
+        if module == backbone
     )
-    together = [*encoders, max(stages, key=lambda cost: cost.trained_parameters)]
+    together = [_fullest(costs) for costs in (stages, *shared.values())]
     optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)
-    encoder_s = sum(map(_module_s, shared.values())) + (boundary_s if encoders else 0.0)
+    encoder_s = sum(map(_module_s, shared.values())) + (boundary_s if shared else 0.0)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
     hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
     memory = [_held(cost, min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
-    memory.append(_memory(stages, shared, p, v, m))
+    memory.append(_memory(stages, shared, p, v, m, offloads=model.setup.offloads_encoders))
     return StepCost(
         encoder_s=max(0.0, encoder_s - hidden_s),
         backbone_s=m * worst,
@@ -120,14 +120,20 @@ def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
     return model.transfer_s(_without_chunks(plan), (backbone, 0), (backbone, 1))
 
 
+def _fullest(stages: list[LaneCost]) -> LaneCost:
+    return max(stages, key=lambda cost: cost.static_bytes)
+
+
 def _held(cost: LaneCost, live_units: float) -> Memory:
     return cost.static + cost.unit.times(live_units) + Memory(workspace=cost.workspace_bytes)
 
 
-def _memory(stages: list[LaneCost], shared: dict[str, list[LaneCost]], p: int, v: int, m: int) -> Memory:
+def _memory(
+    stages: list[LaneCost], shared: dict[str, list[LaneCost]], p: int, v: int, m: int, *, offloads: bool
+) -> Memory:
     """The fullest rank of the backbone, with the fullest stages of the modules on its ranks."""
-    encoders = [max(costs, key=lambda cost: cost.static_bytes + cost.unit_bytes) for costs in shared.values()]
-    beside = add_up(cost.static + cost.unit.times(min(m, p) / m * cost.num_units) for cost in encoders)
+    encoders = [_fullest(costs) for costs in shared.values()]
+    beside = add_up(cost.static + cost.unit.times(0 if offloads else cost.min_live_units) for cost in encoders)
     found = []
     for stage, cost in enumerate(stages):
         live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)

@@ -288,19 +288,6 @@ def test_an_item_is_not_split():
     assert CostModel(few, make_cluster(4)).items_of_action(replace(plan, micro_batch_size=4), "generator") == 2  # 4.8
 
 
-def test_frozen_modules_have_no_gradients_and_less_backward():
-    frozen = replace(WORKLOAD, modules=tuple(replace(m, frozen=m.name == "vision") for m in WORKLOAD.modules))
-    plan = make_plan(
-        {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(dp=4)), "generator": ("0-3", Layout(dp=4))},
-        workload=frozen,
-    )
-    model = CostModel(frozen, make_cluster(4))
-    forward, backward = (model.action_cost(plan, "vision", 0, backward=b).compute_s for b in (False, True))
-    assert forward < backward < 2 * forward  # no products for weights; elementwise kernels move half as much again
-    assert model.gradient_sync_s(plan, "vision", 0) == model.trained_parameters(plan, "vision", 0) == 0
-    assert model.gradient_sync_s(plan, "llm", 0) > 0
-
-
 def test_tp_communication_is_two_all_reduces_a_layer():
     # Shoeybi et al. 2019; 4 layers, [64 tokens, 1 item, 64] of 2 bytes over two ranks at 100 GB/s and 1 us
     plan = make_plan({"llm": ("0-1", Layout(tp=2))}, workload=BACKBONE_ONLY)

@@ -160,6 +160,20 @@ def test_all_reduce_is_a_reduce_scatter_and_an_all_gather():
     assert comm.estimate(Operation.all_reduce, everyone, size) == pytest.approx(sum(parts))
 
 
+def test_all_to_all_across_nodes_sends_what_leaves_the_node():
+    # two ranks on two nodes: half of what each sends crosses, through a port of 10 GB/s with 5 us
+    cluster = make_cluster(2, gpus_per_node=1)
+    assert RingComm(cluster).estimate(Operation.all_to_all, (0, 1), 1e6) == pytest.approx(2 * 5e-6 + 0.5e6 / 10e9)
+
+
+def test_groups_with_the_same_ends_are_not_the_same():
+    comm = RingComm(make_cluster(16, gpus_per_node=8))
+    groups = [(0, 1, 2, 15), (0, 1, 8, 15)]  # one rank alone on its node, two on either
+    forth, back = ({g: comm.estimate(Operation.all_reduce, g, 1e6) for g in order} for order in (groups, groups[::-1]))
+    assert forth == back
+    assert forth[groups[0]] != forth[groups[1]]
+
+
 def test_measured_comm_reads_the_lines():
     comm = MeasuredComm(FittedProfile(make_profile()))
     assert comm.estimate(Operation.all_reduce, (0, 2, 3), 1_000_000) == pytest.approx(1.1e-3)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ def _model(tp: int, pp: int, dp: int, encoder_tp: int, microbatches: int) -> tup
     shape = {"gbs": dp * microbatches, "num_layers": 64, "hidden": 8192, "heads": 64, "kv_heads": 8}
     case = try_case(ROW | {key: str(value) for key, value in (degrees | shape).items()})
     assert isinstance(case, Case), case
-    return case, CostModel(case.workload, case.cluster)
+    return case, CostModel(case.workload, case.cluster, setup=replace(case.setup, offloads_encoders=False))
 
 
 @given(
@@ -38,7 +39,9 @@ def _model(tp: int, pp: int, dp: int, encoder_tp: int, microbatches: int) -> tup
 def test_what_is_validated_is_what_is_searched_with(tp, pp, dp, encoder_tp, microbatches):
     # `mosaic validate` measures the closed form, plans are searched and simulated with a clock
     case, model = _model(tp, pp, dp, encoder_tp, microbatches)
-    assert estimate_step(case.plan, model).step_s == pytest.approx(simulate(case.plan, model).step_s, rel=1e-3)
+    found, simulation = estimate_step(case.plan, model), simulate(case.plan, model)
+    assert found.step_s == pytest.approx(simulation.step_s, rel=0.02)
+    assert found.peak_bytes == pytest.approx(simulation.peak_bytes, rel=0.02)
 
 
 @given(
