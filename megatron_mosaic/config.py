@@ -36,8 +36,8 @@ class _Strict(BaseModel):
 
 class LinkSection(_Strict):
     name: str
-    bytes_per_s: float
-    latency_s: float
+    bytes_per_s: float = Field(allow_inf_nan=False)
+    latency_s: float = Field(allow_inf_nan=False, le=10)  # more is a slip
     source: str
 
 

@@ -4,8 +4,9 @@
     target rank needs [j/dt, (j+1)/dt) of the items, every (cp x sp)-th token     what it has: no message
 
 Every row goes once to every rank that needs it and lacks it, and a source's replicas share the sending. Exact where
-lanes hold consecutive items (tests compare it with the runtime's StepMap); on partly overlapping ranks the runtime
-keeps more items where they are, so there this is an upper bound.
+lanes hold consecutive items (tests compare it with the runtime's StepMap). On partly overlapping ranks the runtime
+keeps items where they are and fills lanes with the rest: what a rank receives is at most this, but what is sent may
+be more, in few cases (source 0,2,4 dp3, target 0-2,4 dp4: 640 rows, here 512).
 """
 
 from __future__ import annotations

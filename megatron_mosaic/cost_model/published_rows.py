@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_mosaic.cost_model.sizes import count_flops, module_parameters
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.yaml_text import MAX_COUNT
 
 Row = Mapping[str, str]
 
@@ -58,6 +59,7 @@ _GPUS = (
     ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
 )
 _LARGE = 1e9  # parameters
+_MAX_MEASURED = 1e15  # of seconds, tokens, TFLOPs or bytes in a cell; its inverse is the least
 _FORMATS = (
     ("nvfp4", Format.nvfp4),
     ("mx", Format.mxfp8),
@@ -68,10 +70,42 @@ _FORMATS = (
 )
 
 
-def load_rows(path: Path) -> list[Row]:
-    """Rows of a CSV file. ConfigError where it has none of the schema's columns."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
+def load_table(path: Path) -> tuple[list[str], list[Row]]:
+    """Column names and rows of a CSV file; a byte order mark is no part of them. ConfigError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = names
+            rows: list[Row] = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ConfigError(
+            str(path), got=str(error), expected="a CSV table in UTF-8", fix="correct the file, or move it away"
+        ) from error
+    return names, rows
+
+
+def load_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV file. ConfigError if it cannot be read or lacks one of `columns`."""
+    names, rows = load_table(path)
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise ConfigError(
+            str(path),
+            got=f"no column {', '.join(missing)}",
+            expected=f"the columns {', '.join(columns)}",
+            fix="add what is missing, or move the file away",
+        )
+    return rows
+
+
+def parse_measured(text: str) -> float | None:
+    """The number of a cell that something was measured for: above 0 and not absurd, else nothing."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 1 / _MAX_MEASURED <= value <= _MAX_MEASURED else None
 
 
 def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
@@ -110,11 +144,19 @@ class _Numbers:
         self.row = row
 
     def get(self, key: str, default: int) -> int:
+        """The number in a cell, `default` where it is empty."""
         text = self.row.get(key, "")
         try:
-            return int(float(text)) if text else default
-        except (ValueError, OverflowError) as error:
-            raise Refusal(f"{key} is {text!r}, not a number") from error
+            value = float(text) if text else default
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise Refusal(f"{key} is {text[:40]!r}, not a number")
+        if value < 0:
+            raise Refusal(f"{key} is {text[:40]}, below 0")
+        if text and value > MAX_COUNT:
+            raise Refusal(f"{key} is {text[:40]}, beyond the {MAX_COUNT} that this model takes")
+        return int(value)
 
     def degree(self, key: str, default: int = 1) -> int:
         value = self.get(key, default)
@@ -125,12 +167,11 @@ class _Numbers:
     def positive(self, key: str) -> float:
         """0 where the cell is empty."""
         text = self.row.get(key, "")
-        try:
-            value = float(text) if text else 0.0
-        except ValueError:
-            value = math.nan
-        if text and not 0 < value < math.inf:
-            raise Refusal(f"{key} is {text!r}, not a number above 0")
+        if not text:
+            return 0.0
+        value = parse_measured(text)
+        if value is None:
+            raise Refusal(f"{key} is {text[:40]!r}, not a number above 0, or none that can be measured")
         return value
 
     def need(self, key: str) -> int:
@@ -172,7 +213,7 @@ def _backbone(row: Row, number: _Numbers) -> ModuleConfig:
     card = model_card(name, layers)
     sparse = family in ("moe", "mixtral") or "experts" in name
     if sparse and card is None:
-        found = re.search(r"(\d+)experts", name)
+        found = re.search(r"(?<!\d)(\d{1,4})experts", name)
         if not found:
             raise Refusal("a mixture of experts whose number of experts is not stated")
         card = {"num_experts": int(found[1]), "moe_top_k": 2}

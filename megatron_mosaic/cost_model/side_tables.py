@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megatron_mosaic.cost_model.memory import BF16, stage_parts
 from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, parse_measured, try_case
 from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_parameters
+from megatron_mosaic.errors import ConfigError
 
 _FIRST_WORD = {
     "megatron-22B": "Megatron 22B",
@@ -20,6 +21,7 @@ _FIRST_WORD = {
     "turing-530B": "MT-NLG 530B",
     "megatron-1T": "Megatron 1T",
 }
+_STATIC, _ACTIVATION = "params_opt_gib_per_gpu", "activation_gib_per_gpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +35,20 @@ class MemoryRow:
 
 
 def compare_memory(folder: Path) -> tuple[MemoryRow, ...]:
-    """Errors of the rows that state bytes; nothing where the folder lacks the two tables."""
+    """Errors of the rows that state bytes; none without the two tables. ConfigError for a bad cell."""
     table, cases = folder / "korthikanti2022_memory.csv", folder / "korthikanti2022_table5.csv"
-    if not (table.exists() and cases.exists()):
+    if not (table.is_file() and cases.is_file()):
         return ()
-    built = {row["model"]: try_case(row) for row in load_rows(cases)}
+    built = {row["model"]: try_case(row) for row in load_rows(cases, ("model",))}
     known = {model: case for model, case in built.items() if isinstance(case, Case)}
     found = []
-    for row in load_rows(table):
+    for position, row in enumerate(load_rows(table, ("model", "mode", _STATIC, _ACTIVATION)), 1):
         case: Case | None = known.get(_FIRST_WORD.get(row["model"], ""))
-        if case is None or not row["activation_gib_per_gpu"]:
+        if case is None or not row[_ACTIVATION]:
             continue
+        published = {
+            column: _number(f"{table}: row {position}, {column}", row[column]) for column in (_STATIC, _ACTIVATION)
+        }
         module, placed = case.workload.backbone, case.plan.modules["llm"]
         layout, layers = placed.layout, stage_parts(module, placed, 0)[Part.layer]
         selective = "selective" in row["mode"]
@@ -63,8 +68,15 @@ def compare_memory(folder: Path) -> tuple[MemoryRow, ...]:
             MemoryRow(
                 model=row["model"],
                 mode=row["mode"],
-                static_error_frac=static / 2**30 / float(row["params_opt_gib_per_gpu"]) - 1,
-                activation_error_frac=activation / 2**30 / float(row["activation_gib_per_gpu"]) - 1,
+                static_error_frac=static / 2**30 / published[_STATIC] - 1,
+                activation_error_frac=activation / 2**30 / published[_ACTIVATION] - 1,
             )
         )
     return tuple(found)
+
+
+def _number(where: str, text: str) -> float:
+    value = parse_measured(text)
+    if value is None:
+        raise ConfigError(where, got=repr(text[:40]), expected="a number above 0", fix="correct the cell")
+    return value

@@ -19,7 +19,7 @@ import yaml
 from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.cost_model.calibration import FITTED_FILES, estimate_case, fold_of, with_constants
 from megatron_mosaic.cost_model.hardware import load_gpu_type
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published_rows import Case, load_rows, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
 
 PUBLISHED = Path(str(files(__package__) / "published"))
@@ -113,8 +113,13 @@ def validate_file(path: Path) -> Report:
             cost = estimate_case(case)
             gpus = _fold_gpus(case.gpu) if fitted else ()
             fold = estimate_case(case, gpus[fold_of(case)]) if gpus else cost
+            if not math.isfinite(cost.step_s + fold.step_s + cost.peak_bytes):
+                raise OverflowError
         except MosaicError as error:
             refused[" ".join(str(error).split())[:120]] += 1
+            continue
+        except (OverflowError, ValueError):
+            refused["a number beyond what can be computed"] += 1
             continue
         compared.append(
             Comparison(
@@ -126,14 +131,23 @@ def validate_file(path: Path) -> Report:
 
 def validate_folder(folder: Path) -> dict[str, Report]:
     """Reports by file. Files of another schema (side tables) are left out. ConfigError where nothing is left."""
-    if not folder.is_dir():
-        raise ConfigError("validate: --data", got=str(folder), expected="a folder of CSV files", fix="correct the path")
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv")
+    except OSError as error:
+        raise ConfigError(
+            "validate: --data",
+            got=f"{str(folder)[:200]} ({error.strerror})",
+            expected="a folder of CSV files",
+            fix="correct the path",
+        ) from error
     reports = {}
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(encoding="utf-8") as file:
-            header = file.readline().split(",")
-        if "row_id" in header and "n_gpus" in header:
-            reports[path.stem] = validate_file(path)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            continue  # a folder by that name
+        header, _ = load_table(path)
+        if {"row_id", "n_gpus"} <= {*header}:
+            name = path.stem.encode(errors="replace").decode()  # what can be printed of it
+            reports[path.name if name in reports else name] = validate_file(path)
     if not reports:
         raise ConfigError(
             "validate: --data",

@@ -111,6 +111,7 @@ def test_compare(capsys):
 def test_show(capsys, plan):
     result = run_json(capsys, "show", plan)
     assert set(result) >= {"modules", "rank_map", "schedule", "groups"}
+    assert result["precision"] == "fp32"  # no plan that was made for GPUs
     assert 0 < result["groups"]["created"] < result["groups"]["asked"]
     assert result["rank_map"] == {
         "0": ["vision", "llm"], "1": ["vision", "llm"], "2": ["llm", "generator"], "3": ["llm", "generator"]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mosaic.cost_model.calibration import BOUNDS
 from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
 from megatron_mosaic.cost_model.memory import shards_of
@@ -55,7 +56,7 @@ def test_more_sms_never_move_bytes_slower(a, b):
 @pytest.mark.parametrize("name", gpu_type_names())
 def test_every_fitted_constant_has_a_source(name):
     gpu = load_gpu_type(name)
-    for key in ("attention_efficiency_frac", "bandwidth_frac", "network_frac", "launch_s"):
+    for key in BOUNDS:
         assert gpu.sources[key]
 
 

@@ -19,7 +19,7 @@ from megatron_mosaic.plan import Layout, Plan, Quota, Recompute
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.program import rank_programs, stage_ranks
 from megatron_mosaic.timeline import render_text
-from tests.cases import BACKBONE_ONLY, LLM, WORKLOAD, make_cluster, make_plan, make_profile, plans
+from tests.cases import BACKBONE_ONLY, WORKLOAD, make_cluster, make_plan, make_profile, plans
 from tests.goldens import assert_golden
 
 PROFILE = make_profile()
@@ -371,4 +371,3 @@ def test_overheads_are_added():
     slow = type(plain).model_validate({**data, "overheads": {"action_s": 0.5, "step_s": 7.0}})
     before, after = (simulate(plan, CostModel(BACKBONE_ONLY, local_cluster(p, 1), p)).step_s for p in (plain, slow))
     assert after - before == pytest.approx(4 * 0.5 + 7)
-    assert LLM.name == "llm"

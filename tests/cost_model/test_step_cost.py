@@ -1,8 +1,7 @@
-"""The step without a clock against the simulator that plans are searched with, and how long either takes."""
+"""The step without a clock against the simulator that plans are searched with."""
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -67,22 +66,8 @@ def test_encoders_apart_are_stages_before_the_first(pp, dp, encoder_dp, encoder_
     assert found.peak_bytes == pytest.approx(simulation.peak_bytes, rel=0.2)
 
 
-@pytest.mark.parametrize("predict", [estimate_step, simulate])
-def test_a_plan_of_ten_thousand_gpus_is_predicted_in_five_milliseconds(predict):
-    case, _ = _model(tp=8, pp=8, dp=160, encoder_tp=4, microbatches=8)
-    seconds = []
-    for _ in range(20):
-        model = CostModel(case.workload, case.cluster)  # remembers nothing of other plans
-        start_s = time.process_time()
-        predict(case.plan, model)
-        seconds.append(time.process_time() - start_s)
-    assert min(seconds) < 5e-3
-
-
-def test_the_cost_model_is_imported_in_a_third_of_a_second():
-    code = (
-        "import time; start_s = time.process_time(); import megatron_mosaic.cost_model.step_cost, sys; "
-        "assert not {'torch', 'megatron', 'scipy'} & set(sys.modules); print(time.process_time() - start_s)"
-    )
-    seconds = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
-    assert min(seconds) < 0.3
+def test_the_cost_model_needs_neither_torch_nor_megatron_nor_scipy():
+    code = "import megatron_mosaic.cost_model.step_cost, sys; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "megatron_mosaic.cost_model.step_cost" in loaded
+    assert not {"torch", "megatron", "scipy"} & {*loaded}

@@ -1,6 +1,7 @@
 """`mosaic validate`: what is reported, what is refused, and that shipped tables are read."""
 
 import contextlib
+import csv
 import json
 import math
 
@@ -40,6 +41,86 @@ def test_a_folder_without_tables_is_an_error(tmp_path):
         validate_folder(tmp_path / "missing")
 
 
+def _write(path, rows, *, encoding="utf-8", quoting=csv.QUOTE_MINIMAL, columns=None):
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]), quoting=quoting)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"encoding": "utf-8-sig"},
+        {"quoting": csv.QUOTE_ALL},
+        {"columns": [*(key for key in ROW if key != "n_gpus"), "n_gpus"]},
+        {"columns": list(reversed(ROW)), "encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL},
+    ],
+    ids=str,
+)
+def test_a_table_is_found_however_its_header_is_written(tmp_path, how):
+    _write(tmp_path / "mine.CSV", [ROW], **how)
+    _write(tmp_path / "side.csv", [{"row_id": "1"}])  # of another schema
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "folder.csv").mkdir()
+    reports = validate_folder(tmp_path)
+    assert {name: len(report.compared) for name, report in reports.items()} == {"mine": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("row_id,n_gpus\n1,8\n".encode("utf-16"), "can't decode"),
+        (b"row_id,n_gpus\n\xe9,8\n", "can't decode"),
+        (b"row_id,n_gpus\n" + b"9" * 200_000 + b",8\n", "field larger than"),
+    ],
+    ids=["utf-16", "latin-1", "long"],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content, got):
+    (tmp_path / "bad.csv").write_bytes(content)
+    assert main(["validate", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "bad.csv") in error and got in error and "a CSV table in UTF-8" in error
+
+
+def test_a_link_to_nothing_and_a_path_too_long_are_errors(tmp_path):
+    with pytest.raises(ConfigError, match="a folder of CSV files"):
+        validate_folder(tmp_path / ("x" * 5000))
+    (tmp_path / "gone.csv").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"gone\.csv"):
+        validate_folder(tmp_path)
+
+
+def test_cells_of_any_kind_are_printed(tmp_path, capsys):
+    odd = {"family": "[/red]", "row_id": ":smile:"}
+    _write(tmp_path / "a[b].csv", [ROW | odd, ROW | {"heads": "1", "hidden": "1048576", "ffn_hidden": "1048576"}])
+    assert main(["validate", "--data", str(tmp_path)]) == 0
+    assert "[/red]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "cell", "where"),
+    [
+        ("memory", "params_opt_gib_per_gpu", "0", "row 1, params_opt_gib_per_gpu"),
+        ("memory", "activation_gib_per_gpu", "much", "row 1, activation_gib_per_gpu"),
+        ("memory", "mode", None, "korthikanti2022_memory.csv"),
+        ("table5", "model", None, "korthikanti2022_table5.csv"),
+    ],
+)
+def test_bad_cells_of_the_side_table_are_named(tmp_path, table, column, cell, where):
+    for name in ("memory", "table5"):
+        rows = [dict(row) for row in load_rows(PUBLISHED / f"korthikanti2022_{name}.csv")]
+        if name == table:
+            rows = [{key: value for key, value in row.items() if key != column or cell is not None} for row in rows]
+            rows[0] |= {} if cell is None else {column: cell}
+        _write(tmp_path / f"korthikanti2022_{name}.csv", rows)
+    with pytest.raises(ConfigError) as caught:
+        compare_memory(tmp_path)
+    assert where in caught.value.where
+    assert cell is not None or column in caught.value.got
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -49,6 +130,12 @@ def test_a_folder_without_tables_is_an_error(tmp_path):
         ({"tp": "3", "n_gpus": "3"}, "cannot be split over tp 3|divides|not a multiple|divisor"),
         ({"hidden": "abc"}, "not a number"),
         ({"gbs": "7"}, "not a multiple of micro batch"),
+        ({"seq_len": "1e200"}, "seq_len is 1e200, beyond"),
+        ({"n_gpus": "2e7"}, "n_gpus is 2e7, beyond"),
+        ({"hidden": "inf"}, "hidden is inf, beyond"),
+        ({"vocab": "-5"}, "vocab is -5, below 0"),
+        ({"iter_time_s": "1e-320"}, "iter_time_s is '1e-320', not a number above 0"),
+        ({"model": "9" * 5000 + "experts", "family": "moe"}, "number of experts is not stated"),
     ],
 )
 def test_rows_are_refused_with_a_reason(changes, reason):
@@ -60,7 +147,8 @@ def test_rows_are_refused_with_a_reason(changes, reason):
 
 
 CELLS = st.one_of(
-    st.sampled_from(["", "0", "-1", "1e400", "nan", "~8", "1,024", "FULL", "1.5", "3"]), st.text(max_size=8)
+    st.sampled_from(["", "0", "-1", "1e400", "1e200", "1048576", "nan", "~8", "1,024", "FULL", "1.5", "3"]),
+    st.text(max_size=8),
 )
 
 
