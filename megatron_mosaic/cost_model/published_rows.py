@@ -59,6 +59,7 @@ _GPUS = (
     ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
 )
 _MAX_MEASURED = 1e15  # of seconds, tokens, TFLOPs or bytes in a cell; its inverse is the least
+_MAX_STAGES = 1024  # the time of a prediction grows with them
 _FORMATS = (
     ("nvfp4", Format.nvfp4),
     ("mx", Format.mxfp8),
@@ -161,6 +162,8 @@ class _Numbers:
         value = self.get(key, default)
         if value < 1:
             raise Refusal(f"{key} is {value}, not a degree of parallelism")
+        if key in ("pp", "enc_pp") and value > _MAX_STAGES:
+            raise Refusal(f"{key} is {value}, beyond the {_MAX_STAGES} stages that this model takes")
         return value
 
     def positive(self, key: str) -> float:
