@@ -60,6 +60,7 @@ _GPUS = (
 )
 _LARGE = 1e9  # parameters
 _MAX_MEASURED = 1e15  # of seconds, tokens, TFLOPs or bytes in a cell; its inverse is the least
+_MAX_STAGES = 1024  # the time of a prediction grows with them
 _FORMATS = (
     ("nvfp4", Format.nvfp4),
     ("mx", Format.mxfp8),
@@ -162,6 +163,8 @@ class _Numbers:
         value = self.get(key, default)
         if value < 1:
             raise Refusal(f"{key} is {value}, not a degree of parallelism")
+        if key in ("pp", "enc_pp") and value > _MAX_STAGES:
+            raise Refusal(f"{key} is {value}, beyond the {_MAX_STAGES} stages that this model takes")
         return value
 
     def positive(self, key: str) -> float:
