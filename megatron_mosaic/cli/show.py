@@ -21,7 +21,7 @@ from megatron_mosaic.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 _ALWAYS = ("tp", "pp", "dp")  # shown even if 1 everywhere
-_PRECISIONS = {2: "bf16", 4: "fp32"}  # by the bytes of a value
+PRECISIONS = {2: "bf16", 4: "fp32"}  # by the bytes of a value
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -31,7 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
     weights = precision_of(plan)
-    memory, precision = estimate_memory(plan, workload, weights), _PRECISIONS[weights.value_bytes]
+    memory, precision = estimate_memory(plan, workload, weights), PRECISIONS[weights.value_bytes]
     peaks = {rank: held.total for rank, held in memory.items()}
     asked = list_groups(plan, workload.edge_pairs)
     groups = {"created": len(set(asked)), "asked": len(asked)}
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     _print_modules(plan, workload)
     print(render_rank_map(plan, peaks))
     print()
-    print_memory(f"memory of a rank, at its peak, {precision}", ranks_of(memory))
+    print_memory(f"{precision}, no optimizer sharding", ranks_of(memory))
     print(f"groups: {groups['created']} created, {groups['asked']} asked for")
     print()
     print(schedule, end="")
@@ -66,14 +66,14 @@ def ranks_of(memory: Mapping[int, Memory]) -> dict[RankSet, Memory]:
     return {RankSet.of(ranks): held for held, ranks in members.items()}
 
 
-def print_memory(title: str, memory: Mapping[RankSet, Memory]) -> None:
+def print_memory(assumed: str, memory: Mapping[RankSet, Memory]) -> None:
     """A row for each set of ranks, a column for whatever holds bytes somewhere."""
     columns = [name for name in Memory.__slots__ if any(getattr(held, name) for held in memory.values())]
     rows = [
         (str(ranks), *(format_bytes(getattr(held, name)) for name in columns), format_bytes(held.total))
         for ranks, held in memory.items()
     ]
-    print_table(title, ("ranks", *columns, "total"), rows)
+    print_table(f"memory of a rank, at its peak ({assumed})", ("ranks", *columns, "total"), rows)
 
 
 def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:

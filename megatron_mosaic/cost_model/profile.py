@@ -210,5 +210,10 @@ def _with_int_keys(value: Any) -> Any:
 def require_finite(where: str, value: float) -> float:
     """The value, or ProfileError when a computation left the range of numbers."""
     if not math.isfinite(value):
-        raise ProfileError(where, got=value, expected="a finite number of seconds", fix=f"{CALIBRATE} again")
+        raise ProfileError(
+            where,
+            got=value,
+            expected="a finite number of seconds",
+            fix=f"correct sizes and links, or {CALIBRATE} again",
+        )
     return value

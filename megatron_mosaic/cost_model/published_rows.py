@@ -195,7 +195,7 @@ def _cluster(row: Row, n_gpus: int, gpus: Mapping[str, GpuType]) -> Cluster:
     if stated := re.search(r"(\d+)x(\d+)Gb RoCE per node", row.get("notes", "")):
         inter = float(stated[1]) * float(stated[2]) / 8 * 1e9 / per_node
     gpu = gpus.get(gpu_name) or load_gpu_type(gpu_name)
-    source = "datasheet of the system, or what the row states"
+    source = "bandwidth: datasheet of the system, or what the row states; latency: NCCL tuning.cc, ring, simple"
     return Cluster(
         name=gpu_name,
         gpu=gpu,

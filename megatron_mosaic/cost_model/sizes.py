@@ -29,8 +29,9 @@ def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> floa
     return sparse_frac * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
 
 
-def _count_mixture(module: ModuleConfig, tp: int) -> float:
-    """Parameters of a mixture's layer on one rank but for the routed experts, at the mean over its layers."""
+def _count_wide(module: ModuleConfig, tp: int) -> float:
+    """Parameters on one rank of a layer with experts (without the routed ones, at the mean over its layers), or with
+    latent attention."""
     h, wide, latent = module.hidden_size, 3 if module.gated else 2, module.kv_latent_size
     heads, size = module.num_heads, module.head_size
     if latent:
@@ -39,8 +40,10 @@ def _count_mixture(module: ModuleConfig, tp: int) -> float:
         whole = h * (latent + 64) + (h * query if module.q_latent_size else 0)
     else:
         attention, whole = h * (2 * heads * size + 2 * _kv_size(module)), 0
-    dense_frac = module.num_dense_layers / module.num_layers
-    mlp = dense_frac * module.dense_ffn_size + (1 - dense_frac) * module.shared_expert_size
+    dense_frac, dense_size = module.num_dense_layers / module.num_layers, module.dense_ffn_size
+    if not module.num_experts:
+        dense_frac, dense_size = 1.0, module.ffn_hidden_size
+    mlp = dense_frac * dense_size + (1 - dense_frac) * module.shared_expert_size
     return (
         (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * _norm_size(module)
     )
@@ -52,8 +55,8 @@ def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1)
     q = module.num_heads * module.head_size
     norm = _norm_size(module)
     bias = 0 if module.gated else 1
-    if part is Part.layer and module.num_experts:
-        return _count_mixture(module, tp) + count_expert_parameters(module, ep)
+    if part is Part.layer and (module.num_experts or module.kv_latent_size):
+        return _count_wide(module, tp) + count_expert_parameters(module, ep)
     if part is Part.layer:
         column = (h + bias) * (q + 2 * kv) + (h + bias) * f * (2 if module.gated else 1)  # split with their biases
         row = q * h + f * h  # split; their biases and the norms are replicated
