@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,11 +64,14 @@ class PlanPrice:
     @cached_property
     def gradients_s(self) -> dict[int, float]:
         """Per class: the collectives of its modules' gradients, one after the other, as far as nothing hides them."""
-        return {name: self.exposed_gradients_s(lanes) for name, lanes in self.lanes_of_class.items()}
+        return {
+            name: self.exposed_gradients_s([self.costs[i] for i in lanes])
+            for name, lanes in self.lanes_of_class.items()
+        }
 
-    def exposed_gradients_s(self, lanes: Iterable[int]) -> float:
+    def exposed_gradients_s(self, costs: Sequence[LaneCost]) -> float:
         """Of a rank with these lanes. Traffic hides behind the last backward of each; that of FSDP behind all work."""
-        costs, setup = [self.costs[i] for i in lanes], self.model.setup
+        setup = self.model.setup
         total = sum(cost.gradients_s for cost in costs)
         if not setup.gradient_overlap_frac:
             return total

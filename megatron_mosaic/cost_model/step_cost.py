@@ -52,23 +52,15 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     worst = max(slowest, max(busy) + 2 * hops * (v if v > 1 else 0))
     fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v + sum(ahead) + max(busy) - slowest
     fill += boundary_s / m if before else 0.0
-    lanes = price.lane_map.lanes
-    exposed_s = max(
-        price.exposed_gradients_s(
-            i
-            for i, (module, _) in enumerate(lanes)
-            if i == at or (module in shared and price.costs[i] is _fullest(shared[module]))
-        )
-        for at, (module, _) in enumerate(lanes)
-        if module == backbone
-    )
-    together = [_fullest(costs) for costs in (stages, *shared.values())]
-    optimizer_s = model.optimizer_s(sum(cost.trained_parameters for cost in together)) + model.consensus_s(plan)
+    encoders = [_fullest(costs) for costs in shared.values()]
+    exposed_s = max(price.exposed_gradients_s([stage, *encoders]) for stage in stages)
+    trained = _fullest(stages).trained_parameters + sum(cost.trained_parameters for cost in encoders)
+    optimizer_s = model.optimizer_s(trained) + model.consensus_s(plan)
     encoder_s = sum(map(_module_s, shared.values())) + (boundary_s if shared else 0.0)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
     hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
     memory = [_held(cost, min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
-    memory.append(_memory(stages, shared, p, v, m, offloads=model.setup.offloads_encoders))
+    memory.append(_memory(stages, encoders, p, v, m, offloads=model.setup.offloads_encoders))
     return StepCost(
         encoder_s=max(0.0, encoder_s - hidden_s),
         backbone_s=m * worst,
@@ -128,11 +120,8 @@ def _held(cost: LaneCost, live_units: float) -> Memory:
     return cost.static + cost.unit.times(live_units) + Memory(workspace=cost.workspace_bytes)
 
 
-def _memory(
-    stages: list[LaneCost], shared: dict[str, list[LaneCost]], p: int, v: int, m: int, *, offloads: bool
-) -> Memory:
+def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int, *, offloads: bool) -> Memory:
     """The fullest rank of the backbone, with the fullest stages of the modules on its ranks."""
-    encoders = [_fullest(costs) for costs in shared.values()]
     beside = add_up(cost.static + cost.unit.times(0 if offloads else cost.min_live_units) for cost in encoders)
     found = []
     for stage, cost in enumerate(stages):
