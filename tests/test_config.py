@@ -6,6 +6,7 @@ from megatron_mosaic.any2any.sizes import Any2AnySizes
 from megatron_mosaic.any2any.sizes import workload as any2any_workload
 from megatron_mosaic.config import GROUPS, compose_sections, group_options, load_task, load_workload
 from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.cost_model.setup import Format, Sharding, TrainingSetup
 from megatron_mosaic.errors import ConfigError, ProfileError
 from tests.cases import make_profile
 
@@ -102,3 +103,15 @@ def test_refuses(words, where, expected):
 def test_sections_cover_the_groups():
     sections = compose_sections([H100])
     assert set(type(sections).model_fields) == set(GROUPS)
+
+
+def test_a_plan_for_gpus_may_be_trained_with_another_set_up():
+    words = ["format=fp8", "sharding=optimizer", "gradient_overlap_frac=0.9"]
+    task = load_task([H100, "model=vlm_7b", *(f"workload.training.{word}" for word in words)])
+    assert task.cost_model().setup == TrainingSetup(
+        format=Format.fp8, sharding=Sharding.optimizer, gradient_overlap_frac=0.9
+    )
+    with pytest.raises(ConfigError, match="calibrate"):
+        load_task(["cluster=local", "workload.training.sharding=optimizer"])
+    with pytest.raises(ConfigError, match="'none', 'optimizer', 'gradients' or 'parameters'"):
+        load_task([H100, "workload.training.sharding=all"])

@@ -21,7 +21,6 @@ from megatron_mosaic.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 _ALWAYS = ("tp", "pp", "dp")  # shown even if 1 everywhere
-PRECISIONS = {2: "bf16", 4: "fp32"}  # by the bytes of a value
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -30,8 +29,8 @@ def main(arguments: argparse.Namespace) -> int:
     workload = load_workload([f"model={plan.workload}", f"workload.global_batch_size={plan.global_batch_size}"])
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
-    weights = precision_of(plan)
-    memory, precision = estimate_memory(plan, workload, weights), PRECISIONS[weights.value_bytes]
+    precision = precision_of(plan)
+    memory = estimate_memory(plan, workload, precision)
     peaks = {rank: held.total for rank, held in memory.items()}
     asked = list_groups(plan, workload.edge_pairs)
     groups = {"created": len(set(asked)), "asked": len(asked)}
@@ -42,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
-                "precision": precision,
+                "precision": precision.name,
                 "memory": {str(ranks): asdict(held) for ranks, held in ranks_of(memory).items()},
                 "groups": groups,
             }
@@ -51,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     _print_modules(plan, workload)
     print(render_rank_map(plan, peaks))
     print()
-    print_memory(f"{precision}, no optimizer sharding", ranks_of(memory))
+    print_memory(f"{precision.name}, no optimizer sharding", ranks_of(memory))
     print(f"groups: {groups['created']} created, {groups['asked']} asked for")
     print()
     print(schedule, end="")

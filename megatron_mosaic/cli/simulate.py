@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from megatron_mosaic.cli.output import print_json, print_table, write_text
 from megatron_mosaic.cli.page import render_page
-from megatron_mosaic.cli.show import PRECISIONS, print_memory
+from megatron_mosaic.cli.show import print_memory
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.plan import Plan, validate_plan
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
     model = simulation.priced.price.model
-    print_memory(f"{PRECISIONS[model.precision.value_bytes]}, sharding: {model.setup.sharding}", memory)
+    print_memory(f"{model.precision.name}, sharding: {model.setup.sharding}", memory)
     return 0
 
 

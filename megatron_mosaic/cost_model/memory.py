@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
@@ -53,10 +53,32 @@ class Memory:
         return Memory(**{name: count * getattr(self, name) for name in self.__slots__})
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaneMemory:
+    """What one lane holds on each of its ranks: always, for every live unit, and for moments."""
+
+    static: Memory
+    unit: Memory
+    workspace_bytes: float
+
+    @cached_property
+    def static_bytes(self) -> float:
+        return self.static.total
+
+    @cached_property
+    def unit_bytes(self) -> float:
+        return self.unit.total
+
+    def at(self, live_units: float) -> Memory:
+        """With so many units alive."""
+        return self.static + self.unit.times(live_units) + Memory(workspace=self.workspace_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
     """What a value, its gradient and its optimizer state weigh."""
 
+    name: str
     value_bytes: int
     trained_bytes: int  # per parameter that is trained
     gradient_bytes: int
@@ -65,8 +87,11 @@ class Precision:
 
 
 ANALYTIC = "analytic"  # how the name of a cost model without a profile ends
-BF16 = Precision(value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True, library_bytes=0.1e9)
-FP32 = Precision(value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False)  # the CPU runtime
+BF16 = Precision(
+    name="bf16", value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True, library_bytes=0.1e9
+)
+# the CPU runtime
+FP32 = Precision(name="fp32", value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False)
 
 
 def stage_parts(module: ModuleConfig, plan: ModulePlan, stage: int) -> Mapping[Part, int]:
@@ -111,13 +136,23 @@ def shards_of(layout: Layout) -> tuple[int, int]:
     return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
 
 
-def estimate_static(
+def estimate_lane(
     module: ModuleConfig,
     plan: ModulePlan,
     stage: int,
     items: int,
     precision: Precision,
     setup: TrainingSetup = DEFAULT_SETUP,
+) -> LaneMemory:
+    """One stage on one rank; a unit of `items` items, on one of its virtual stages."""
+    told = (module, plan, stage, items, precision, setup)
+    return LaneMemory(
+        static=_static(*told), unit=_unit(*told).times(1 / plan.layout.vpp), workspace_bytes=_workspace_bytes(*told)
+    )
+
+
+def _static(
+    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
 ) -> Memory:
     """Parameters, gradients, optimizer state and message buffers of one stage on one rank. `items`: of a unit.
 
@@ -143,13 +178,8 @@ def estimate_static(
     return held
 
 
-def estimate_unit(
-    module: ModuleConfig,
-    plan: ModulePlan,
-    stage: int,
-    items: int,
-    precision: Precision,
-    setup: TrainingSetup = DEFAULT_SETUP,
+def _unit(
+    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
 ) -> Memory:
     """Activations and logits that one live unit of `items` items keeps on one rank of a stage.
 
@@ -170,8 +200,8 @@ def estimate_unit(
     )
 
 
-def estimate_workspace_bytes(
-    module: ModuleConfig, plan: ModulePlan, items: int, precision: Precision, setup: TrainingSetup = DEFAULT_SETUP
+def _workspace_bytes(
+    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
 ) -> float:
     """What is there for a moment: the fp32 gradient of a layer's largest matrix before it is added to its bucket, a
     layer whose activations are computed again, and what libraries keep."""
@@ -212,37 +242,31 @@ def items_of_action(plan: Plan, workload: Workload, module: str) -> int:
     return math.ceil(samples * workload.by_name[module].items_per_sample / placed.layout.dp - 1e-9)
 
 
-def peak_of_classes(
-    program: Program,
-    lane_map: LaneMap,
-    static_bytes: Sequence[float],
-    unit_bytes: Sequence[float],
-    workspace_bytes: Sequence[float],
-) -> tuple[float, ...]:
-    """Per class of ranks: what its lanes always hold, plus the worst moment of its live units, plus a workspace."""
+def peak_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[float, ...]:
+    """Per class of ranks: what its lanes (`memory`) always hold, plus the worst moment of its live units, plus a
+    workspace."""
+    unit_bytes = [lane.unit_bytes for lane in memory]
     return tuple(
-        sum(static_bytes[lane] for lane in lanes)
-        + max(sum(n * size for n, size in zip(live, unit_bytes)) for live in program.live_units[name])
-        + max(workspace_bytes[lane] for lane in lanes)
+        sum(memory[lane].static_bytes for lane in lanes)
+        + max(_alive(live, unit_bytes) for live in program.live_units[name])
+        + max(memory[lane].workspace_bytes for lane in lanes)
         for name, lanes in enumerate(lane_map.lanes_of_class.values())
     )
 
 
-def memory_of_classes(
-    program: Program,
-    lane_map: LaneMap,
-    static: Sequence[Memory],
-    unit: Sequence[Memory],
-    workspace_bytes: Sequence[float],
-) -> tuple[Memory, ...]:
+def memory_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[Memory, ...]:
     """`peak_of_classes` by what holds the bytes."""
-    unit_bytes, found = [each.total for each in unit], []
+    unit_bytes, found = [lane.unit_bytes for lane in memory], []
     for name, lanes in enumerate(lane_map.lanes_of_class.values()):
-        worst = max(program.live_units[name], key=lambda live: sum(n * size for n, size in zip(live, unit_bytes)))
-        alive = add_up(each.times(n) for n, each in zip(worst, unit) if n)
-        workspace = Memory(workspace=max(workspace_bytes[lane] for lane in lanes))
-        found.append(add_up(static[lane] for lane in lanes) + alive + workspace)
+        worst = max(program.live_units[name], key=lambda live: _alive(live, unit_bytes))
+        alive = add_up(lane.unit.times(n) for n, lane in zip(worst, memory) if n)
+        workspace = Memory(workspace=max(memory[lane].workspace_bytes for lane in lanes))
+        found.append(add_up(memory[lane].static for lane in lanes) + alive + workspace)
     return tuple(found)
+
+
+def _alive(live_units: Sequence[int], unit_bytes: Sequence[float]) -> float:
+    return sum(n * size for n, size in zip(live_units, unit_bytes))
 
 
 def add_up(parts: Iterable[Memory]) -> Memory:
@@ -253,15 +277,13 @@ def add_up(parts: Iterable[Memory]) -> Memory:
 def estimate_memory(plan: Plan, workload: Workload, precision: Precision) -> dict[int, Memory]:
     """Rank -> its peak, for ranks that have a lane. No clock: the order of work decides what is alive."""
     lane_map = map_lanes(plan, workload)
-    static, unit, workspace_bytes = [], [], []
-    for module, stage in lane_map.lanes:
-        config, placed = workload.by_name[module], plan.modules[module]
-        items = items_of_action(plan, workload, module)
-        static.append(estimate_static(config, placed, stage, items, precision))
-        unit.append(estimate_unit(config, placed, stage, items, precision).times(1 / placed.layout.vpp))
-        workspace_bytes.append(estimate_workspace_bytes(config, placed, items, precision))
-    program = build_program(plan.schedule, lane_map)
-    peaks = memory_of_classes(program, lane_map, static, unit, workspace_bytes)
+    memory = [
+        estimate_lane(
+            workload.by_name[module], plan.modules[module], stage, items_of_action(plan, workload, module), precision
+        )
+        for module, stage in lane_map.lanes
+    ]
+    peaks = memory_of_classes(build_program(plan.schedule, lane_map), lane_map, memory)
     return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
 
 

@@ -21,10 +21,8 @@ from megatron_mosaic.cost_model.memory import (
     ANALYTIC,
     BF16,
     FP32,
-    Memory,
-    estimate_static,
-    estimate_unit,
-    estimate_workspace_bytes,
+    LaneMemory,
+    estimate_lane,
     items_of_action,
     shards_of,
     stage_expert_parameters,
@@ -114,8 +112,7 @@ class CostModel:
         layout, items = placed.layout, self.items_of_action(plan, module)
         first, last = stage == 0, stage == layout.pp - 1
         tp_ranks = self._tp_ranks(plan, module, stage)
-        crosses = self.cluster.link_between(tp_ranks) is not self.cluster.intra
-        near = self._nodes(plan, module, stage) if layout.cp > 1 or layout.ep > 1 else ()
+        others = stage_ranks(plan, module, stage)[: max(layout.tp * layout.cp, layout.ep * layout.etp)]
         share, recompute = placed.quota.share, placed.recompute
         key = (
             module,
@@ -131,8 +128,8 @@ class CostModel:
             backward,
             share,
             recompute,
-            crosses,
-            near,
+            self._nodes(tp_ranks),
+            self._nodes(others),
         )
         if key not in self._actions:
             config = self.workload.by_name[module]
@@ -239,25 +236,11 @@ class CostModel:
         experts = 0.0 if config.frozen else stage_expert_parameters(config, placed)
         return (trained_parameters(config, placed, stage) - experts) / dense + experts / expert
 
-    def static(self, plan: Plan, module: str, stage: int) -> Memory:
-        """What a stage always holds on one rank."""
+    def lane_memory(self, plan: Plan, module: str, stage: int) -> LaneMemory:
+        """What a stage holds on one rank."""
         items = self.items_of_action(plan, module)
-        return estimate_static(
+        return estimate_lane(
             self.workload.by_name[module], plan.modules[module], stage, items, self.precision, self.setup
-        )
-
-    def unit(self, plan: Plan, module: str, stage: int) -> Memory:
-        """What one live unit of a stage holds on one rank."""
-        items = self.items_of_action(plan, module)
-        return estimate_unit(
-            self.workload.by_name[module], plan.modules[module], stage, items, self.precision, self.setup
-        )
-
-    def workspace_bytes(self, plan: Plan, module: str) -> float:
-        """What the module's work needs for moments."""
-        items = self.items_of_action(plan, module)
-        return estimate_workspace_bytes(
-            self.workload.by_name[module], plan.modules[module], items, self.precision, self.setup
         )
 
     def _tp_ranks(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
@@ -265,11 +248,10 @@ class CostModel:
         ranks, tp = stage_ranks(plan, module, stage), plan.modules[module].layout.tp
         return _worst_group(ranks, tp, self.cluster.gpus_per_node)
 
-    def _nodes(self, plan: Plan, module: str, stage: int) -> tuple[int, ...]:
-        """Nodes of the stage's first cp and expert groups, counted from the first."""
-        layout, ranks = plan.modules[module].layout, stage_ranks(plan, module, stage)
-        nodes = tuple(map(self.cluster.node_of, ranks[: max(layout.tp * layout.cp, layout.ep * layout.etp)]))
-        return tuple(node - nodes[0] for node in nodes)
+    def _nodes(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Node of each rank, counted from the first's: what collectives of these ranks depend on."""
+        first = self.cluster.node_of(ranks[0])
+        return tuple(self.cluster.node_of(rank) - first for rank in ranks)
 
     def _tp_comm_s(self, work: StageWork, ranks: tuple[int, ...], etp: int) -> float:
         """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_mosaic.cost_model.memory import Memory
+from megatron_mosaic.cost_model.memory import LaneMemory
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
 from megatron_mosaic.cost_model.setup import Sharding
@@ -30,11 +30,7 @@ class LaneCost:
     threads: int  # at work on all ranks of the stage together
     gradients_s: float
     trained_parameters: float
-    static: Memory
-    unit: Memory
-    static_bytes: float  # their totals
-    unit_bytes: float
-    workspace_bytes: float
+    memory: LaneMemory
     min_live_units: int  # at some moment at least so many units are alive
     ranks: tuple[int, ...]
 
@@ -134,9 +130,9 @@ class PlanPrice:
     def lower_bound_bytes(self) -> float:
         """No schedule needs less on the fullest rank: its parameters, and the units of its hungriest lane."""
         return max(
-            sum(self.costs[i].static_bytes for i in lanes)
-            + max(self.costs[i].min_live_units * self.costs[i].unit_bytes for i in lanes)
-            + max(self.costs[i].workspace_bytes for i in lanes)
+            sum(self.costs[i].memory.static_bytes for i in lanes)
+            + max(self.costs[i].min_live_units * self.costs[i].memory.unit_bytes for i in lanes)
+            + max(self.costs[i].memory.workspace_bytes for i in lanes)
             for lanes in self.lanes_of_class.values()
         )
 
@@ -161,7 +157,6 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
     if key not in model.lane_costs:
         forward, backward = (model.action_cost(plan, module, stage, backward=b) for b in (False, True))
         ranks = stage_ranks(plan, module, stage)
-        static, unit = model.static(plan, module, stage), model.unit(plan, module, stage).times(1 / chunks)
         model.lane_costs[key] = LaneCost(
             forward_s=forward.busy_s / chunks,
             backward_s=backward.busy_s / chunks if module in chain.has_backward else 0.0,
@@ -169,11 +164,7 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
             threads=forward.threads * len(ranks),
             gradients_s=model.gradient_sync_s(plan, module, stage),
             trained_parameters=model.trained_parameters(plan, module, stage),
-            static=static,
-            unit=unit,
-            static_bytes=static.total,
-            unit_bytes=unit.total,
-            workspace_bytes=model.workspace_bytes(plan, module),
+            memory=model.lane_memory(plan, module, stage),
             min_live_units=min_live_units,
             ranks=ranks,
         )

@@ -159,12 +159,10 @@ class _Numbers:
             raise Refusal(f"{key} is {text[:40]}, beyond the {MAX_COUNT} that this model takes")
         return int(value)
 
-    def degree(self, key: str, default: int = 1) -> int:
+    def degree(self, key: str, default: int = 1, most: int = MAX_COUNT) -> int:
         value = self.get(key, default)
-        if value < 1:
-            raise Refusal(f"{key} is {value}, not a degree of parallelism")
-        if key in ("pp", "enc_pp") and value > _MAX_STAGES:
-            raise Refusal(f"{key} is {value}, beyond the {_MAX_STAGES} stages that this model takes")
+        if not 1 <= value <= most:
+            raise Refusal(f"{key} is {value}, not a degree of parallelism from 1 to {most}")
         return value
 
     def positive(self, key: str) -> float:
@@ -264,8 +262,8 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     n_gpus = number.need("n_gpus")
     if encoder and not row.get("tp"):
         raise Refusal("its parallel layout is not stated")
-    tp, pp, cp = (number.degree(axis) for axis in ("tp", "pp", "cp"))
-    enc_tp, enc_pp = number.degree("enc_tp", tp), number.degree("enc_pp")
+    tp, pp, cp = number.degree("tp"), number.degree("pp", most=_MAX_STAGES), number.degree("cp")
+    enc_tp, enc_pp = number.degree("enc_tp", tp), number.degree("enc_pp", most=_MAX_STAGES)
     enc_dp = number.degree("enc_dp", max(1, n_gpus // (enc_tp * enc_pp)))
     own = enc_tp * enc_dp * enc_pp if encoder else 0
     apart = own > 0 and own + tp * pp * cp * number.get("dp", 0) == n_gpus  # the encoder on GPUs of its own

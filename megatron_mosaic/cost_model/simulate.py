@@ -54,13 +54,7 @@ def prepare_program(price: PlanPrice, num_microbatches: int = 0) -> PricedProgra
         },
         gradients_s=tuple(price.gradients_s.values()),
         optimizer_s=tuple(price.optimizer_s.values()),
-        peak_bytes=peak_of_classes(
-            program,
-            price.lane_map,
-            [cost.static_bytes for cost in costs],
-            [cost.unit_bytes for cost in costs],
-            [cost.workspace_bytes for cost in costs],
-        ),
+        peak_bytes=peak_of_classes(program, price.lane_map, [cost.memory for cost in costs]),
     )
 
 
@@ -97,14 +91,8 @@ class Simulation:
 
     def memory(self) -> tuple[Memory, ...]:
         """Per class, its peak by what holds the bytes."""
-        costs = self.priced.price.costs
-        return memory_of_classes(
-            self.priced.program,
-            self.priced.price.lane_map,
-            [cost.static for cost in costs],
-            [cost.unit for cost in costs],
-            [cost.workspace_bytes for cost in costs],
-        )
+        price = self.priced.price
+        return memory_of_classes(self.priced.program, price.lane_map, [cost.memory for cost in price.costs])
 
     def ranks_alike(self) -> dict[int, RankSet]:
         """Lowest rank of each class -> the class: ranks that do the same at the same time."""

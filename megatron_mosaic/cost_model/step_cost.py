@@ -39,27 +39,28 @@ class StepCost:
 
 
 def estimate_step(plan: Plan, model: CostModel) -> StepCost:
-    """The step of a plan whose encoders share the backbone's ranks, or stand before it as further pipeline stages."""
-    price = price_plan(_without_chunks(plan), model)
+    """The step of a plan whose encoders have one stage on the backbone's ranks, or ranks of their own before it."""
+    plain = _without_chunks(plan)
+    price = price_plan(plain, model)
     backbone = model.workload.backbone.name
     placed = plan.modules[backbone]
     p, v, m = placed.layout.pp, placed.layout.vpp, plan.num_microbatches(backbone)
-    stages, before, shared = _sort_lanes(price, backbone)
-    hops = _hop_s(plan, model, backbone) if p > 1 else 0.0
+    stages, before, encoders = _sort_lanes(price, backbone)
+    hops = model.transfer_s(plain, (backbone, 0), (backbone, 1)) if p > 1 else 0.0
     busy = [cost.forward_s + cost.backward_s for cost in stages]
     ahead = [cost.busy_s / m for cost in before]
-    slowest, boundary_s = max([*busy, *ahead]), _boundary_s(plan, model)
+    slowest, boundary_s = max([*busy, *ahead]), _boundary_s(plain, model)
     worst = max(slowest, max(busy) + 2 * hops * (v if v > 1 else 0))
     fill = (sum(busy) - max(busy) + 2 * hops * (p - 1)) / v + sum(ahead) + max(busy) - slowest
     fill += boundary_s / m if before else 0.0
-    encoders = [_fullest(costs) for costs in shared.values()]
     exposed_s = max(price.exposed_gradients_s([stage, *encoders]) for stage in stages)
-    trained = _fullest(stages).trained_parameters + sum(cost.trained_parameters for cost in encoders)
+    fullest = max(stages, key=lambda cost: cost.trained_parameters)
+    trained = sum(cost.trained_parameters for cost in (fullest, *encoders))
     optimizer_s = model.optimizer_s(trained) + model.consensus_s(plan)
-    encoder_s = sum(map(_module_s, shared.values())) + (boundary_s if shared else 0.0)
+    encoder_s = sum(cost.busy_s for cost in encoders) + (boundary_s if encoders else 0.0)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
     hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
-    memory = [_held(cost, min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
+    memory = [cost.memory.at(min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
     memory.append(_memory(stages, encoders, p, v, m, offloads=model.setup.offloads_encoders))
     return StepCost(
         encoder_s=max(0.0, encoder_s - hidden_s),
@@ -71,25 +72,21 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     )
 
 
-def _sort_lanes(price: PlanPrice, backbone: str) -> tuple[list[LaneCost], list[LaneCost], dict[str, list[LaneCost]]]:
-    """The backbone's stages, the stages of modules on other ranks, and by module those that share its ranks."""
+def _sort_lanes(price: PlanPrice, backbone: str) -> tuple[list[LaneCost], list[LaneCost], list[LaneCost]]:
+    """The backbone's stages, the stages of modules on other ranks, and the modules that share its ranks."""
     ranks = {*price.plan.modules[backbone].ranks.ranks}
     stages: list[LaneCost] = []
     before: list[LaneCost] = []
-    shared: dict[str, list[LaneCost]] = {}
-    for (module, _), cost in zip(price.lane_map.lanes, price.costs):
+    shared: list[LaneCost] = []
+    for (module, stage), cost in zip(price.lane_map.lanes, price.costs):
         if module == backbone:
             stages.append(cost)
         elif ranks.isdisjoint(cost.ranks):
             before.append(cost)
         else:
-            shared.setdefault(module, []).append(cost)
+            assert stage == 0, f"{module}: stages on the backbone's ranks need the simulator"
+            shared.append(cost)
     return stages, before, shared
-
-
-def _module_s(stages: list[LaneCost]) -> float:
-    """All units of a module through its stages, one after the other."""
-    return max(cost.busy_s for cost in stages) * (1 + (len(stages) - 1) / stages[0].num_units)
 
 
 def _without_chunks(plan: Plan) -> Plan:
@@ -100,7 +97,7 @@ def _without_chunks(plan: Plan) -> Plan:
 
 def _boundary_s(plan: Plan, model: CostModel) -> float:
     """Rows that go from encoders to the backbone, and their gradients that come back; free where layouts agree."""
-    plan, seconds = _without_chunks(plan), 0.0
+    seconds = 0.0
     for edge in model.workload.edges:
         lane = edge.source if edge.source != model.workload.backbone.name else edge.target
         units = plan.num_microbatches(model.workload.backbone.name) / (plan.modules[lane].unit or 1)
@@ -108,25 +105,14 @@ def _boundary_s(plan: Plan, model: CostModel) -> float:
     return seconds
 
 
-def _hop_s(plan: Plan, model: CostModel, backbone: str) -> float:
-    return model.transfer_s(_without_chunks(plan), (backbone, 0), (backbone, 1))
-
-
-def _fullest(stages: list[LaneCost]) -> LaneCost:
-    return max(stages, key=lambda cost: cost.static_bytes)
-
-
-def _held(cost: LaneCost, live_units: float) -> Memory:
-    return cost.static + cost.unit.times(live_units) + Memory(workspace=cost.workspace_bytes)
-
-
 def _memory(stages: list[LaneCost], encoders: list[LaneCost], p: int, v: int, m: int, *, offloads: bool) -> Memory:
     """The fullest rank of the backbone, with the fullest stages of the modules on its ranks."""
-    beside = add_up(cost.static + cost.unit.times(0 if offloads else cost.min_live_units) for cost in encoders)
+    beside = add_up(
+        cost.memory.static + cost.memory.unit.times(0 if offloads else cost.min_live_units) for cost in encoders
+    )
     found = []
     for stage, cost in enumerate(stages):
         live = min(m, p - stage) if v == 1 else min(m, p - stage + (p - 1) / v)
-        held = _held(cost, live) + beside
-        extra = max((each.workspace_bytes for each in encoders), default=0.0) - cost.workspace_bytes
-        found.append(held + Memory(workspace=max(0.0, extra)))
+        extra = max((each.memory.workspace_bytes for each in encoders), default=0.0) - cost.memory.workspace_bytes
+        found.append(cost.memory.at(live) + beside + Memory(workspace=max(0.0, extra)))
     return max(found, key=lambda memory: memory.total)

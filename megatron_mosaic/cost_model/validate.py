@@ -19,7 +19,7 @@ import yaml
 from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.cost_model.calibration import FITTED_FILES, estimate_case, fold_of, with_constants
 from megatron_mosaic.cost_model.hardware import load_gpu_type
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, load_table, try_case
+from megatron_mosaic.cost_model.published_rows import Case, Row, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
 
 PUBLISHED = Path(str(files(__package__) / "published"))
@@ -98,12 +98,10 @@ def _fold_gpus(name: str) -> tuple[GpuType, ...]:
     return tuple(with_constants(gpu, constants) for constants in yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def validate_file(path: Path) -> Report:
-    """The report of one file of the schema."""
+def _validate_rows(file: str, rows: Sequence[Row], *, fitted: bool) -> Report:
+    """The report of one table of the schema; `fitted`: constants were fitted to it, so that folds matter."""
     compared: list[Comparison] = []
     refused: Counter[str] = Counter()
-    rows = load_rows(path)
-    fitted = path.parent == PUBLISHED and path.stem in FITTED_FILES
     for row in rows:
         case = try_case(row)
         if isinstance(case, str):
@@ -122,9 +120,7 @@ def validate_file(path: Path) -> Report:
             refused["a number beyond what can be computed"] += 1
             continue
         compared.append(
-            Comparison(
-                case=case, file=path.stem, step_s=cost.step_s, fold_step_s=fold.step_s, peak_bytes=cost.peak_bytes
-            )
+            Comparison(case=case, file=file, step_s=cost.step_s, fold_step_s=fold.step_s, peak_bytes=cost.peak_bytes)
         )
     return Report(rows=len(rows), refused=refused, compared=tuple(compared))
 
@@ -144,10 +140,12 @@ def validate_folder(folder: Path) -> dict[str, Report]:
     for path in paths:
         if path.exists() and not path.is_file():
             continue  # a folder by that name
-        header, _ = load_table(path)
+        header, rows = load_table(path)
         if {"row_id", "n_gpus"} <= {*header}:
             name = path.stem.encode(errors="replace").decode()  # what can be printed of it
-            reports[path.name if name in reports else name] = validate_file(path)
+            reports[path.name if name in reports else name] = _validate_rows(
+                name, rows, fitted=folder == PUBLISHED and name in FITTED_FILES
+            )
     if not reports:
         raise ConfigError(
             "validate: --data",

@@ -32,6 +32,6 @@ def test_a_trained_projector_costs_its_own_weights_and_no_way_through_the_layers
     projector = (vision.hidden_size + 1) * vision.output_size
     model, whole = with_vision(frozen=True, trains_projector=True), with_vision()
     assert [model.trained_parameters(plan, "vision", stage) for stage in (0, 1)] == [0, projector]
-    assert model.static(plan, "vision", 1).optimizer == 12 * projector
+    assert model.lane_memory(plan, "vision", 1).static.optimizer == 12 * projector
     first, last = (model.action_cost(plan, "vision", stage, backward=True).busy_s for stage in (0, 1))
     assert first == 0 < last < 0.1 * whole.action_cost(plan, "vision", 1, backward=True).busy_s

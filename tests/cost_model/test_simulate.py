@@ -273,7 +273,7 @@ def test_more_items_or_recomputation_cost_more():
             model.action_cost(again, "llm", 0, backward=True).busy_s
             > model.action_cost(plan, "llm", 0, backward=True).busy_s
         )
-        assert model.unit(again, "llm", 0).total <= model.unit(plan, "llm", 0).total
+        assert model.lane_memory(again, "llm", 0).unit_bytes <= model.lane_memory(plan, "llm", 0).unit_bytes
 
 
 def test_an_item_is_not_split():
@@ -335,8 +335,7 @@ def test_pipeline_stages_hold_their_live_units():
     model = _gpu_model(BACKBONE_ONLY)
     simulation = simulate(plan, model)
     for stage, peak in enumerate(simulation.priced.peak_bytes):
-        unit, static = model.unit(plan, "llm", stage).total, model.static(plan, "llm", stage).total
-        assert peak == pytest.approx(static + (4 - stage) * unit + model.workspace_bytes(plan, "llm"))
+        assert peak == pytest.approx(model.lane_memory(plan, "llm", stage).at(4 - stage).total)
 
 
 def test_local_needs_a_profile_of_the_workload():

@@ -12,9 +12,7 @@ from megatron_mosaic.cost_model.fit import FittedProfile
 from megatron_mosaic.cost_model.memory import (
     BF16,
     FP32,
-    estimate_static,
-    estimate_unit,
-    estimate_workspace_bytes,
+    estimate_lane,
     stage_parameters,
 )
 from megatron_mosaic.cost_model.profile import Operation, Part
@@ -87,9 +85,9 @@ def test_activation_bytes_follow_the_published_formula(tp):
 def test_static_bytes_are_megatrons_bytes_per_parameter():
     placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
     parameters = module_parameters(LLM)
-    assert estimate_static(LLM, placed, 0, 1, BF16).total == 18 * parameters
-    assert estimate_static(LLM, placed, 0, 1, FP32).total == 16 * parameters
-    assert estimate_static(replace(LLM, frozen=True), placed, 0, 1, BF16).total == 2 * parameters
+    assert estimate_lane(LLM, placed, 0, 1, BF16).static_bytes == 18 * parameters
+    assert estimate_lane(LLM, placed, 0, 1, FP32).static_bytes == 16 * parameters
+    assert estimate_lane(replace(LLM, frozen=True), placed, 0, 1, BF16).static_bytes == 2 * parameters
 
 
 @pytest.mark.parametrize(
@@ -99,7 +97,7 @@ def test_static_bytes_are_megatrons_bytes_per_parameter():
 def test_four_ranks_share_what_their_sharding_says(sharding, parameters, gradients, optimizer):
     # Rajbhandari et al. 2020, figure 1, with Megatron's fp32 gradients and copies
     placed = ModulePlan(ranks=RankSet.parse("0-3"), layout=Layout(dp=4))
-    held = estimate_static(LLM, placed, 0, 1, BF16, TrainingSetup(sharding=Sharding(sharding)))
+    held = estimate_lane(LLM, placed, 0, 1, BF16, TrainingSetup(sharding=Sharding(sharding))).static
     count = module_parameters(LLM)
     assert held.parameters == parameters * count
     assert held.gradients == gradients * count
@@ -110,13 +108,13 @@ def test_four_ranks_share_what_their_sharding_says(sharding, parameters, gradien
 def test_a_recomputed_unit_keeps_its_layers_inputs_and_works_on_one_layer():
     placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
     full = replace(placed, recompute=Recompute.full)
-    kept, recomputed = (estimate_unit(LLM, each, 0, 2, BF16) for each in (placed, full))
+    lanes = [estimate_lane(LLM, each, 0, 2, BF16) for each in (placed, full)]
+    kept, recomputed = (lane.unit for lane in lanes)
     inputs = 2 * 2 * LLM.tokens_per_item * LLM.hidden_size
     layer = 2 * count_activation_bytes(LLM, Part.layer, 1, value_bytes=2, fused_attention=True)
     assert kept.activations - recomputed.activations == LLM.num_layers * (layer - inputs)
     assert kept.logits == recomputed.logits == 2 * LLM.tokens_per_item * LLM.vocab_size * (2 + 4)
-    more = (estimate_workspace_bytes(LLM, each, 2, BF16) for each in (full, placed))
-    assert next(more) - next(more) == layer
+    assert lanes[1].workspace_bytes - lanes[0].workspace_bytes == layer
 
 
 def test_stages_share_the_module_but_for_tied_embeddings():

@@ -132,7 +132,7 @@ def test_bad_cells_of_the_side_table_are_named(tmp_path, table, column, cell, wh
         ({"gbs": "7"}, "not a multiple of micro batch"),
         ({"seq_len": "1e200"}, "seq_len is 1e200, beyond"),
         ({"n_gpus": "2e7"}, "n_gpus is 2e7, beyond"),
-        ({"n_gpus": "1048576", "pp": "65536"}, "pp is 65536, beyond the 1024 stages"),
+        ({"n_gpus": "1048576", "pp": "65536"}, "pp is 65536, not a degree of parallelism from 1 to 1024"),
         ({"hidden": "inf"}, "hidden is inf, beyond"),
         ({"vocab": "-5"}, "vocab is -5, below 0"),
         ({"iter_time_s": "1e-320"}, "iter_time_s is '1e-320', not a number above 0"),
