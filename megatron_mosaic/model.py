@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import nn
 
 from megatron_mosaic.definition import StageInputs, StageOutput
+from megatron_mosaic.parallel_state_ext.gradient_sums import JoinedBuckets, join_buckets
 from megatron_mosaic.parallel_state_ext.streams import Streams
 from megatron_mosaic.parameters import cut_of, whole_name
 
@@ -61,6 +62,7 @@ class MosaicModel(MegatronModule):
         self.ddp_config = ddp_config
         self.pg_collection = world_view
         self.streams: Streams | None = None  # RNG streams to be saved and restored with the model
+        self._joined: dict[tuple[str, ...], list[JoinedBuckets]] = {}  # by the modules that are summed together
 
     def forward(self, call: StageCall) -> StageOutput:
         return self.stages[stage_key(call.module, call.chunk)](call.inputs)
@@ -77,11 +79,13 @@ class MosaicModel(MegatronModule):
         for stage in self.stages.values():
             stage.scale_gradients(factor)
 
-    def start_module_sync(self, module: str, *, whole: bool) -> None:
-        """Begin to sum one module's gradients over its data-parallel ranks; `whole`: all of them on every rank."""
-        for stage in self.stages_of(module):
-            for buckets in stage.bucket_groups + stage.expert_parallel_bucket_groups:
-                buckets.start_grad_sync(force_all_reduce=whole)
+    def start_sync(self, modules: Iterable[str], *, whole: bool) -> None:
+        """Begin to sum these modules' gradients over their data-parallel ranks; `whole`: all of them on every rank."""
+        together = tuple(modules)
+        if together not in self._joined:
+            self._joined[together] = join_buckets(stage for name in together for stage in self.stages_of(name))
+        for buckets in self._joined[together]:
+            buckets.start(whole=whole)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -191,6 +191,11 @@ class Plan:
         """Names of the modules that have a lane on this rank, in the plan's order."""
         return tuple(name for name, module in self.modules.items() if rank in module.ranks.ranks)
 
+    @property
+    def every_rank_runs_all(self) -> bool:
+        """Whether there is no rank without some module."""
+        return all(len(module.ranks.ranks) == self.world_size for module in self.modules.values())
+
     def num_microbatches(self, backbone: str) -> int:
         """Backbone microbatches per optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.modules[backbone].layout.dp)

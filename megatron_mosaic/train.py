@@ -168,7 +168,7 @@ class Runtime:
             {name: model.stages_of(name) for name in self.grids.collections},
             self.grids.collections,
             empty_stage(model.config, model.ddp_config, self.grids.alone_view()),
-            self.grids.world,
+            None if self.plan.every_rank_runs_all else self.grids.world,
             config,
             config_overrides,
         )

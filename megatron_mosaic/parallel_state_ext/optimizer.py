@@ -4,7 +4,8 @@
     module b: Megatron optimizer in b's groups --norm^2--+--MAX over the world--> sqrt(sum) --> clip all, step all
                                       found_inf ---------+--MAX over the world--> skip all
 
-MAX, because every rank of a module holds the same value and all others hold 0: each module counts once.
+MAX, because every rank of a module holds the same value and all others hold 0: each module counts once. Where every
+rank runs every module, all know all of it already, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ModuleOptimizers(ChainedOptimizer):
     """The optimizers of this rank's modules, stepped as one.
 
     `names` are all modules of the plan, also those of other ranks. Collective: `step` is called by every rank of
-    `world`, ranks without a module included.
+    `world`, ranks without a module included. No `world`: every rank runs every module.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ModuleOptimizers(ChainedOptimizer):
         by_module: Mapping[str, MegatronOptimizer],
         collections: Mapping[str, ProcessGroupCollection],
         config: OptimizerConfig,
-        world: dist.ProcessGroup,
+        world: dist.ProcessGroup | None,
     ) -> None:
         super().__init__(list(by_module.values()))
         self.config = config
@@ -79,7 +80,8 @@ class ModuleOptimizers(ChainedOptimizer):
                 statistics[1, self._names.index(name)] = 1.0
             else:
                 statistics[0, self._names.index(name)] = norm**2
-        dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
+        if self._world is not None:
+            dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
         broken = [name for name, flag in zip(self._names, statistics[1].tolist(), strict=True) if flag]
         if broken and self.refuses_nan:
             raise FloatingPointError(
@@ -142,7 +144,7 @@ def build_optimizer(
     modules: Mapping[str, Sequence[DistributedDataParallel]],
     collections: Mapping[str, ProcessGroupCollection],
     absent: DistributedDataParallel,
-    world: dist.ProcessGroup,
+    world: dist.ProcessGroup | None,
     config: OptimizerConfig,
     config_overrides: Any = None,
 ) -> ModuleOptimizers:
@@ -150,7 +152,7 @@ def build_optimizer(
 
     Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
     ranks that do not run a module take part with `absent`, a stage without parameters. A module has several stages on a
-    rank if they are virtual.
+    rank if they are virtual. `world`: see ModuleOptimizers.
     """
     accept_torch_adam()
     by_module = {}

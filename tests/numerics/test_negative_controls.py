@@ -61,17 +61,16 @@ def test_halved_gradients_of_one_module(parity_of_two_ranks, monkeypatch) -> Non
 
 def test_gradients_that_are_not_summed_over_dp(parity_of_two_ranks, monkeypatch) -> None:
     """What a module with dp 2 computes when its ranks do not talk; tp 2 and single ranks do not notice."""
-    start, finalize = model.MosaicModel.start_module_sync, step.finalize_model_grads
+    start, finalize = model.MosaicModel.start_sync, step.finalize_model_grads
 
-    def start_without_dp(self, module: str, **kwargs) -> None:
-        if self.stages_of(module)[0].dp_group.size() == 1:
-            start(self, module, **kwargs)
+    def start_without_dp(self, modules, **kwargs) -> None:
+        start(self, [name for name in modules if self.stages_of(name)[0].dp_group.size() == 1], **kwargs)
 
     def only_without_dp(*args, pg_collection, **kwargs) -> None:
         if pg_collection.dp.size() == 1:
             finalize(*args, pg_collection=pg_collection, **kwargs)
 
-    monkeypatch.setattr(model.MosaicModel, "start_module_sync", start_without_dp)
+    monkeypatch.setattr(model.MosaicModel, "start_sync", start_without_dp)
     monkeypatch.setattr(step, "finalize_model_grads", only_without_dp)
     assert_only_these_fail(parity_of_two_ranks(), "vision")
 
