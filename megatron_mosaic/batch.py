@@ -10,7 +10,6 @@ links              image 1 rows 0..15 -> sample 1 from token 5 on
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -69,9 +68,9 @@ def rows_of(items: Integers, starts: Integers, counts: Integers) -> tuple[Intege
 
 def expand(counts: Integers) -> tuple[Integers, Integers]:
     """For each of sum(counts) rows: which count it belongs to, and its number within."""
-    link = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return link, np.arange(len(link)) - np.repeat(starts, counts)
+    link = np.arange(len(counts)).repeat(counts)
+    starts = counts.cumsum() - counts
+    return link, np.arange(len(link)) - starts[link]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +98,8 @@ def shard_of(placed: ModulePlan, items: Sequence[int], lengths: Integers, *, cp:
     return Shard(items=tuple(items), length=length, cp_tokens=cp_tokens, tokens=tokens)
 
 
-def padded_length(placed: ModulePlan, tokens: int) -> int:
-    """The next length that cp and sequence parallelism can split."""
+def padded_length[T: (int, Integers)](placed: ModulePlan, tokens: T) -> T:
+    """The next length that cp and sequence parallelism can split; of one number of tokens, or of each of many."""
     cp, tp = placed.layout.cp, placed.layout.tp if placed.sequence_parallel else 1
     multiple = (2 * cp if cp > 1 else 1) * tp
     return -(-tokens // multiple) * multiple
@@ -116,10 +115,44 @@ def _cp_tokens(length: int, cp: int, rank: int) -> Integers:
 # -- who computes what -------------------------------------------------------------------------------------------
 
 
-def split_evenly(num_items: int, num_lanes: int) -> tuple[range, ...]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Lanes:
+    """Which lane computes each item of a unit."""
+
+    of_item: Integers
+    order: Integers = field(repr=False)  # items lane by lane, ascending within each
+    starts: Integers = field(repr=False)  # lane d computes order[starts[d] : starts[d + 1]]
+
+    @classmethod
+    def of(cls, lane_of_item: Integers, num_lanes: int) -> Lanes:
+        """The lanes 0 .. num_lanes - 1, some of them empty."""
+        order = np.argsort(lane_of_item, kind="stable")
+        return cls(lane_of_item, order, np.searchsorted(lane_of_item[order], np.arange(num_lanes + 1)))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, lane: int) -> Integers:
+        return self.order[self.starts[lane] : self.starts[lane + 1]]
+
+    @property
+    def index_in_lane(self) -> Integers:
+        """The number of every item within its lane."""
+        index = np.empty_like(self.of_item)
+        index[self.order] = np.arange(len(self.order)) - self.starts[self.of_item[self.order]]
+        return index
+
+    def max_load(self, costs: Integers) -> int:
+        """Cost of the busiest lane."""
+        loads = np.zeros(len(self), dtype=np.int64)
+        np.add.at(loads, self.of_item, costs)
+        return int(loads.max())
+
+
+def split_evenly(num_items: int, num_lanes: int) -> Lanes:
     """Contiguous blocks whose sizes differ by at most one."""
-    edges = [lane * num_items // num_lanes for lane in range(num_lanes + 1)]
-    return tuple(range(a, b) for a, b in itertools.pairwise(edges))
+    starts = np.arange(num_lanes + 1) * num_items // num_lanes
+    return Lanes(np.arange(num_lanes).repeat(starts[1:] - starts[:-1]), np.arange(num_items), starts)
 
 
 def item_costs(module: ModuleConfig, tokens: Integers) -> Integers:
@@ -132,54 +165,40 @@ def item_costs(module: ModuleConfig, tokens: Integers) -> Integers:
     return tokens * per_token + tokens**2 * (module.hidden_size if module.causal else 2 * module.hidden_size)
 
 
-def balance_items(costs: Integers, preferred: Sequence[Sequence[int]], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Items per lane, ascending: nearly the least possible load of the busiest lane, and few items moved.
+def least_load(costs: Integers, num_lanes: int) -> int:
+    """What the busiest lane computes at least, however items are shared out."""
+    return max(int(costs.max()), -(-int(costs.sum()) // num_lanes)) if len(costs) else 0
+
+
+def balance_items(costs: Integers, preferred: Sequence[Sequence[int]], num_lanes: int) -> Lanes:
+    """Nearly the least possible load of the busiest lane, and few items moved.
 
     Longest processing time first (Graham 1969: at most 4/3 - 1/(3*lanes) of the optimum) says what load is reachable;
     then each item stays on a lane it prefers (near the rank that owns its sample) while this load is kept, and the
     others fill up the rest.
     """
-    by_cost = sorted(range(len(costs)), key=lambda i: (-int(costs[i]), i))
-    shortest = _fill([0] * num_lanes, by_cost, costs)
-    limit = max(_loads(shortest, costs))
-    kept: list[list[int]] = [[] for _ in range(num_lanes)]
-    loads, moved = [0] * num_lanes, []
+    cost_of: list[int] = costs.tolist()  # item by item: faster than numpy
+    by_cost = sorted(range(len(cost_of)), key=lambda item: -cost_of[item])
+    shortest = [0] * len(cost_of)
+    limit = _fill(shortest, [0] * num_lanes, by_cost, cost_of)
+    kept, loads, moved = [0] * len(cost_of), [0] * num_lanes, []
     for item in by_cost:
-        lane = min(preferred[item], key=lambda lane: loads[lane])
-        if loads[lane] + int(costs[item]) <= limit:
-            kept[lane].append(item)
-            loads[lane] += int(costs[item])
+        lane = min(preferred[item], key=loads.__getitem__)
+        if loads[lane] + cost_of[item] <= limit:
+            kept[item] = lane
+            loads[lane] += cost_of[item]
         else:
             moved.append(item)
-    for lane, items in enumerate(_fill(loads, moved, costs)):
-        kept[lane].extend(items)
-    chosen = kept if max(_loads(kept, costs)) <= limit else shortest
-    return tuple(tuple(sorted(items)) for items in chosen)
+    chosen = kept if _fill(kept, loads, moved, cost_of) <= limit else shortest
+    return Lanes.of(integers(chosen), num_lanes)
 
 
-def _fill(loads: Sequence[int], order: Sequence[int], costs: Integers) -> list[list[int]]:
-    """Each item in turn to the lane with the least load."""
-    lanes: list[list[int]] = [[] for _ in loads]
+def _fill(lane_of_item: list[int], loads: Sequence[int], order: Sequence[int], costs: Sequence[int]) -> int:
+    """Each item in turn to the lane with the least load. Returns the largest load."""
     heap = [(load, lane) for lane, load in enumerate(loads)]
     heapq.heapify(heap)
     for item in order:
         load, lane = heap[0]
-        lanes[lane].append(item)
-        heapq.heapreplace(heap, (load + int(costs[item]), lane))
-    return lanes
-
-
-def _loads(lanes: Sequence[Sequence[int]], costs: Integers) -> list[int]:
-    cost_of: list[int] = costs.tolist()  # few items a lane: faster than numpy
-    return [sum(cost_of[item] for item in items) for items in lanes]
-
-
-def max_load(lanes: Sequence[Sequence[int]], costs: Integers) -> int:
-    """Cost of the busiest lane."""
-    return max(_loads(lanes, costs))
-
-
-def imbalance(lanes: Sequence[Sequence[int]], costs: Integers) -> float:
-    """Load of the busiest lane over the mean load; 1 is perfect (and what an empty unit has)."""
-    loads = _loads(lanes, costs)
-    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+        lane_of_item[item] = lane
+        heapq.heapreplace(heap, (load + costs[item], lane))
+    return max(heap)[0]

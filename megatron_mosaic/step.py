@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -31,7 +30,7 @@ from megatron_mosaic.parallel_state_ext.cpu import device
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.schedule import Action, Kind
 
@@ -65,7 +64,7 @@ class StepRunner:
         self._grids, self._scopes = grids, scopes
         self._workload = definition.workload
         self._exchange = Exchange(plan, self._workload, grids, dtype)
-        self._routes = RouteCache()
+        self._of_plan = PlanMap(plan, self._workload, grids.rank)
         self._coordinates: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], grids.rank) for name in plan.modules_on(grids.rank)
         }
@@ -75,14 +74,14 @@ class StepRunner:
         self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
         self.meter: ActivationMeter | None = None
         self.empty_units: dict[str, int] = dict.fromkeys(plan.modules, 0)  # units without items, on this rank's lanes
-        self._imbalance = {name: np.zeros(3) for name in plan.modules}  # sums by owner and as it was, units
+        self._imbalance = {name: [0.0, 0.0, 0.0] for name in plan.modules}  # sums by owner and as it was, units
 
     @property
     def imbalance(self) -> dict[str, dict[str, float]]:
         """Busiest lane over mean load, over all units so far: as the samples' owners would have it, and as it was."""
         names = ("imbalance_by_owner", "imbalance_by_module")
         return {
-            key: {module: float(sums[i] / sums[2]) for module, sums in self._imbalance.items() if sums[2]}
+            key: {module: sums[i] / sums[2] for module, sums in self._imbalance.items() if sums[2]}
             for i, key in enumerate(names)
         }
 
@@ -132,7 +131,7 @@ class StepRunner:
         for batch in self._batches.values():
             links = {(e.source, e.target): self.definition.list_links(e, batch) for e in self._workload.edges}
             metadata.append(Metadata(items=self.definition.list_items(batch), links=links))
-        self._map = StepMap(self.plan, self._workload, self._grids.rank, metadata, self._routes)
+        self._map = StepMap(self._of_plan, metadata)
         self._exchange.begin_step(self._map)
 
     def _batch(self, covered: range) -> Batch:
@@ -157,7 +156,7 @@ class StepRunner:
         if action.kind is not Kind.F:
             self._backwards_left[action.module] -= 1
             if self._overlaps and not self._backwards_left[action.module]:
-                self._model.start_module_sync(action.module, whole=self.whole_gradients)
+                self._model.start_sync([action.module], whole=self.whole_gradients)
         return times
 
     def _run_forward(self, action: Action, shard: Shard, clock: Clock) -> tuple[float, float]:
@@ -261,7 +260,8 @@ class StepRunner:
         if self._forward_only or action.chunk:
             return
         self.empty_units[action.module] += not shard.items or self._map.is_ghost(action.module, action.unit)
-        self._imbalance[action.module] += (*self._map.imbalance(action.module, action.unit), 1)
+        sums, found = self._imbalance[action.module], (*self._map.imbalance(action.module, action.unit), 1)
+        self._imbalance[action.module] = [old + new for old, new in zip(sums, found, strict=True)]
 
     # -- the end of a step ---------------------------------------------------------------------------------------
 
@@ -273,8 +273,7 @@ class StepRunner:
     def _sum_gradients(self) -> None:
         """Sum gradients inside every module: all modules at once, unless each has begun after its last backward."""
         if not self._overlaps:
-            for name in self._grids.collections:
-                self._model.start_module_sync(name, whole=self.whole_gradients)
+            self._model.start_sync(self._grids.collections, whole=self.whole_gradients)
         for name, groups in self._grids.collections.items():
             with self._scopes.enter(name):
                 finalize_model_grads(

@@ -31,7 +31,7 @@ from megatron_mosaic.launch import run_forked
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.boundary import RowChannel
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import PlanMap, RouteCache, StepMap
 
 Rows = torch.Tensor | None  # none on a rank that is not at that end
 
@@ -41,8 +41,7 @@ class Ours:
 
     def __init__(self, border: Border) -> None:
         self._border, self._rank = border, dist.get_rank()
-        self._cache = RouteCache()
-        self._plan, self._workload, self._metadata = border.plan, border.workload, border.metadata()
+        self._of_plan, self._metadata = PlanMap(border.plan, border.workload, self._rank), border.metadata()
         self.route()
         self._channels = [
             RowChannel(
@@ -53,8 +52,9 @@ class Ours:
 
     def route(self, *, cached: bool = False) -> None:
         """Everything that a step asks for, both directions."""
-        cache = self._cache if cached else None
-        self._map = StepMap(self._plan, self._workload, self._rank, [self._metadata], cache)
+        if not cached:
+            self._of_plan.cache = RouteCache()
+        self._map = StepMap(self._of_plan, [self._metadata])
         for at_source in (True, False):
             if self.holds(at_source=at_source):
                 self._map.rows(self._border.edge, 0, at_source=at_source)

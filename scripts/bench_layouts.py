@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_mosaic.batch import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
 
@@ -41,8 +41,8 @@ class Border:
             return np.full(self.samples, 577)
         return np.random.default_rng(0).integers(257, 1025, self.samples)
 
-    def step_map(self, rank: int, cache: RouteCache | None = None) -> StepMap:
-        return StepMap(self.plan, self.workload, rank, [self.metadata()], cache)
+    def step_map(self, rank: int) -> StepMap:
+        return StepMap(PlanMap(self.plan, self.workload, rank), [self.metadata()])
 
     def metadata(self) -> Metadata:
         tokens, samples = self.tokens(), np.arange(self.samples)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import numpy as np
 
 from megatron_mosaic.batch import (
     Integers,
     Items,
+    Lanes,
     Shard,
     balance_items,
-    imbalance,
     item_costs,
-    max_load,
+    least_load,
+    padded_length,
     shard_of,
     split_evenly,
 )
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, near_lanes
-from megatron_mosaic.parallel_state_ext.routes import Side, make_side
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.parallel_state_ext.routes import Side
+from megatron_mosaic.plan import ModulePlan, Plan
 from megatron_mosaic.workload import Workload
 
 MIN_GAIN_FRAC = 0.05  # of a rank's computation: an image that moves to save less costs more in messages
@@ -29,97 +29,109 @@ MIN_GAIN_FRAC = 0.05  # of a rank's computation: an image that moves to save les
 class UnitLanes:
     """The items of one unit of one module, and which lane computes which."""
 
-    def __init__(self, plan: Plan, workload: Workload, module: str, covered: Sequence[Mapping[str, Items]]) -> None:
-        self._placed = plan.modules[module]
-        self.offsets = np.cumsum([0, *(len(items[module]) for items in covered)])
-        self.tokens = np.concatenate([items[module].tokens for items in covered])
-        self.costs = item_costs(workload.by_name[module], self.tokens)
-        backbone = workload.backbone.name
-        if module == backbone:
-            assert len(covered) == 1, "the backbone's unit is its microbatch"
-            lanes = split_evenly(len(self.tokens), self._placed.layout.dp)
-            self.lanes = self.owned = tuple(map(tuple, lanes))
-        else:
-            near = near_lanes(plan, backbone, module)
-            owners = [int(s) // plan.micro_batch_size for items in covered for s in items[module].samples]
-            self.owned = _owned(near, owners, self._placed.layout.dp)
-            preferred = [near[owner] for owner in owners]
-            balanced = balance_items(self.costs, preferred, self._placed.layout.dp)
-            blocks = _blocks(preferred, self._placed.layout.dp)
-            # In doubt, what moves nothing: as owned, or blocks, whose rows are consecutive and travel without a copy.
-            near_by = (self.owned, blocks) if blocks else (self.owned,)
-            stay = min(near_by, key=lambda lanes: imbalance(lanes, self.costs))
-            tokens = np.concatenate([items[backbone].tokens[: plan.micro_batch_size] for items in covered])
-            self.lanes = balanced if self._saves_enough(stay, balanced, plan, workload, module, tokens) else stay
-
-    def _saves_enough(
+    def __init__(
         self,
-        stay: Sequence[Sequence[int]],
-        balanced: Sequence[Sequence[int]],
-        plan: Plan,
-        workload: Workload,
-        module: str,
-        backbone_tokens: Integers,
-    ) -> bool:
-        """Whether items should leave for other ranks: not for less than MIN_GAIN_FRAC of what a shared rank computes.
+        placed: ModulePlan,
+        offsets: Integers,
+        tokens: Integers,
+        lanes: Lanes,
+        imbalance: tuple[float, float],
+    ) -> None:
+        """`offsets`: at which item each microbatch of the unit begins.
 
-        `backbone_tokens`: of the samples of one backbone lane. Where no rank is shared, rows travel in any case.
+        `imbalance`: load of the busiest lane over the mean, if owners computed their items themselves, and as it is.
         """
-        before, after = (max_load(lanes, self.costs) for lanes in (stay, balanced))
-        if after >= before:
-            return False
-        backbone = workload.backbone.name
-        if not {*plan.modules[module].ranks.ranks} & {*plan.modules[backbone].ranks.ranks}:
-            return True
-        own = _share_of_rank(plan, workload, module)
-        total = own * before + _share_of_rank(plan, workload, backbone) * int(
-            item_costs(workload.backbone, backbone_tokens).sum()
-        )
-        return own * (before - after) >= MIN_GAIN_FRAC * total
-
-    @cached_property
-    def imbalance(self) -> tuple[float, float]:
-        """Load of the busiest lane over the mean: if owners computed their items themselves, and as it is."""
-        return imbalance(self.owned, self.costs), imbalance(self.lanes, self.costs)
+        self._placed, self.offsets, self.tokens, self.lanes = placed, offsets, tokens, lanes
+        self.imbalance = imbalance
+        self._shards: dict[Coordinates, Shard] = {}
+        lengths = np.zeros(len(lanes), dtype=np.int64)
+        np.maximum.at(lengths, lanes.of_item, tokens)
+        held = lanes.of_item, lanes.index_in_lane, padded_length(placed, lengths)
+        self.first = Side(placed, 0, *held)  # where rows arrive: the first stage
+        self.last = Side(placed, placed.layout.pp - 1, *held)  # where they leave
 
     def is_ghost(self, lane: int) -> bool:
         layout = self._placed.layout
-        return not self.lanes[lane] and len(self.tokens) > 0 and layout.ep * layout.etp > 1
+        return not len(self.lanes[lane]) and len(self.tokens) > 0 and layout.ep * layout.etp > 1
 
-    def shard(self, lane: int, at: Coordinates) -> Shard:
-        items = (0,) if self.is_ghost(lane) else self.lanes[lane]
-        return shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
+    def shard(self, at: Coordinates) -> Shard:
+        """What the ranks at these coordinates compute, on whatever stage."""
+        if at not in self._shards:
+            items = [0] if self.is_ghost(at.dp) else self.lanes[at.dp].tolist()
+            self._shards[at] = shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
+        return self._shards[at]
 
-    @cached_property
-    def first(self) -> Side:
-        """Where rows arrive: the first stage."""
-        return self._make_side(0)
 
-    @cached_property
-    def last(self) -> Side:
-        """Where rows leave: the last stage."""
-        return self._make_side(self._placed.layout.pp - 1)
+class LaneRule:
+    """How the items of one module's units find their lanes. Everything that does not change from step to step."""
 
-    def _make_side(self, stage: int) -> Side:
-        return make_side(self._placed, stage, self.lanes, self.tokens)
+    def __init__(self, plan: Plan, workload: Workload, module: str) -> None:
+        self._name, self._config, self._placed = module, workload.by_name[module], plan.modules[module]
+        self._backbone, self._micro_batch_size = workload.backbone, plan.micro_batch_size
+        self._num_lanes = self._placed.layout.dp
+        self._near = near_lanes(plan, self._backbone.name, module)
+        self._nearest = np.array([lanes[0] for lanes in self._near], dtype=np.int64)
+        self._near_pairs = np.array([o * self._num_lanes + d for o, lanes in enumerate(self._near) for d in lanes])
+        self._share, self._backbone_share = (
+            _share_of_rank(plan, workload, name) for name in (module, self._backbone.name)
+        )
+        self._shares_ranks = not {*self._placed.ranks.ranks}.isdisjoint(plan.modules[self._backbone.name].ranks.ranks)
+
+    def choose(self, covered: Sequence[Mapping[str, Items]]) -> UnitLanes:
+        """The lanes of a unit that covers these microbatches."""
+        counts = [len(items[self._name]) for items in covered]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        tokens = np.concatenate([items[self._name].tokens for items in covered])
+        costs = item_costs(self._config, tokens)
+        if self._name == self._backbone.name:
+            assert len(covered) == 1, "the backbone's unit is its microbatch"
+            owned = lanes = split_evenly(len(tokens), self._num_lanes)
+        else:
+            owners = np.concatenate([items[self._name].samples for items in covered]) // self._micro_batch_size
+            owned = Lanes.of(self._nearest[owners], self._num_lanes)
+            lanes = self._balance(owners, owned, costs, covered)
+        mean = int(costs.sum()) / self._num_lanes
+        by_owner, balanced = (chosen.max_load(costs) / mean if mean else 1.0 for chosen in (owned, lanes))
+        return UnitLanes(self._placed, offsets, tokens, lanes, (by_owner, balanced))
+
+    def _balance(
+        self, owners: Integers, owned: Lanes, costs: Integers, covered: Sequence[Mapping[str, Items]]
+    ) -> Lanes:
+        """As owned, unless other lanes make the busiest one's load smaller by what is worth it.
+
+        In doubt, what moves nothing: as owned, or blocks, whose rows are consecutive and travel without a copy.
+        """
+        stay, load, least = owned, owned.max_load(costs), least_load(costs, self._num_lanes)
+        if load == least:
+            return owned
+        blocks = split_evenly(len(owners), self._num_lanes)
+        if (load_of_blocks := blocks.max_load(costs)) < load and self._are_near(owners, blocks):
+            stay, load = blocks, load_of_blocks
+        needed = max(1.0, self._needed_gain(load, covered))
+        if load - least < needed:
+            return stay
+        balanced = balance_items(costs, [self._near[owner] for owner in owners.tolist()], self._num_lanes)
+        return balanced if load - balanced.max_load(costs) >= needed else stay
+
+    def _needed_gain(self, load: int, covered: Sequence[Mapping[str, Items]]) -> float:
+        """What a busiest lane must save of its load before items leave for other ranks.
+
+        Where ranks are shared, MIN_GAIN_FRAC of what such a rank computes for both; elsewhere rows travel in any case.
+        """
+        if not self._shares_ranks:
+            return 0.0
+        tokens = np.concatenate([items[self._backbone.name].tokens[: self._micro_batch_size] for items in covered])
+        backbone = self._backbone_share * int(item_costs(self._backbone, tokens).sum())
+        return MIN_GAIN_FRAC * (load + backbone / self._share)
+
+    def _are_near(self, owners: Integers, lanes: Lanes) -> bool:
+        """Whether every item is on a lane near its owner's."""
+        pairs = owners * self._num_lanes + lanes.of_item
+        found = np.searchsorted(self._near_pairs, pairs).clip(max=len(self._near_pairs) - 1)
+        return bool((self._near_pairs[found] == pairs).all())
 
 
 def _share_of_rank(plan: Plan, workload: Workload, module: str) -> float:
     """What one rank computes of a unit of cost in one layer, over all layers."""
     layout = plan.modules[module].layout
     return workload.by_name[module].num_layers / (layout.tp * layout.cp * layout.pp)
-
-
-def _owned(near: Sequence[Sequence[int]], owners: Sequence[int], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Lanes, if each item stayed with its owner: the first of the lanes next to it."""
-    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
-    for item, owner in enumerate(owners):
-        lanes[near[owner][0]].append(item)
-    return tuple(map(tuple, lanes))
-
-
-def _blocks(preferred: Sequence[Sequence[int]], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive items per lane, each on a lane that it prefers; nothing where that cannot be."""
-    lanes = tuple(map(tuple, split_evenly(len(preferred), num_lanes)))
-    fits = all(lane in preferred[item] for lane, items in enumerate(lanes) for item in items)
-    return lanes if fits else ()

@@ -66,13 +66,13 @@ def near_lanes(plan: Plan, owner: str, module: str) -> tuple[tuple[int, ...], ..
 
     Those that share a rank with it; where none does, those at the same height, so that few pairs of lanes talk.
     """
-    owners = [_lane_ranks(plan.modules[owner], dp) for dp in range(plan.modules[owner].layout.dp)]
-    lanes = [_lane_ranks(plan.modules[module], dp) for dp in range(plan.modules[module].layout.dp)]
-    found = []
-    for lane, ranks in enumerate(owners):
-        shared = tuple(dp for dp, others in enumerate(lanes) if ranks & others)
-        low, high = lane * len(lanes) // len(owners), -(-(lane + 1) * len(lanes) // len(owners))
-        found.append(shared or tuple(range(low, high)))
+    placed = plan.modules[module]
+    lane_of = {rank: dp for dp in range(placed.layout.dp) for rank in _lane_ranks(placed, dp)}
+    found, num_owners = [], plan.modules[owner].layout.dp
+    for lane in range(num_owners):
+        shared = {lane_of[rank] for rank in _lane_ranks(plan.modules[owner], lane) if rank in lane_of}
+        low, high = lane * placed.layout.dp // num_owners, -(-(lane + 1) * placed.layout.dp // num_owners)
+        found.append(tuple(sorted(shared)) or tuple(range(low, high)))
     return tuple(found)
 
 

@@ -13,12 +13,12 @@ Every row goes once to every rank that needs it. The way back is the same with t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mosaic.batch import Integers, padded_length
+from megatron_mosaic.batch import Integers
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, rank_at
 from megatron_mosaic.plan import ModulePlan
 
@@ -44,22 +44,27 @@ class Side:
     index_in_lane: Integers
     lengths: Integers  # padded tokens per item, lane by lane
 
-    def locate(self, items: Integers, tokens: Integers) -> tuple[Integers, Integers, Integers]:
-        """For each row (item, token): its group, and where it stands in that group's hidden states (token, item)."""
-        layout, lanes = self.placed.layout, self.lane_of_item[items]
-        if layout.cp == 1:
-            cp, place = np.zeros_like(tokens), tokens
-        else:
-            size = self.lengths[lanes] // (2 * layout.cp)
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether the ranks of a lane hold different tokens of its items."""
+        return self.placed.layout.cp > 1 or self.placed.sequence_parallel
+
+    def locate(self, items: Integers, tokens: Integers) -> tuple[Integers, Integers]:
+        """For each row (item, token): its group, and its token's place in that group's hidden states."""
+        layout, group = self.placed.layout, self.lane_of_item[items]
+        if not self.splits_tokens:
+            return group, tokens
+        length, place = self.lengths[group], tokens
+        if layout.cp > 1:
+            size = length // (2 * layout.cp)
             chunk, within = np.divmod(tokens, size)
             mirrored = chunk >= layout.cp
-            cp = np.where(mirrored, 2 * layout.cp - 1 - chunk, chunk)
+            group = group * layout.cp + np.where(mirrored, 2 * layout.cp - 1 - chunk, chunk)
             place = within + size * mirrored
-        group = lanes * layout.cp + cp
         if self.placed.sequence_parallel:
-            tp, place = np.divmod(place, self.lengths[lanes] // (layout.cp * layout.tp))
+            tp, place = np.divmod(place, length // (layout.cp * layout.tp))
             group = group * layout.tp + tp
-        return group, place, self.index_in_lane[items]
+        return group, place
 
     def group_of(self, at: Coordinates) -> tuple[int, int]:
         """(group, number of the replica in it) of the rank at these coordinates."""
@@ -76,44 +81,39 @@ class Side:
         return tuple(rank_at(self.placed, tp=tp, cp=cp, dp=dp, pp=self.stage) for tp in tps)
 
 
-def make_side(placed: ModulePlan, stage: int, lanes: Sequence[Sequence[int]], tokens: Integers) -> Side:
-    """The side of a module whose lanes hold these items; `tokens`: how many every item of the unit has."""
-    lane_of_item = np.zeros(len(tokens), dtype=np.int64)
-    index_in_lane = np.zeros(len(tokens), dtype=np.int64)
-    lengths = np.zeros(len(lanes), dtype=np.int64)
-    for lane, items in enumerate(lanes):
-        members = list(items)
-        lane_of_item[members] = lane
-        index_in_lane[members] = np.arange(len(members))
-        lengths[lane] = padded_length(placed, int(tokens[members].max())) if members else 0
-    return Side(placed, stage, lane_of_item, index_in_lane, lengths)
-
-
 def sender_of(receiver: int, group: int, replica: int, holders: Sequence[int]) -> int:
     """The replica among `holders` that serves `receiver`, which is `replica` of `group` on the receiving side."""
     return receiver if receiver in holders else holders[(group + replica) % len(holders)]
 
 
-def outgoing(rank: int, replicas: Sequence[int], other: Side, other_groups: Integers, first: int) -> tuple[Part, ...]:
-    """What `rank`, one of the `replicas` of its group, sends: row first + i goes to all of group other_groups[i]."""
+def outgoing(
+    rank: int, replicas: Sequence[int], other: Side, blocks: Iterable[tuple[int, Integers]]
+) -> tuple[Part, ...]:
+    """What `rank`, one of the `replicas` of its group, sends: to each group of `other` the rows that belong to it."""
     parts = []
-    for group, rows in _by_group(other_groups, first):
+    for group, rows in blocks:
         for replica, receiver in enumerate(other.ranks_of(group)):
             if sender_of(receiver, group, replica, replicas) == rank:
                 parts.append(Part(receiver, _compact(rows), len(rows)))
     return tuple(parts)
 
 
-def incoming(rank: int, group: int, replica: int, other: Side, other_groups: Integers, first: int) -> tuple[Part, ...]:
-    """What `rank`, `replica` of `group`, receives: its row first + i comes from one of group other_groups[i]."""
+def incoming(
+    rank: int, group: int, replica: int, other: Side, blocks: Iterable[tuple[int, Integers]]
+) -> tuple[Part, ...]:
+    """What `rank`, `replica` of `group`, receives: from each group of `other` the rows that it holds."""
     return tuple(
         Part(sender_of(rank, group, replica, other.ranks_of(held_by)), _compact(rows), len(rows))
-        for held_by, rows in _by_group(other_groups, first)
+        for held_by, rows in blocks
     )
 
 
-def _by_group(groups: Integers, first: int) -> list[tuple[int, Integers]]:
-    """(group, row numbers) for each group that occurs, ascending."""
+def blocks_of(groups: Integers, first: int) -> list[tuple[int, Integers]]:
+    """(group, row numbers) for each group that occurs, ascending; row first + i belongs to groups[i]."""
+    if not len(groups):
+        return []
+    if (groups == groups[0]).all():  # most often: nothing leaves its lane
+        return [(int(groups[0]), np.arange(first, first + len(groups)))]
     return [(group, np.flatnonzero(groups == group) + first) for group in np.unique(groups).tolist()]
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_mosaic.batch import Integers, Items, Links, Shard, expand
-from megatron_mosaic.parallel_state_ext.lanes import UnitLanes
+from megatron_mosaic.parallel_state_ext.lanes import LaneRule, UnitLanes
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
-from megatron_mosaic.parallel_state_ext.routes import Part, Side, incoming, outgoing
+from megatron_mosaic.parallel_state_ext.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.workload import Edge, Workload
 
@@ -31,20 +31,17 @@ class Metadata:
     items: Mapping[str, Items]
     links: Mapping[tuple[str, str], Links]
 
-    @property
-    def digest(self) -> bytes:
-        """The same for microbatches whose arrays are the same."""
+    def digest(self, part: str | tuple[str, str]) -> bytes:
+        """Of a module's items, or of an edge's links: the same for microbatches in which they are the same."""
         found = hashlib.blake2b(digest_size=16)
-        columns: list[tuple[str, tuple[Integers, ...]]] = [
-            (name, (items.samples, items.tokens)) for name, items in sorted(self.items.items())
-        ]
-        for edge, links in sorted(self.links.items()):
+        if isinstance(part, str):
+            arrays: tuple[Integers, ...] = (self.items[part].samples, self.items[part].tokens)
+        else:
+            links = self.links[part]
             starts = (links.source_starts, links.target_starts)
-            columns.append((" ".join(edge), (links.source_items, links.target_items, *starts, links.rows)))
-        for name, arrays in columns:
-            found.update(f"{name} {len(arrays[0])};".encode())
-            for array in arrays:
-                found.update(np.ascontiguousarray(array))
+            arrays = (links.source_items, links.target_items, *starts, links.rows)
+        for array in arrays:  # all of one length
+            found.update(np.ascontiguousarray(array))
         return found.digest()
 
 
@@ -95,28 +92,28 @@ class HeldRows:
         return len(self.tokens)
 
 
-class StepMap:
-    """One step as `rank` sees it. Every rank computes its own from the same metadata."""
+class PlanMap:
+    """What all steps of a plan share on one rank: its places, how items find their lanes, routes of earlier steps."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        workload: Workload,
-        rank: int,
-        microbatches: Sequence[Metadata],
-        cache: RouteCache | None = None,
-    ) -> None:
-        """`cache`: of this plan, workload and rank; shared by all steps."""
-        self._plan, self._workload, self._rank = plan, workload, rank
-        self._microbatches = microbatches
-        self._digests = [microbatch.digest for microbatch in microbatches]
-        self._cache = RouteCache() if cache is None else cache
-        self._cache.trim()
-        self._at: dict[str, Coordinates] = {
+    def __init__(self, plan: Plan, workload: Workload, rank: int, cache: RouteCache | None = None) -> None:
+        self.plan, self.rank, self.backbone = plan, rank, workload.backbone.name
+        self.at: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
+        self.rules = {name: LaneRule(plan, workload, name) for name in plan.modules}
+        self.cache = RouteCache() if cache is None else cache
+
+
+class StepMap:
+    """One step as a rank sees it. Every rank computes its own from the same metadata."""
+
+    def __init__(self, of_plan: PlanMap, microbatches: Sequence[Metadata]) -> None:
+        self._plan, self._rank, self._at = of_plan.plan, of_plan.rank, of_plan.at
+        self._backbone, self._rules, self._cache = of_plan.backbone, of_plan.rules, of_plan.cache
+        self._microbatches = microbatches
+        self._cache.trim()
+        self._digests: dict[tuple[str | tuple[str, str], int], bytes] = {}  # by part and microbatch
         self._units: dict[tuple[str, int], UnitLanes] = {}  # of this step
-        self._shards: dict[tuple[str, int], Shard] = {}
         self._keys: dict[tuple[str, str, int, bool], tuple[Hashable, ...]] = {}
 
     def covered(self, module: str, unit: int) -> range:
@@ -126,10 +123,7 @@ class StepMap:
 
     def shard(self, module: str, unit: int) -> Shard:
         """What this rank computes. No items: the unit is empty here."""
-        if (module, unit) not in self._shards:
-            at = self._at[module]
-            self._shards[module, unit] = self._unit(module, unit).shard(at.dp, at)
-        return self._shards[module, unit]
+        return self._unit(module, unit).shard(self._at[module])
 
     def is_ghost(self, module: str, unit: int) -> bool:
         """Whether this rank computes an item that counts for nothing.
@@ -156,18 +150,16 @@ class StepMap:
 
     def sends(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
         """This rank's rows of `unit` that go to other ranks for their unit `peer`; forward if `at_source`."""
-        key = ("sends", self._offset(edge, unit, peer, at_source), *self._key(edge, unit, at_source))
-        return self._cache.find(key, lambda: self._find_sends(edge, unit, peer, at_source))
+        return self._parts(edge, unit, peer, at_source)[0]
 
     def receives(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
         """This rank's rows of `unit` that come from the other side's unit `peer`; backward if `at_source`."""
-        key = ("receives", self._offset(edge, unit, peer, at_source), *self._key(edge, unit, at_source))
-        return self._cache.find(key, lambda: self._find_receives(edge, unit, peer, at_source))
+        return self._parts(edge, unit, peer, at_source)[1]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _key(self, edge: Edge, unit: int, at_source: bool) -> tuple[Hashable, ...]:
-        """All that rows and messages of a unit depend on: its microbatches, and all others of the units opposite."""
+        """All that rows and messages of a unit depend on, in its microbatches and all others of the units opposite."""
         asked = (edge.source, edge.target, unit, at_source)
         if asked in self._keys:
             return self._keys[asked]
@@ -176,50 +168,51 @@ class StepMap:
         start, stop = self.covered(other, peers[0]).start, self.covered(other, peers[-1]).stop
         start, stop = min(start, own.start), max(stop, own.stop)
         place = (own.start - start, len(own), self.covered(other, peers[0]).start - start)
-        self._keys[asked] = (edge.source, edge.target, at_source, place, *self._digests[start:stop])
+        seen = self._seen(range(start, stop), (edge.source, edge.target), edge.source, edge.target, self._backbone)
+        self._keys[asked] = (edge.source, edge.target, at_source, place, *seen)
         return self._keys[asked]
 
-    def _offset(self, edge: Edge, unit: int, peer: int, at_source: bool) -> int:
-        return peer - self.peers(edge, unit, at_source=at_source)[0]
+    def _seen(self, microbatches: range, *parts: str | tuple[str, str]) -> Iterator[bytes]:
+        """Digests of these parts of the microbatches."""
+        for m in microbatches:
+            for part in parts:
+                if (part, m) not in self._digests:
+                    self._digests[part, m] = self._microbatches[m].digest(part)
+                yield self._digests[part, m]
 
-    def _find_sends(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Part, ...]:
-        held, rows = self._shared(edge, unit, peer, at_source)
-        own, other = self._sides(edge, unit, peer, at_source)
-        group, _ = own.group_of(self._at[edge.source if at_source else edge.target])
-        return outgoing(self._rank, own.ranks_of(group), other, held.opposite[rows], rows.start)
+    def _parts(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """What this rank sends and receives for `unit`, to and from units `peer`."""
+        offset = peer - self.peers(edge, unit, at_source=at_source)[0]
+        key = ("parts", offset, *self._key(edge, unit, at_source))
+        return self._cache.find(key, lambda: self._find_parts(edge, unit, peer, at_source))
 
-    def _find_receives(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Part, ...]:
-        held, rows = self._shared(edge, unit, peer, at_source)
-        own, other = self._sides(edge, unit, peer, at_source)
-        group, replica = own.group_of(self._at[edge.source if at_source else edge.target])
-        return incoming(self._rank, group, replica, other, held.opposite[rows], rows.start)
+    def _find_parts(
+        self, edge: Edge, unit: int, peer: int, at_source: bool
+    ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        module, opposite = (edge.source, edge.target) if at_source else (edge.target, edge.source)
+        held, covered = self.rows(edge, unit, at_source=at_source), self.covered(module, unit)
+        shared = self.covered(opposite, peer)
+        low, high = max(covered.start, shared.start), min(covered.stop, shared.stop)
+        first, end = held.first[[low - covered.start, high - covered.start]].tolist()
+        blocks = blocks_of(held.opposite[first:end], first)
+        own = self._side(edge, unit, at_source=at_source)
+        other = self._side(edge, peer, at_source=not at_source)
+        group, replica = own.group_of(self._at[module])
+        sent = outgoing(self._rank, own.ranks_of(group), other, blocks)
+        return sent, incoming(self._rank, group, replica, other, blocks)
 
     def _unit(self, module: str, unit: int) -> UnitLanes:
         if (module, unit) not in self._units:
             covered = self.covered(module, unit)
-            key = ("unit", module, *self._digests[covered.start : covered.stop])
+            key = ("unit", module, *self._seen(covered, *dict.fromkeys((module, self._backbone))))
             items = [self._microbatches[m].items for m in covered]
-            found = self._cache.find(key, lambda: UnitLanes(self._plan, self._workload, module, items))
+            found = self._cache.find(key, lambda: self._rules[module].choose(items))
             self._units[module, unit] = found
         return self._units[module, unit]
 
     def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
         found = self._unit(edge.source if at_source else edge.target, unit)
         return found.last if at_source else found.first
-
-    def _sides(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[Side, Side]:
-        return self._side(edge, unit, at_source=at_source), self._side(edge, peer, at_source=not at_source)
-
-    def _shared(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[HeldRows, slice]:
-        """This unit's rows, and which of them belong to microbatches of `peer` too."""
-        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        held, covered, peers = (
-            self.rows(edge, unit, at_source=at_source),
-            self.covered(module, unit),
-            self.covered(other, peer),
-        )
-        low, high = max(covered.start, peers.start), min(covered.stop, peers.stop)
-        return held, slice(int(held.first[low - covered.start]), int(held.first[high - covered.start]))
 
     def _find_rows(self, edge: Edge, unit: int, at_source: bool) -> HeldRows:
         module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
@@ -233,19 +226,20 @@ class StepMap:
             links = self._microbatches[m].links[edge.source, edge.target]
             ends = [(links.source_items, links.source_starts), (links.target_items, links.target_starts)]
             (items, starts), (far_items, far_starts) = ends if at_source else reversed(ends)
-            items = items + found.offsets[index]
-            near = np.flatnonzero(own.lane_of_item[items] == at.dp) if len(items) else items
+            near = np.flatnonzero(own.lane_of_item[items + found.offsets[index]] == at.dp)
             link, within = expand(links.rows[near])
             rows = near[link]
-            group, token, item = own.locate(items[rows], starts[rows] + within)
-            kept = group == mine
-            size = self._plan.modules[other].unit or 1
-            opposite = self._unit(other, m // size)
-            far = far_items[rows][kept] + opposite.offsets[m - (m // size) * size]
-            side = self._side(edge, m // size, at_source=not at_source)
-            columns[0].append(token[kept])
-            columns[1].append(item[kept])
-            columns[2].append(side.locate(far, (far_starts[rows] + within)[kept])[0])
-            first.append(first[-1] + int(kept.sum()))
+            item, token = items[rows] + found.offsets[index], starts[rows] + within
+            far_unit = m // (self._plan.modules[other].unit or 1)
+            far_offset = self._unit(other, far_unit).offsets[m - self.covered(other, far_unit).start]
+            far, far_token = far_items[rows] + far_offset, far_starts[rows] + within
+            group, place = own.locate(item, token)
+            if own.splits_tokens:
+                kept = np.flatnonzero(group == mine)
+                item, place, far, far_token = item[kept], place[kept], far[kept], far_token[kept]
+            columns[0].append(place)
+            columns[1].append(own.index_in_lane[item])
+            columns[2].append(self._side(edge, far_unit, at_source=not at_source).locate(far, far_token)[0])
+            first.append(first[-1] + len(item))
         tokens, row_items, groups = (np.concatenate(column) for column in columns)
         return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))

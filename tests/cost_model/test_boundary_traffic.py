@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, SEQUENCE, WIDTH, module
@@ -50,7 +50,8 @@ def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
         if rank in target.ranks.ranks:
             size = len(target.ranks.ranks) // target.layout.pp
             if target.ranks.ranks.index(rank) < size:
-                parts = StepMap(plan, WORKLOAD, rank, [one_image_a_sample()]).receives(EDGE, 0, 0, at_source=False)
+                step_map = StepMap(PlanMap(plan, WORKLOAD, rank), [one_image_a_sample()])
+                parts = step_map.receives(EDGE, 0, 0, at_source=False)
                 received[rank] = sum(part.num_rows for part in parts if part.rank != rank)
     return max(received), sum(received)
 

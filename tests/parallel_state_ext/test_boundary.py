@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_mosaic.parallel_state_ext.boundary import RowChannel
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.routes import Part
-from megatron_mosaic.parallel_state_ext.step_map import StepMap
+from megatron_mosaic.parallel_state_ext.step_map import PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.workload import Edge, Role, Workload
 from tests.forked import run_gloo
@@ -81,7 +81,7 @@ class Border:
         rng = np.random.default_rng(number)
         size = plan.micro_batch_size * plan.modules[BACKBONE].layout.dp
         metadata = [bring_items(WORKLOAD, size, rng) for _ in range(4)]
-        self.map = StepMap(plan, WORKLOAD, self.rank, metadata)
+        self.map = StepMap(PlanMap(plan, WORKLOAD, self.rank), metadata)
 
     def units(self, *, at_source: bool) -> range:
         name = EDGE.source if at_source else EDGE.target

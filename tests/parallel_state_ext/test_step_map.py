@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, RouteCache, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
@@ -109,7 +109,7 @@ def deliver(plan, edge, maps, num_microbatches, values, *, forward):
 @given(steps())
 def test_rows_and_gradients_arrive_once_where_they_belong(step):
     plan, workload, metadata = step
-    maps = {rank: StepMap(plan, workload, rank, metadata) for rank in range(plan.world_size)}
+    maps = {rank: StepMap(PlanMap(plan, workload, rank), metadata) for rank in range(plan.world_size)}
     for edge in workload.edges:
         table = links_by_token(metadata, edge)
         ends = {}
@@ -140,7 +140,7 @@ def test_rows_and_gradients_arrive_once_where_they_belong(step):
 @given(steps())
 def test_every_token_of_every_item_is_computed_once_per_replica(step):
     plan, workload, metadata = step
-    maps = {rank: StepMap(plan, workload, rank, metadata) for rank in range(plan.world_size)}
+    maps = {rank: StepMap(PlanMap(plan, workload, rank), metadata) for rank in range(plan.world_size)}
     for config in workload.modules:
         placed, seen = plan.modules[config.name], defaultdict(int)
         for rank in ranks_of_end(plan, config.name, last=False):
@@ -163,7 +163,7 @@ def test_every_token_of_every_item_is_computed_once_per_replica(step):
 def test_balancing_never_makes_a_lane_busier_than_owners_would(step):
     plan, workload, metadata = step
     for rank in range(plan.world_size):
-        maps = StepMap(plan, workload, rank, metadata)
+        maps = StepMap(PlanMap(plan, workload, rank), metadata)
         for name in plan.modules_on(rank):
             for unit in units_of(plan, name, len(metadata)):
                 by_owner, balanced = maps.imbalance(name, unit)
@@ -194,9 +194,10 @@ def test_routes_of_earlier_steps_are_those_of_a_step_with_the_same_metadata(step
     plan, workload, metadata = step
     rank = data.draw(st.integers(0, plan.world_size - 1))
     cache = RouteCache(data.draw(st.sampled_from([0, 3, 512])))
+    shared = PlanMap(plan, workload, rank, cache)
     for _ in range(3):
         mixed = [metadata[data.draw(st.integers(0, min(1, len(metadata) - 1)))] for _ in metadata]
-        kept, fresh = StepMap(plan, workload, rank, mixed, cache), StepMap(plan, workload, rank, mixed)
+        kept, fresh = StepMap(shared, mixed), StepMap(PlanMap(plan, workload, rank), mixed)
         expected = parts_of(plan, workload, fresh, len(mixed))
         assert parts_of(plan, workload, kept, len(mixed)) == expected
         misses = cache.misses
@@ -226,7 +227,26 @@ def test_equal_items_are_shared_out_in_blocks() -> None:
     links = {("encoder0", BACKBONE): Links(samples, 0 * samples, samples, 0 * samples, tokens)}
     workload = Workload(name="random", modules=tuple(config), edges=(edge,))
     for rank in range(4):
-        maps = StepMap(plan, workload, rank, [Metadata(items=items, links=links)])
+        maps = StepMap(PlanMap(plan, workload, rank), [Metadata(items=items, links=links)])
         assert maps.shard("encoder0", 0).items == (2 * rank, 2 * rank + 1)
         arriving = maps.receives(edge, 0, 0, at_source=False)
         assert [part.rows for part in arriving] == [slice(8 * lane, 8 * lane + 8) for lane in range(4)]
+
+
+def test_imbalance_by_hand() -> None:
+    """Images of equal cost, one of sample 0 and three of sample 1: 3 on the busier lane where the mean is 2."""
+    encoder, backbone = module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)
+    modules = {
+        "encoder0": ModulePlan(ranks=RankSet.parse("2-3"), layout=Layout(dp=2)),
+        BACKBONE: ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(dp=2)),
+    }
+    plan = Plan(
+        workload="random", world_size=4, global_batch_size=2, micro_batch_size=1, schedule="1f1b", modules=modules
+    )
+    workload = Workload(name="random", modules=(encoder, backbone), edges=())
+    items = {"encoder0": Items(np.array([0, 1, 1, 1]), np.full(4, 7)), BACKBONE: Items(np.arange(2), np.full(2, 9))}
+    step = StepMap(PlanMap(plan, workload, 2), [Metadata(items=items, links={})])
+    assert step.imbalance("encoder0", 0) == (1.5, 1.0)
+    assert step.imbalance(BACKBONE, 0) == (1.0, 1.0)
+    empty = items | {"encoder0": Items(np.array([], dtype=np.int64), np.array([], dtype=np.int64))}
+    assert StepMap(PlanMap(plan, workload, 2), [Metadata(items=empty, links={})]).imbalance("encoder0", 0) == (1.0, 1.0)
