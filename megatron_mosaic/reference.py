@@ -6,7 +6,10 @@ Nothing of the runtime takes part: no boundaries, no microbatches, no Distribute
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +29,32 @@ ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceStep:
-    """Losses (mean over their own tokens) and gradients (`module/parameter`) of one optimizer step."""
+    """Losses (mean over their own tokens) and gradients (`module/parameter`) of one optimizer step.
+
+    `rounding`: how far each gradient moves, in the 2-norm, when the last bit of every weight does. That is how well
+    fp32 determines it: another order of the same sums may change it by as much.
+    """
 
     losses: dict[str, float]
     gradients: dict[str, np.ndarray]
+    rounding: dict[str, float]
 
-    def save(self, directory: str, step: int) -> None:
-        """Write `reference-STEP.npz`: losses under `loss/NAME`, gradients under `MODULE/PARAMETER`."""
-        losses = {f"loss/{name}": np.float64(value) for name, value in self.losses.items()}
-        np.savez(f"{directory}/reference-{step:04d}.npz", **(losses | self.gradients))  # type: ignore[arg-type]
+    def save(self, directory: Path, step: int) -> None:
+        """Write `reference-STEP.npz`: `losses/NAME`, `gradients/MODULE/PARAMETER`, `rounding/MODULE/PARAMETER`."""
+        arrays = {
+            f"{f.name}/{key}": np.asarray(value) for f in fields(self) for key, value in getattr(self, f.name).items()
+        }
+        np.savez(directory / f"reference-{step:04d}.npz", **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, directory: Path, step: int) -> ReferenceStep:
+        """What `save` wrote."""
+        found: dict[str, dict[str, Any]] = {f.name: {} for f in fields(cls)}
+        with np.load(directory / f"reference-{step:04d}.npz", allow_pickle=False) as arrays:
+            for key, array in arrays.items():
+                field, _, name = key.partition("/")
+                found[field][name] = array if array.ndim else float(array)
+        return cls(**found)
 
 
 class Reference:
@@ -63,6 +83,30 @@ class Reference:
 
     def step(self, batch: Batch) -> ReferenceStep:
         """One optimizer step on a whole global batch."""
+        moved = [self._find_gradients_nearby(batch, seed)[1] for seed in range(2)]  # one alone may be small by chance
+        losses, gradients = self._find_gradients(batch)
+        rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients}
+        if self._args.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
+        self._optimizer.step()
+        return ReferenceStep(losses=losses, gradients=gradients, rounding=rounding)
+
+    @torch.no_grad()
+    def _find_gradients_nearby(self, batch: Batch, seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Losses and gradients with every weight one float up or down, as a coin decides."""
+        coins = torch.Generator().manual_seed(seed)
+        kept = [parameter.clone() for parameter in self.modules.parameters()]
+        for parameter in self.modules.parameters():
+            up = torch.rand(parameter.shape, generator=coins) < 0.5
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
+        with torch.enable_grad():
+            found = self._find_gradients(batch)
+        for parameter, value in zip(self.modules.parameters(), kept, strict=True):
+            parameter.copy_(value)
+        return found
+
+    def _find_gradients(self, batch: Batch) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Losses and gradients of a batch; the gradients stay on the parameters."""
         self._optimizer.zero_grad()
         loss, num_tokens, report = self._forward(batch)
         (loss / num_tokens).backward()
@@ -74,10 +118,7 @@ class Reference:
                 if parameter.grad is None:  # no item of this batch reached it
                     parameter.grad = torch.zeros_like(parameter)
                 gradients[f"{module}/{name}"] = parameter.grad.numpy().copy()
-        if self._args.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
-        self._optimizer.step()
-        return ReferenceStep(losses={name: float(v[0] / v[1]) for name, v in report.items()}, gradients=gradients)
+        return {name: float(v[0] / v[1]) for name, v in report.items()}, gradients
 
     def _forward(self, batch: Batch) -> tuple[Tensor, float, dict[str, Tensor]]:
         """(weighted loss sum, loss tokens, report) over all modules, in the DAG's order."""
@@ -108,6 +149,11 @@ class Reference:
                 report |= dict(output.report)
         assert total is not None, "a workload without a loss"
         return total, num_tokens, report
+
+
+def _distance(nearby: Sequence[np.ndarray], gradient: np.ndarray) -> float:
+    """Root mean square of the 2-norms of the differences."""
+    return math.sqrt(np.mean([np.square((near - gradient).astype(np.float64)).sum() for near in nearby]))
 
 
 def _place(items: Integers, starts: Integers, rows: Integers) -> Place:

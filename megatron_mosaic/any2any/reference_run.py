@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -28,5 +29,5 @@ def main(directory: str) -> int:
     for step in range(args.train_iters):
         first = step * args.global_batch_size
         batch = collate([samples[i] for i in range(first, first + args.global_batch_size)])
-        reference.step(batch).save(directory, step)
+        reference.step(batch).save(Path(directory), step)
     return 0

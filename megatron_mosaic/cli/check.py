@@ -54,6 +54,8 @@ def main(arguments: argparse.Namespace) -> int:
                 for name in plan.modules
             ],
         )
+        for name, error in parity.ill_conditioned.items():
+            print(f"not determined to {TOLERANCE:g} in fp32, and the same but for rounding: {name} ({error:.1e})")
         if not parity.ok:
             print(f"worst: {parity.worst_parameter}")
     return 0 if parity.ok else 1
