@@ -31,8 +31,8 @@ ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
 class ReferenceStep:
     """Losses (mean over their own tokens) and gradients (`module/parameter`) of one optimizer step.
 
-    `rounding`: how far each gradient moves, in the 2-norm, when the last bit of every weight does. That is how well
-    fp32 determines it: another order of the same sums may change it by as much.
+    `rounding`, if measured: how far each gradient moves, in the 2-norm, when the last bit of every weight does. That is
+    how well fp32 determines it: another order of the same sums may change it by as much.
     """
 
     losses: dict[str, float]
@@ -81,11 +81,12 @@ class Reference:
             eps=args.adam_eps,
         )
 
-    def step(self, batch: Batch) -> ReferenceStep:
+    def step(self, batch: Batch, *, measure_rounding: bool = False) -> ReferenceStep:
         """One optimizer step on a whole global batch."""
-        moved = [self._find_gradients_nearby(batch, seed)[1] for seed in range(2)]  # one alone may be small by chance
+        draws = range(2 if measure_rounding else 0)  # one alone may be small by chance
+        moved = [self._find_gradients_nearby(batch, seed)[1] for seed in draws]
         losses, gradients = self._find_gradients(batch)
-        rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients}
+        rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients if moved}
         if self._args.clip_grad > 0:
             nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
         self._optimizer.step()

@@ -16,7 +16,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.reference import Reference
 
 
-def main(directory: str) -> int:
+def main(directory: str, measure_rounding: bool = False) -> int:
     """Train on one process, whole global batches, and write `reference-N.npz` per step into the directory."""
     args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     dist.init_process_group("gloo", world_size=1, rank=0)
@@ -29,5 +29,5 @@ def main(directory: str) -> int:
     for step in range(args.train_iters):
         first = step * args.global_batch_size
         batch = collate([samples[i] for i in range(first, first + args.global_batch_size)])
-        reference.step(batch).save(Path(directory), step)
+        reference.step(batch, measure_rounding=measure_rounding).save(Path(directory), step)
     return 0

@@ -203,7 +203,7 @@ class StepMap:
 
     def _unit(self, module: str, unit: int) -> UnitLanes:
         if (module, unit) not in self._units:
-            covered = self.covered(module, unit)
+            covered = self.covered(module, unit)  # what it is worth to move an item depends on the backbone's load, too
             key = ("unit", module, *self._seen(covered, *dict.fromkeys((module, self._backbone))))
             items = [self._microbatches[m].items for m in covered]
             found = self._cache.find(key, lambda: self._rules[module].choose(items))
