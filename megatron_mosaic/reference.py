@@ -110,7 +110,8 @@ class Reference:
         """Losses and gradients of a batch; the gradients stay on the parameters."""
         self._optimizer.zero_grad()
         loss, num_tokens, report = self._forward(batch)
-        (loss / num_tokens).backward()
+        if loss.requires_grad:  # not where this batch brings nothing to what is trained
+            (loss / num_tokens).backward()
         gradients = {}
         for module, stage in self.modules.items():
             for name, parameter in stage.named_parameters():

@@ -50,10 +50,13 @@ def test_losses_and_gradients_are_those_of_one_process(plan, megatron_args, tmp_
         assert parity.empty_units_by_module["llm"] == 0
 
 
-def test_a_batch_without_any_image_gives_vision_no_gradient(tmp_path) -> None:
+ONLY_TEXT = ["--digits-text-only-frac", "0.99", "--digits-two-image-frac", "0.0", "--digits-generate-frac", "0.01"]
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze", "llm", "generator"]], ids=["", "and nothing else is trained"])
+def test_a_batch_without_any_image_gives_vision_no_gradient(frozen, tmp_path) -> None:
     """Then both sides must agree on zeros: no NaN, no missing parameter, no hang."""
-    only_text = ["--digits-text-only-frac", "0.99", "--digits-two-image-frac", "0.0", "--digits-generate-frac", "0.01"]
-    parity = check_plan(written(cases.TWO_RANKS, tmp_path), steps=1, megatron_args=only_text)
+    parity = check_plan(written(cases.TWO_RANKS, tmp_path), steps=1, megatron_args=ONLY_TEXT + frozen)
     assert parity.ok, parity.as_dict()
     assert parity.grad_rel_err_by_module["vision"] == 0
     assert parity.empty_units_by_module["vision"] == 2
