@@ -10,7 +10,7 @@ links              image 1 rows 0..15 -> sample 1 from token 5 on
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +56,10 @@ class Links:
     target_starts: Integers
     rows: Integers
 
+    def __post_init__(self) -> None:
+        ends = (self.source_items, self.source_starts, self.target_items, self.target_starts)
+        assert all(len(column) == len(self.rows) for column in ends), "a row of the table for each link"
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -77,6 +81,7 @@ def expand(counts: Integers) -> tuple[Integers, Integers]:
 class Shard:
     """What one rank holds of a module's unit: all tokens of some items, or, with cp or sequence parallelism, some.
 
+    Steps with the same items share it: its arrays are not to be written to.
     Items that are shorter than `length` are padded at the end. Token order is that of the tensors: with cp the rank
     holds two chunks of 2*cp, number cp_rank and its mirror image, so that causal attention costs every rank the same.
     """
@@ -131,6 +136,9 @@ class Lanes:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def __iter__(self) -> Iterator[Integers]:
+        return (self[lane] for lane in range(len(self)))
 
     def __getitem__(self, lane: int) -> Integers:
         return self.order[self.starts[lane] : self.starts[lane + 1]]

@@ -50,8 +50,8 @@ _STEADY = [
 class Parity:
     """Outcome of a check. Errors are relative; a gradient's is |ours - reference| / |reference|, in the 2-norm.
 
-    `ill_conditioned`: gradients that fp32 does not determine to TOLERANCE, each with that error; in the other figures
-    theirs is in units of rounding, TOLERANCE standing for the most that is allowed.
+    `ill_conditioned`: errors of gradients that fp32 does not determine to TOLERANCE, and that are the same but for
+    rounding. The other figures leave them out.
     """
 
     steps: int
@@ -144,18 +144,19 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
     for step in range(steps):
         expected, ours = ReferenceStep.load(directory, step), read_gradients(directory, step)
         for name, value in expected.losses.items():
-            loss_error = max(loss_error, _finite_or_inf(abs(losses[step][name] - value) / abs(value)))
+            loss_error = max(loss_error, _ratio(abs(losses[step][name] - value), abs(value)))
         if expected.gradients.keys() != ours.keys():
             differing = sorted(expected.gradients.keys() ^ ours.keys())
             some = f"{len(differing)} parameters on one side only, e.g. {differing[0]}"
             raise ConfigError("check", got=some, expected="the reference's parameters", fix="report this")
         for name, gradient in expected.gradients.items():
-            relative, counted = gradient_error(ours[name], gradient, expected.rounding.get(name, 0.0))
-            if relative > TOLERANCE >= counted:
+            relative, is_rounding = gradient_error(ours[name], gradient, expected.rounding.get(name, 0.0))
+            if is_rounding:
                 ill_conditioned[f"{name} in step {step}"] = relative
+                continue
             module = name.partition("/")[0]
-            by_module[module] = max(by_module[module], counted)
-            worst = max(worst, (f"{name} in step {step}", counted), key=lambda pair: pair[1])
+            by_module[module] = max(by_module[module], relative)
+            worst = max(worst, (f"{name} in step {step}", relative), key=lambda pair: pair[1])
     measures = json.loads((directory / MEASURES_FILE).read_text())
     return Parity(
         steps=steps,
@@ -170,18 +171,15 @@ def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
     )
 
 
-def gradient_error(ours: np.ndarray, expected: np.ndarray, rounding: float) -> tuple[float, float]:
-    """(relative error, what counts), in the 2-norm; inf for NaN.
-
-    They differ where the relative error is above TOLERANCE: then the error in units of `rounding` counts, if that is
-    less; _ROUNDINGS of them count as TOLERANCE.
-    """
+def gradient_error(ours: np.ndarray, expected: np.ndarray, rounding: float) -> tuple[float, bool]:
+    """(relative error in the 2-norm, whether it is above TOLERANCE and yet only rounding); inf for NaN."""
     error = float(np.linalg.norm((ours - expected).astype(np.float64)))
-    size = float(np.linalg.norm(expected.astype(np.float64)))
-    relative, in_roundings = (_finite_or_inf(error / unit if unit else error and math.inf) for unit in (size, rounding))
-    return relative, relative if relative <= TOLERANCE else min(relative, in_roundings * TOLERANCE / _ROUNDINGS)
+    relative = _ratio(error, float(np.linalg.norm(expected.astype(np.float64))))
+    is_rounding = relative > TOLERANCE and math.isfinite(rounding) and error <= _ROUNDINGS * rounding
+    return relative, is_rounding
 
 
-def _finite_or_inf(error: float) -> float:
-    """NaN as infinity: `max` would otherwise lose it."""
-    return error if math.isfinite(error) else math.inf
+def _ratio(error: float, size: float) -> float:
+    """error / size. NaN is infinity: `max` would otherwise lose it. 0 / 0 is no error."""
+    ratio = error / size if size else (math.inf if error else 0.0)
+    return ratio if math.isfinite(ratio) else math.inf

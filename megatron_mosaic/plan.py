@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def every_rank_runs_all(self) -> bool:
-        """Whether there is no rank without some module."""
+        """Whether no module leaves a rank out."""
         return all(len(module.ranks.ranks) == self.world_size for module in self.modules.values())
 
     def num_microbatches(self, backbone: str) -> int:

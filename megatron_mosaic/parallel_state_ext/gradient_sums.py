@@ -15,6 +15,22 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
 
+class SharedWork:
+    """A collective that carries several bucket groups: the first to wait for it does, the others find it done.
+
+    Waiting twice would be wrong: gloo copies what a reduce-scatter brought to its place at every wait, over what may
+    have been added there since.
+    """
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work: dist.Work | None = work
+
+    def wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+
+
 class JoinedBuckets:
     """Bucket groups of several stages, all summed over the same ranks in the same dtype."""
 
@@ -26,9 +42,9 @@ class JoinedBuckets:
     def start(self, *, whole: bool) -> None:
         """Begin the sum; DistributedDataParallel's `finish_grad_sync` waits. `whole`: every rank gets all of it."""
         self._joined.start_grad_sync(force_all_reduce=whole)
-        work, self._joined.grad_reduce_handle = self._joined.grad_reduce_handle, None
+        work, self._joined.grad_reduce_handle = SharedWork(self._joined.grad_reduce_handle), None
         for member in self._members:
-            member.grad_reduce_handle = work  # to wait again for what has ended is no error
+            member.grad_reduce_handle = work
 
 
 def join_buckets(stages: Iterable[DistributedDataParallel]) -> list[JoinedBuckets]:
@@ -36,10 +52,12 @@ def join_buckets(stages: Iterable[DistributedDataParallel]) -> list[JoinedBucket
 
     Same order on every rank of a group, if `stages` are in the plan's order: a group's ranks run the same of them.
     """
-    found: dict[tuple[dist.ProcessGroup, torch.dtype], list[BucketGroup]] = {}
+    found: dict[tuple[dist.ProcessGroup, torch.dtype, BucketGroup | None], list[BucketGroup]] = {}
     for stage in stages:
         for member in stage.bucket_groups + stage.expert_parallel_bucket_groups:
-            sharded = member.ddp_config.use_distributed_optimizer
+            config = member.ddp_config
+            sharded = config.use_distributed_optimizer
             ranks = member.intra_distributed_optimizer_instance_group if sharded else member.data_parallel_group
-            found.setdefault((ranks, member.buckets[0].grad_data.dtype), []).append(member)
-    return [JoinedBuckets(ranks, members) for (ranks, _), members in found.items()]
+            alone = member if config.reduce_scatter_with_fp32_accumulation else None  # takes one bucket at a time
+            found.setdefault((ranks, member.buckets[0].grad_data.dtype, alone), []).append(member)
+    return [JoinedBuckets(ranks, members) for (ranks, *_), members in found.items()]
