@@ -1,12 +1,12 @@
 """megatron_mosaic: plan and run the training of multimodal models on Megatron."""
 
-from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.errors import MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, validate_plan
-from megatron_mosaic.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
+from megatron_mosaic.plan.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.workload import ModuleConfig, Workload
 from megatron_mosaic.schedule import Schedule
 from megatron_mosaic.timeline import Timeline
-from megatron_mosaic.workload import ModuleConfig, Workload
 
 __all__ = [
     "Cluster",

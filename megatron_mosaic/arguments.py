@@ -15,8 +15,8 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext import cpu, guard
 from megatron_mosaic.parallel_state_ext.compat import require_supported_megatron
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.plan_file import load_plan
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.workload import Workload
 
 PLAN_VARIABLE = "MOSAIC_PLAN"
 APPLIED = "mosaic_plan_applied"  # set on the arguments once a plan is in them

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.plan import ModulePlan
-from megatron_mosaic.workload import ModuleConfig
+from megatron_mosaic.plan.workload import ModuleConfig
 
 Integers = NDArray[np.int64]
 

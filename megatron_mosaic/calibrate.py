@@ -45,7 +45,7 @@ from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.plan_file import save_plan
+from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.report import TIMELINE_FILE
 
 ITEMS = (1, 2, 4, 8, 16)

@@ -20,7 +20,7 @@ from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.schedules import build_schedule
 
 TOLERANCE = 1e-5  # relative, fp32
@@ -108,7 +108,7 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
         ours += ["--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
         run_forked(plan.world_size, with_command_line, ours, pretrain.main)
         reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
-        for measure_rounding in (False, True):  # takes three times as long, and few checks need it
+        for measure_rounding in (False, True):  # takes six times as long, and few checks need it
             run_reference = (with_command_line, reference, reference_run.main, directory, measure_rounding)
             run_forked(1, *run_reference, env={PLAN_VARIABLE: ""})
             parity = _compare(plan, steps, Path(directory))

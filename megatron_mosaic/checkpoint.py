@@ -32,8 +32,8 @@ from megatron_mosaic.model import MosaicModel
 from megatron_mosaic.parallel_state_ext.compat import rebind
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan_file import load_plan, save_plan
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.plan.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.workload import Workload
 
 PLAN_FILE = "mosaic_plan.yaml"
 MANIFEST_FILE = "mosaic_checkpoint.json"

@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mosaic.cluster import Cluster, Link
 from megatron_mosaic.cost_model.hardware import load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.profile import Profile, default_profile_path, load_profile
-from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.cluster import Cluster, Link
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.plan.workload_file import Count, ModelSection, make_workload
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation
 from megatron_mosaic.search.space import SearchConfig
-from megatron_mosaic.workload import Workload
-from megatron_mosaic.workload_file import Count, ModelSection, make_workload
-from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation
 
 GROUPS = ("model", "cluster", "workload", "search")
 _KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the branch of the union in a path

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_mosaic.batch import Items, Links, Shard
 from megatron_mosaic.plan import ModulePlan
-from megatron_mosaic.workload import Edge, Workload
+from megatron_mosaic.plan.workload import Edge, Workload
 
 Batch = Mapping[str, Tensor]  # consecutive samples, identical on every rank, on the CPU
 Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index along the item dim) of hidden states

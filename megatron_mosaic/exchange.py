@@ -22,7 +22,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of, rank_at
 from megatron_mosaic.parallel_state_ext.step_map import StepMap
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.workload import Edge, Workload
+from megatron_mosaic.plan.workload import Edge, Workload
 
 
 class Exchange:

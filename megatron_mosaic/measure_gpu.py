@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.cost_model.fit import fit_line
 from megatron_mosaic.cost_model.kernels import Gemm, core_s, gemm_s, layer_work, stream_s
-from megatron_mosaic.cost_model.setup import Format, TrainingSetup
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import ModuleConfig, Role
+from megatron_mosaic.plan.cluster import GpuType
+from megatron_mosaic.plan.training import Format, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig, Role
 
 WARM_UPS, ROUNDS, CALLS = 3, 5, 10
 SHARES = ("gemm_efficiency_frac", "bandwidth_frac", "attention_efficiency_frac")

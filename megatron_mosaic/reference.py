@@ -81,10 +81,10 @@ class Reference:
             eps=args.adam_eps,
         )
 
-    def step(self, batch: Batch, *, measure_rounding: bool = False) -> ReferenceStep:
+    def step(self, batch: Batch, *, measure_rounding: bool) -> ReferenceStep:
         """One optimizer step on a whole global batch."""
         draws = range(5 if measure_rounding else 0)
-        moved = [self._find_gradients_nearby(batch, seed)[1] for seed in draws]
+        moved = [self._find_gradients_nearby(batch, seed) for seed in draws]
         losses, gradients = self._find_gradients(batch)
         rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients if moved}
         if self._args.clip_grad > 0:
@@ -93,18 +93,18 @@ class Reference:
         return ReferenceStep(losses=losses, gradients=gradients, rounding=rounding)
 
     @torch.no_grad()
-    def _find_gradients_nearby(self, batch: Batch, seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Losses and gradients with every weight one float up or down, as a coin decides."""
+    def _find_gradients_nearby(self, batch: Batch, seed: int) -> dict[str, np.ndarray]:
+        """Gradients with every weight one float up or down, as a coin decides."""
         coins = torch.Generator().manual_seed(seed)
         kept = [parameter.clone() for parameter in self.modules.parameters()]
         for parameter in self.modules.parameters():
             up = torch.rand(parameter.shape, generator=coins) < 0.5
             parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
         with torch.enable_grad():
-            found = self._find_gradients(batch)
+            _, gradients = self._find_gradients(batch)
         for parameter, value in zip(self.modules.parameters(), kept, strict=True):
             parameter.copy_(value)
-        return found
+        return gradients
 
     def _find_gradients(self, batch: Batch) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Losses and gradients of a batch; the gradients stay on the parameters."""

@@ -20,7 +20,7 @@ from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFail
 from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.compat import rebind, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute
-from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan
 
 # A stock script's own arguments, and what a one-module plan says of them
 _STOCK_ARGUMENTS = {

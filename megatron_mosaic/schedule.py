@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.yaml_text import MAX_COUNT
+from megatron_mosaic.plan.yaml_text import MAX_COUNT
 
 _NUMBER = "[0-9]{1,7}"  # more digits than any count needs; Python refuses to read thousands of them
 _ACTION = re.compile(rf"([a-z][a-z0-9_]*)\.({_NUMBER})(?:v([1-9][0-9]{{0,6}}))?([FBIW])({_NUMBER})")

@@ -28,7 +28,6 @@ from megatron_mosaic.exchange import Exchange
 from megatron_mosaic.model import MosaicModel, StageCall
 from megatron_mosaic.parallel_state_ext.cpu import device
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Plan
@@ -65,10 +64,7 @@ class StepRunner:
         self._workload = definition.workload
         self._exchange = Exchange(plan, self._workload, grids, dtype)
         self._of_plan = PlanMap(plan, self._workload, grids.rank)
-        self._coordinates: dict[str, Coordinates] = {
-            name: coordinates_of(plan.modules[name], grids.rank) for name in plan.modules_on(grids.rank)
-        }
-        self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._coordinates})
+        self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._of_plan.at})
         self.collate: Collate
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
         self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
@@ -247,7 +243,7 @@ class StepRunner:
         loss, num_tokens, report = loss_func(output)
         if self._map.is_ghost(action.module, action.unit):
             return loss * 0.0
-        if self._coordinates[action.module].tp == 0:
+        if self._of_plan.at[action.module].tp == 0:
             self._totals[0] += float(num_tokens)
             self._totals[1] += loss.detach().double()
             for index, name in enumerate(self.definition.loss_names):

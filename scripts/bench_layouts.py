@@ -10,7 +10,7 @@ from megatron_mosaic.batch import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 WIDTH, WORLD_SIZE = 1024, 8
 ROW_BYTES = 4 * WIDTH

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_mosaic.batch import Integers, Items, Links
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 VISION, LLM, GENERATOR = "vision", "llm", "generator"
 IMAGE_TOKENS, SEQUENCE, WIDTH = 256, 4096, 1024

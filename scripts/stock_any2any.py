@@ -28,7 +28,7 @@ from megatron_mosaic.batch import Links, shard_of
 from megatron_mosaic.definition import Batch, Place, StageInputs
 from megatron_mosaic.model import initialize_by_name
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.workload import Edge
+from megatron_mosaic.plan.workload import Edge
 
 
 class StockModel(MegatronModule):

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.cost_model.profile import Profile
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 VISION = ModuleConfig(
     name="vision",

@@ -17,7 +17,6 @@ from megatron_mosaic.cli.main import main
 from megatron_mosaic.cost_model.gpu_type_file import format_gpu_type_file
 from megatron_mosaic.cost_model.hardware import load_gpu_type
 from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
-from megatron_mosaic.cost_model.setup import Format
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.measure_gpu import (
     ROUNDS,
@@ -32,6 +31,7 @@ from megatron_mosaic.measure_gpu import (
     measure_launch_s,
     time_kernel,
 )
+from megatron_mosaic.plan.training import Format
 
 CPU = torch.device("cpu")
 BASE = load_gpu_type("h100_sxm")

@@ -20,7 +20,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
-from megatron_mosaic.plan_file import save_plan
+from megatron_mosaic.plan.plan_file import save_plan
 from tests.cases import make_plan
 from tests.forked import run_gloo
 

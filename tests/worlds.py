@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_mosaic.batch import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.step_map import Metadata
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, validate_plan
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 BACKBONE = "llm"
 ITEM_TOKENS, SEQUENCE = 16, 64

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes, workload
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import Workload
-from megatron_mosaic.workload_file import load_workload_file
+from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.plan.workload_file import load_workload_file
 
 SIZES = Any2AnySizes()
 MIX = DigitsMix()

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 
 from megatron_mosaic.plan import ModulePlan, Recompute
-from megatron_mosaic.workload import ModuleConfig
+from megatron_mosaic.plan.workload import ModuleConfig
 
 
 def build_block(

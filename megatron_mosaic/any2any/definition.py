@@ -25,7 +25,7 @@ from megatron_mosaic.any2any.stages import BackboneStage, ItemStage
 from megatron_mosaic.batch import Items, Links, Shard, integers
 from megatron_mosaic.definition import Batch
 from megatron_mosaic.plan import ModulePlan
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 BuildConfig = Callable[[ModuleConfig, ModulePlan], TransformerConfig]
 

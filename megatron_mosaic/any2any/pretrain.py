@@ -24,7 +24,7 @@ from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
 from megatron_mosaic.model import MosaicModel, StageCall
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.plan.workload import Workload
 
 
 def loss_func(output: StageOutput) -> tuple[Tensor | None, float, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.reference import Reference
 
 
-def main(directory: str, measure_rounding: bool = False) -> int:
+def main(directory: str, measure_rounding: bool) -> int:
     """Train on one process, whole global batches, and write `reference-N.npz` per step into the directory."""
     args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     dist.init_process_group("gloo", world_size=1, rank=0)

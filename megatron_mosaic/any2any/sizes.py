@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 VISION, LLM, GENERATOR = "vision", "llm", "generator"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_mosaic.any2any.blocks import build_block, split_over_tp
 from megatron_mosaic.definition import StageInputs, StageOutput
-from megatron_mosaic.workload import Edge, ModuleConfig, Role
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role
 
 
 class ItemStage(MegatronModule):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 Sample = Mapping[str, NDArray[np.generic]]
 SPLITS = ("train", "valid", "test")

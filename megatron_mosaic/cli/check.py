@@ -10,7 +10,7 @@ from megatron_mosaic.cli.output import print_json, print_progress, print_table
 from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.units import format_bytes
 
 MODELS = ("any2any-digits",)

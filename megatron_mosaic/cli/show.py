@@ -12,12 +12,12 @@ from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.memory import Memory, estimate_memory, precision_of
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
-from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.program import stage_ranks
 from megatron_mosaic.units import format_bytes, format_seconds
-from megatron_mosaic.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 _ALWAYS = ("tp", "pp", "dp")  # shown even if 1 everywhere

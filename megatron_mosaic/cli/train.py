@@ -22,12 +22,12 @@ from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
 from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
-from megatron_mosaic.workload import Workload
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
 TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_mosaic.colocation.quota import grant_quota
+from megatron_mosaic.plan.quota import grant_quota
 
 
 def cores_per_rank() -> int:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedule import Action, Schedule, format_schedule
 from megatron_mosaic.schedules import build_forward_only, build_schedule
 from megatron_mosaic.schedules.program import rank_programs
 from megatron_mosaic.timeline import Span
-from megatron_mosaic.workload import Workload
 
 Clock = Callable[[], float]
 

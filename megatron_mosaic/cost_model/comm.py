@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
-from megatron_mosaic.cluster import Cluster
 from megatron_mosaic.cost_model.fit import FittedProfile
 from megatron_mosaic.cost_model.profile import Operation
+from megatron_mosaic.plan.cluster import Cluster
 
 
 class CommModel(Protocol):

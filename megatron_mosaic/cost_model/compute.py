@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_mosaic.cluster import GpuType
-from megatron_mosaic.colocation.quota import grant_quota
 from megatron_mosaic.cost_model.fit import FittedProfile
 from megatron_mosaic.cost_model.kernels import Gemm, Work, backward_s, core_s, forward_s, gemm_s, layer_work
 from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, TrainingSetup
 from megatron_mosaic.plan import Recompute
-from megatron_mosaic.workload import ModuleConfig
+from megatron_mosaic.plan.cluster import GpuType
+from megatron_mosaic.plan.quota import grant_quota
+from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig
 
 BF16_BYTES = 2
 

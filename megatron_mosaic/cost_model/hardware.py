@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.cost_model.fit import FittedProfile
 from megatron_mosaic.cost_model.gpu_type_file import SUFFIX, load_gpu_type_file
 from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile
 from megatron_mosaic.errors import ConfigError, ProfileError
+from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 
 
 def gpu_type_names() -> tuple[str, ...]:

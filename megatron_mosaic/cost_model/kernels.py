@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_mosaic.cluster import GpuType
-from megatron_mosaic.cost_model.setup import Format, TrainingSetup
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import ModuleConfig
+from megatron_mosaic.plan.cluster import GpuType
+from megatron_mosaic.plan.training import Format, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig
 
 # (rows, columns) of an output tile, efficiency relative to the largest (CUTLASS profiler, shapes of 8192^3)
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))

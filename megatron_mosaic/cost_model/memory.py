@@ -17,7 +17,6 @@ from functools import cached_property, reduce
 
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
-from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.cost_model.sizes import (
     count_activation_bytes,
     count_expert_parameters,
@@ -26,7 +25,8 @@ from megatron_mosaic.cost_model.sizes import (
     count_projector_parameters,
 )
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
-from megatron_mosaic.workload import ModuleConfig, Workload
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from megatron_mosaic.cluster import Cluster
 from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
 from megatron_mosaic.cost_model.comm import CommModel, MeasuredComm, RingComm
 from megatron_mosaic.cost_model.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
@@ -29,11 +28,12 @@ from megatron_mosaic.cost_model.memory import (
     trained_parameters,
 )
 from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile, require_finite
-from megatron_mosaic.cost_model.setup import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan, Recompute
+from megatron_mosaic.plan.cluster import Cluster
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules.program import stage_ranks
-from megatron_mosaic.workload import Workload
 
 _CONSENSUS_BYTES = 64  # a handful of fp64 sums
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from megatron_mosaic.cost_model.memory import LaneMemory
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
-from megatron_mosaic.cost_model.setup import Sharding
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.training import Sharding
 from megatron_mosaic.schedules.chain import Chain
 from megatron_mosaic.schedules.program import stage_ranks
 

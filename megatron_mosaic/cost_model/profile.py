@@ -25,7 +25,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mosaic.errors import ProfileError
-from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
 CALIBRATE = "run `mosaic calibrate`"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedule import Action, Kind
 from megatron_mosaic.schedules import SCHEDULES, validate_schedule_name
 from megatron_mosaic.schedules.chain import Chain
 from megatron_mosaic.schedules.program import order_actions, rank_classes, stage_ranks
-from megatron_mosaic.workload import Workload
 
 Lane = tuple[str, int]  # (module, stage)
 

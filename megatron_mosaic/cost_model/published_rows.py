@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.cluster import Cluster, GpuType, Link
 from megatron_mosaic.cost_model.hardware import load_gpu_type
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.published_models import is_gated, model_card
-from megatron_mosaic.cost_model.setup import Format, Sharding, TrainingSetup
 from megatron_mosaic.cost_model.sizes import count_flops, module_parameters
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.yaml_text import MAX_COUNT
+from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.yaml_text import MAX_COUNT
 
 Row = Mapping[str, str]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from megatron_mosaic.cost_model.kernels import Gemm, attention_gemms, mean_head_size, mlp_gemms
 from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.workload import ModuleConfig
+from megatron_mosaic.plan.workload import ModuleConfig
 
 
 def _kv_size(module: ModuleConfig) -> int:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from megatron_mosaic.cluster import GpuType
 from megatron_mosaic.cost_model.calibration import FITTED_FILES, estimate_case, fold_of, with_constants
 from megatron_mosaic.cost_model.hardware import load_gpu_type
 from megatron_mosaic.cost_model.published_rows import Case, Row, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
+from megatron_mosaic.plan.cluster import GpuType
 
 PUBLISHED = Path(str(files(__package__) / "published"))
 

@@ -21,7 +21,7 @@ from megatron_mosaic.batch import (
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, near_lanes
 from megatron_mosaic.parallel_state_ext.routes import Side
 from megatron_mosaic.plan import ModulePlan, Plan
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.plan.workload import Workload
 
 MIN_GAIN_FRAC = 0.05  # of a rank's computation: an image that moves to save less costs more in messages
 

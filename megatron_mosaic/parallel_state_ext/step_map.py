@@ -21,7 +21,7 @@ from megatron_mosaic.parallel_state_ext.lanes import LaneRule, UnitLanes
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.parallel_state_ext.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.workload import Edge, Workload
+from megatron_mosaic.plan.workload import Edge, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class RouteCache:
     def __init__(self, capacity: int = 512) -> None:
         self._capacity = capacity
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
-        self.hits = self.misses = 0
+        self.misses = 0
 
     def __len__(self) -> int:
         return len(self._found)
@@ -67,7 +67,6 @@ class RouteCache:
     def find[T](self, key: Hashable, compute: Callable[[], T]) -> T:
         """The value under `key`, computed if it is not there."""
         if key in self._found:
-            self.hits += 1
             self._found.move_to_end(key)
         else:
             self.misses += 1

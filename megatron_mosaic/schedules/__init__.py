@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedule import Schedule
 from megatron_mosaic.schedules.chain import Chain
 from megatron_mosaic.schedules.interleaved import interleaved
 from megatron_mosaic.schedules.one_f_one_b import forward_only, one_f_one_b
-from megatron_mosaic.workload import Workload
 
 SCHEDULES: dict[str, Callable[[Chain], Schedule]] = {"1f1b": one_f_one_b, "interleaved": interleaved}
 PLANNED = ("three_phase", "nested", "overlap", "bubble_fill", "waves")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.workload import Workload
+from megatron_mosaic.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,12 +20,12 @@ from itertools import combinations, product
 
 from megatron_mosaic.errors import MosaicError, PlanError
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.schedules.program import stage_ranks
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
 from megatron_mosaic.search.evaluate import Evaluator, Verdict, best_of
 from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
-from megatron_mosaic.workload import ModuleConfig
 
 MAX_PAIRS = 1000  # placements of one pair of modules in phase 6; above it, each has few layouts on a set
 FEW_LAYOUTS = 2

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from megatron_mosaic.cluster import Cluster
-from megatron_mosaic.colocation.quota import grantable_counts
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet
-from megatron_mosaic.workload import ModuleConfig, Workload
+from megatron_mosaic.plan.cluster import Cluster
+from megatron_mosaic.plan.quota import grantable_counts
+from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ MAX_PUBLIC_NAMES = 15
 # The planner side of the package: it starts without torch or Megatron, on a laptop.
 LIGHT_MODULES = [
     "megatron_mosaic",
-    "megatron_mosaic.plan",
+    "megatron_mosaic.plan.plan",
     "megatron_mosaic.schedule",
     "megatron_mosaic.config",
     "megatron_mosaic.cost_model",

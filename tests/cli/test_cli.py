@@ -19,7 +19,7 @@ from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.profile import save_profile
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from tests.cases import make_profile
 from tests.goldens import assert_golden
 

@@ -19,7 +19,6 @@ from megatron_mosaic.any2any.blocks import build_block
 from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.cost_model.kernels import layer_work
 from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.setup import DEFAULT_SETUP
 from megatron_mosaic.cost_model.sizes import (
     count_activation_bytes,
     count_attention_flops,
@@ -27,7 +26,8 @@ from megatron_mosaic.cost_model.sizes import (
     count_parameters,
 )
 from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.workload import ModuleConfig, Role
+from megatron_mosaic.plan.training import DEFAULT_SETUP
+from megatron_mosaic.plan.workload import ModuleConfig, Role
 
 NUM_ITEMS = 2
 FP32_BYTES = 4

@@ -9,7 +9,7 @@ from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, SEQUENCE, WIDTH, module
 
 EDGE = Edge(source="encoder0", target=BACKBONE, rows_per_item=SEQUENCE, width=WIDTH)

@@ -12,12 +12,12 @@ from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
 from megatron_mosaic.cost_model.memory import shards_of
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
-from megatron_mosaic.cost_model.setup import Format
 from megatron_mosaic.cost_model.sizes import module_parameters
 from megatron_mosaic.cost_model.step_cost import estimate_step
 from megatron_mosaic.cost_model.validate import PUBLISHED
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.training import Format
 
 IDEAL = replace(
     load_gpu_type("a100_sxm_80gb"), gemm_efficiency_frac=1.0, half_depth=1e-9, bandwidth_frac=1.0, num_sms=128

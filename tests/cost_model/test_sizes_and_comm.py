@@ -16,7 +16,6 @@ from megatron_mosaic.cost_model.memory import (
     stage_parameters,
 )
 from megatron_mosaic.cost_model.profile import Operation, Part
-from megatron_mosaic.cost_model.setup import Sharding, TrainingSetup
 from megatron_mosaic.cost_model.sizes import (
     count_activation_bytes,
     count_flops,
@@ -24,7 +23,8 @@ from megatron_mosaic.cost_model.sizes import (
     module_parameters,
 )
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet, Recompute
-from megatron_mosaic.workload import ModuleConfig, Role
+from megatron_mosaic.plan.training import Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig, Role
 from tests.cases import LLM, VISION, make_cluster, make_profile
 
 GPT3 = ModuleConfig(

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
-from megatron_mosaic.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
 _AXIS = re.compile(r"(tp|cp|pp|vpp|dp|ep|etp|unit)([0-9]+)")

@@ -27,7 +27,7 @@ from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers
 from megatron_mosaic.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan_file import save_plan
+from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.train import Runtime
 
 STEADY = ["--lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--eval-iters", "0"]

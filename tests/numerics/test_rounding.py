@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from megatron_mosaic import model
 from megatron_mosaic.check import TOLERANCE, check_plan, gradient_error
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.plan_file import save_plan
-from megatron_mosaic.workload import Edge, Role, Workload
-from megatron_mosaic.workload_file import format_workload
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.plan.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload_file import format_workload
+from tests.cases import make_plan
 from tests.numerics import parity_cases  # noqa: F401  loads the runtime before ranks are forked
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
@@ -26,22 +27,18 @@ WORKLOAD = Workload(
     modules=(*ENCODERS[:2], replace(ENCODERS[2], num_experts=4, moe_top_k=1), module(BACKBONE, Role.backbone)),
     edges=tuple(Edge(source=e.name, target=BACKBONE, rows_per_item=ITEM_TOKENS, width=WIDTH) for e in ENCODERS),
 )
-RANKS, FIRST = RankSet.of(range(4)), RankSet((0,))
-PLAN = Plan(
-    workload="router",
-    world_size=4,
-    global_batch_size=1,
-    micro_batch_size=1,
-    schedule="1f1b",
-    modules={
-        "encoder0": ModulePlan(ranks=FIRST, layout=Layout()),
-        "encoder1": ModulePlan(ranks=FIRST, layout=Layout()),
-        "routed": ModulePlan(ranks=RANKS, layout=Layout(tp=4, ep=2, etp=2), sequence_parallel=True),
-        BACKBONE: ModulePlan(ranks=RANKS, layout=Layout(tp=2, pp=2)),
+PLAN = make_plan(
+    {
+        "encoder0": ("0", Layout()),
+        "encoder1": ("0", Layout()),
+        "routed": ("0-3", Layout(tp=4, ep=2, etp=2)),
+        BACKBONE: ("0-3", Layout(tp=2, pp=2)),
     },
+    workload=WORKLOAD,
+    global_batch_size=1,
 )
-
-
+ROUTED = replace(PLAN.modules["routed"], sequence_parallel=True)
+PLAN = replace(PLAN, modules={**PLAN.modules, "routed": ROUTED})
 ROUTER, SEED = "block.layers.3.mlp.router.weight", 1058  # norm of the gradient: 1e-5 of its module's
 
 

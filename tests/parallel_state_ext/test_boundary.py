@@ -14,7 +14,7 @@ from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.routes import Part
 from megatron_mosaic.parallel_state_ext.step_map import PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.forked import run_gloo
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, bring_items, module
 

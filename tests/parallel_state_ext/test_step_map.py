@@ -14,7 +14,7 @@ from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, RouteCache, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
 
 

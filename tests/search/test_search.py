@@ -9,6 +9,7 @@ from megatron_mosaic.cost_model.hardware import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan import Layout, Quota, RankSet, validate_plan
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.search.baselines import (
     BASELINES,
@@ -22,7 +23,6 @@ from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.run import find_plan
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_profile
 
 GREEDY_GAP = 0.10  # the factor over the optimum that the search promises on tiny clusters

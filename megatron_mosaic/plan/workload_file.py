@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
 
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]

@@ -6,8 +6,20 @@ share 0.33 of 132 SMs, 8 at a time  ->  40 SMs        (never more than asked, ne
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from megatron_mosaic.errors import QuotaError
+from megatron_mosaic.errors import PlanError, QuotaError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """Share of a GPU's SMs (of a rank's cores on a CPU) that a module may use."""
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise PlanError("quota", got=self.share, expected="a share in (0, 1]", fix="omit it for the whole GPU")
 
 
 def grant_quota(share: float, num_sms: int, granularity: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload_file import format_workload, load_workload_file
+from megatron_mosaic.plan.workload_file import format_workload, load_workload_file
 from tests.cases import WORKLOAD
 from tests.worlds import workloads
 

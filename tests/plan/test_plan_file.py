@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, Plan, Prediction, Quota, Recompute
-from megatron_mosaic.plan_file import SCHEMA_FILE, format_plan, load_plan, parse_plan, plan_schema, save_plan
+from megatron_mosaic.plan.plan_file import SCHEMA_FILE, format_plan, load_plan, parse_plan, plan_schema, save_plan
 from tests.cases import WORKLOAD, make_plan, plans
 
 TEXT = """\
@@ -158,6 +158,6 @@ def test_files(tmp_path):
 
 
 def test_schema_file_is_the_schema():
-    # To write it again: python -c "import json; from megatron_mosaic.plan_file import *; SCHEMA_FILE.write_text(
+    # To write it again: python -c "import json; from megatron_mosaic.plan.plan_file import *; SCHEMA_FILE.write_text(
     #   json.dumps(plan_schema(), indent=2) + '\n')"
     assert json.loads(SCHEMA_FILE.read_text()) == plan_schema()

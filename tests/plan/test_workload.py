@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.cases import EDGES, GENERATOR, LLM, VISION, WORKLOAD
 
 

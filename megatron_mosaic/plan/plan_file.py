@@ -10,10 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute
-from megatron_mosaic.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
-SCHEMA_FILE = Path(__file__).parent / "conf" / "plan.schema.json"
+SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
 
 Degree = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 # YAML reads a bare `ranks: 0` as an integer; a single rank is fine without quotes

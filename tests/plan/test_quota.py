@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.colocation.quota import grant_quota, grantable_counts, validate_concurrent
 from megatron_mosaic.errors import QuotaError
+from megatron_mosaic.plan.quota import grant_quota, grantable_counts, validate_concurrent
 
 hardware = st.sampled_from([(132, 8), (132, 2), (108, 2), (2, 1), (1, 1), (8, 8), (7, 3)])
 

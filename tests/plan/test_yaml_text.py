@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mosaic.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
+from megatron_mosaic.plan.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
 
 
 class _Model(BaseModel):

@@ -1,0 +1,135 @@
+"""Where and how one module runs: degrees of its parallel axes, its ranks, what it recomputes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.plan.quota import Quota
+from megatron_mosaic.plan.yaml_text import MAX_COUNT
+
+_SPAN = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_MAX_RANK_DIGITS = len(str(MAX_COUNT))
+
+
+class Recompute(StrEnum):
+    """Which activations the backward pass computes again."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Degrees of one module's parallel axes. Ranks are laid out tp fastest, then cp, dp, pp slowest."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in fields(self):
+            if getattr(self, axis.name) < 1:
+                raise PlanError(
+                    f"layout.{axis.name}", got=getattr(self, axis.name), expected="at least 1", fix=f"set {axis.name}"
+                )
+        if self.vpp > 1 and self.pp == 1:
+            raise PlanError("layout.vpp", got=self.vpp, expected="1 with pp 1", fix="set vpp: 1, or raise pp")
+        if self.num_ranks // self.pp % (self.ep * self.etp):
+            raise PlanError(
+                "layout.ep",
+                got=f"ep {self.ep} x etp {self.etp}",
+                expected=f"a divisor of the {self.num_ranks // self.pp} ranks of a pipeline stage",
+                fix="change ep or etp",
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        degrees = [f"{a.name}{getattr(self, a.name)}" for a in fields(self) if getattr(self, a.name) != 1]
+        return " ".join(degrees) or "single"
+
+
+@dataclass(frozen=True, slots=True)
+class RankSet:
+    """Global ranks, sorted and unique. Written `0-3,8-11`."""
+
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ranks or any(rank < 0 for rank in self.ranks) or list(self.ranks) != sorted(set(self.ranks)):
+            raise PlanError(
+                "ranks", got=self.ranks, expected="one or more ranks, ascending, each once", fix="sort and deduplicate"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> RankSet:
+        """`"0-3,8"` -> ranks 0, 1, 2, 3, 8. Strict: ascending spans that do not overlap."""
+        ranks: list[int] = []
+        for part in text.split(","):
+            match = _SPAN.fullmatch(part.strip())
+            if match is None:
+                raise PlanError("ranks", got=repr(text[:200]), expected="spans like 0-3,8-11", fix="rewrite the span")
+            if max(map(len, part.split("-"))) > _MAX_RANK_DIGITS or int(match[2] or match[1]) >= MAX_COUNT:
+                raise PlanError("ranks", got=part[:40], expected=f"ranks below {MAX_COUNT}", fix="correct the span")
+            first = int(match[1])
+            last = int(match[2]) if match[2] else first
+            if last < first or (ranks and first <= ranks[-1]):
+                raise PlanError(
+                    "ranks", got=repr(text), expected="ascending spans that do not overlap", fix="sort the spans"
+                )
+            ranks.extend(range(first, last + 1))
+        return cls(tuple(ranks))
+
+    @classmethod
+    def of(cls, ranks: Iterable[int]) -> RankSet:
+        return cls(tuple(sorted(set(ranks))))
+
+    def __str__(self) -> str:
+        spans: list[list[int]] = []
+        for rank in self.ranks:
+            if spans and rank == spans[-1][1] + 1:
+                spans[-1][1] = rank
+            else:
+                spans.append([rank, rank])
+        return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlan:
+    """Where and how one module runs. `unit` 0: the schedule decides how many microbatches an action covers."""
+
+    ranks: RankSet
+    layout: Layout
+    quota: Quota = field(default_factory=Quota)
+    unit: int = 0
+    recompute: Recompute = Recompute.none
+    sequence_parallel: bool = False  # between its layers, tokens are split over the tp ranks (Korthikanti et al. 2022)
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.layout.tp == 1:
+            raise PlanError(
+                "sequence_parallel", got="true with tp 1", expected="tp above 1: it splits over tp", fix="leave it out"
+            )
+        if len(self.ranks) != self.layout.num_ranks:
+            raise PlanError(
+                "ranks",
+                got=f"{len(self.ranks)} ranks ({self.ranks})",
+                expected=f"{self.layout.num_ranks} ranks for layout {self.layout} (tp x cp x pp x dp)",
+                fix=f"change the layout, or list {self.layout.num_ranks} ranks",
+            )
+        if self.unit < 0:
+            raise PlanError("unit", got=self.unit, expected="at least 1", fix="omit it to let the schedule decide")

@@ -1,0 +1,102 @@
+"""Whether a plan can run a workload, on a cluster: names, degrees against sizes, the batch."""
+
+from __future__ import annotations
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.plan.cluster import Cluster
+from megatron_mosaic.plan.layout import ModulePlan
+from megatron_mosaic.plan.plan import Plan
+from megatron_mosaic.plan.workload import ModuleConfig, Workload
+
+
+def validate_plan(plan: Plan, workload: Workload, cluster: Cluster | None = None) -> None:
+    """Raise PlanError unless the plan can run this workload (on this cluster).
+
+    Checked: names, digest, batch divisibility, the degrees of every layout against the module's sizes, ranks.
+    """
+    if plan.workload != workload.name:
+        raise PlanError("workload", got=plan.workload, expected=workload.name, fix="use the plan of this workload")
+    if plan.digest and plan.digest != workload.digest:
+        raise PlanError(
+            "digest",
+            got=plan.digest,
+            expected=f"{workload.digest}, the digest of {workload.name!r} as it is now",
+            fix="make the plan again with `mosaic plan`: the model's sizes changed since",
+        )
+    _validate_names(plan, workload)
+    for module in workload.modules:
+        _validate_layout(plan.modules[module.name], module)
+    if plan.modules[workload.backbone.name].unit > 1:
+        raise PlanError(
+            f"modules.{workload.backbone.name}.unit",
+            got=plan.modules[workload.backbone.name].unit,
+            expected="1: units count this module's microbatches",
+            fix="omit unit",
+        )
+    lane_batch = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp
+    if plan.global_batch_size % lane_batch:
+        raise PlanError(
+            "global_batch_size",
+            got=plan.global_batch_size,
+            expected=f"a multiple of micro_batch_size x {workload.backbone.name}.dp = {lane_batch}",
+            fix=f"use {max(1, plan.global_batch_size // lane_batch) * lane_batch}",
+        )
+    if cluster is not None and plan.world_size > cluster.num_ranks:
+        raise PlanError(
+            "world_size",
+            got=plan.world_size,
+            expected=f"at most the {cluster.num_ranks} ranks of cluster {cluster.name!r}",
+            fix="plan for this cluster",
+        )
+
+
+def _validate_names(plan: Plan, workload: Workload) -> None:
+    known = [module.name for module in workload.modules]
+    for name in plan.modules:
+        if name not in known:
+            raise PlanError(
+                f"modules.{name}", got=name, expected=f"one of {known}", fix="remove it, or use a script that has it"
+            )
+    for name in known:
+        if name not in plan.modules:
+            raise PlanError(
+                "modules", got=sorted(plan.modules), expected=f"an entry for {name!r} too", fix=f"add modules.{name}"
+            )
+
+
+def _validate_layout(module_plan: ModulePlan, module: ModuleConfig) -> None:
+    layout = module_plan.layout
+    if module.num_experts and layout.tp > 1 and not module_plan.sequence_parallel:
+        raise PlanError(
+            f"modules.{module.name}.sequence_parallel",
+            got=f"false with tp {layout.tp} and {module.num_experts} experts",
+            expected="true: tp ranks would otherwise route the same tokens",
+            fix="set sequence_parallel: true",
+        )
+    for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
+        if degree > 1 and not module.num_experts:
+            raise PlanError(
+                f"modules.{module.name}.layout.{axis}",
+                got=degree,
+                expected="1: the module has no experts",
+                fix=f"leave {axis} out",
+            )
+    tokens_split = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if module_plan.sequence_parallel else 1)
+    for axis, degree, what, size in (
+        ("tp", layout.tp, "num_heads", module.num_heads),
+        ("tp", layout.tp, "num_query_groups", module.query_groups),
+        ("tp", layout.tp, "ffn_hidden_size", module.ffn_hidden_size),
+        ("tp", layout.tp, "vocab_size", module.vocab_size),
+        ("pp", layout.pp * layout.vpp, "num_layers", module.num_layers),
+        ("cp", tokens_split, "tokens_per_item", module.tokens_per_item),
+        ("ep", layout.ep, "num_experts", module.num_experts),
+        ("etp", layout.etp, "ffn_hidden_size", module.ffn_hidden_size),
+    ):
+        if size % degree:
+            raise PlanError(
+                f"modules.{module.name}.layout.{axis}",
+                got=getattr(layout, axis),
+                expected=f"a degree that divides {what} {size}"
+                + (" into chunks (2 x cp, x tp with sequence_parallel)" if axis == "cp" else ""),
+                fix=f"lower {axis}",
+            )
