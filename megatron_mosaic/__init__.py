@@ -5,8 +5,8 @@ from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, validate_pla
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
-from megatron_mosaic.schedule import Schedule
-from megatron_mosaic.timeline import Timeline
+from megatron_mosaic.schedules.schedule import Schedule
+from megatron_mosaic.schedules.timeline import Timeline
 
 __all__ = [
     "Cluster",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mosaic.model import MosaicModel, module_of
 from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
-from megatron_mosaic.timeline import Span
+from megatron_mosaic.schedules.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"
 TIMELINE_FILE = "timeline.json"

@@ -31,7 +31,7 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.schedule import Action, Kind
+from megatron_mosaic.schedules.schedule import Action, Kind
 
 ForwardStep = Callable[[Iterator[StageCall], MosaicModel], tuple[StageOutput, Callable[[StageOutput], Any]]]
 Samples = Sequence[Any]  # of one global microbatch, in order

@@ -45,7 +45,7 @@ from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.parallel_state_ext.streams import Streams
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
-from megatron_mosaic.schedule import load_schedule
+from megatron_mosaic.schedules.text import load_schedule
 from megatron_mosaic.step import Samples, StepRunner
 from megatron_mosaic.units import format_seconds
 

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mosaic.report import LOSSES_FILE, MEASURES_FILE, TIMELINE_FILE, StepReport, read_gradients
-from megatron_mosaic.timeline import Span
+from megatron_mosaic.schedules.timeline import Span
 
 
 def test_shards_are_joined_along_their_dim_in_tp_order(tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from megatron_mosaic.timeline import Timeline
+from megatron_mosaic.schedules.timeline import Timeline
 from megatron_mosaic.units import format_seconds
 
 ROW, LEFT, WIDTH = 18, 150, 1400  # pixels

@@ -14,9 +14,9 @@ from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedule import format_schedule
 from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.schedules.passes import stage_ranks
+from megatron_mosaic.schedules.text import format_schedule
 from megatron_mosaic.units import format_bytes, format_seconds
 
 AXES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")

@@ -12,7 +12,7 @@ from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
-from megatron_mosaic.timeline import Timeline, render_text, to_chrome_trace
+from megatron_mosaic.schedules.timeline import Timeline, render_text, to_chrome_trace
 from megatron_mosaic.units import format_bytes, format_seconds
 
 

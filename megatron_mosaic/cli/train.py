@@ -24,9 +24,9 @@ from megatron_mosaic.launch import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedule import load_schedule
 from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from megatron_mosaic.schedules.text import load_schedule
+from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"

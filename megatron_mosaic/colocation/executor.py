@@ -16,10 +16,11 @@ from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedule import Action, Schedule, format_schedule
 from megatron_mosaic.schedules import build_forward_only, build_schedule
-from megatron_mosaic.schedules.program import rank_programs
-from megatron_mosaic.timeline import Span
+from megatron_mosaic.schedules.passes import rank_programs
+from megatron_mosaic.schedules.schedule import Action, Schedule
+from megatron_mosaic.schedules.text import format_schedule
+from megatron_mosaic.schedules.timeline import Span
 
 Clock = Callable[[], float]
 

@@ -33,7 +33,7 @@ from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.schedules.passes import stage_ranks
 
 _CONSENSUS_BYTES = 64  # a handful of fp64 sums
 

@@ -11,8 +11,8 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.training import Sharding
-from megatron_mosaic.schedules.chain import Chain
-from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.schedules.passes import stage_ranks
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
 _NEVER_HIDDEN_FRAC = 0.1  # of the gradients' traffic: the last bucket has no backward left beside it
 
@@ -113,13 +113,13 @@ class PlanPrice:
         ]
         if self.shared_cores:
             bounds.append(sum(cost.busy_s * cost.threads for cost in self.costs) / self.shared_cores)
-        lanes, chain = self.lane_map.lanes, self.lane_map.chain
+        lanes, graph = self.lane_map.lanes, self.lane_map.graph
         position = {lane: i for i, lane in enumerate(lanes)}
         before: dict[Lane, float] = {}
         for module, stage in lanes:  # modules stand in topological order
             sources = [(module, stage - 1)] if stage else []
             if not stage:
-                sources = [(a, chain.num_stages[a] - 1) for a, b in chain.edges if b == module]
+                sources = [(a, graph.num_stages[a] - 1) for a, b in graph.edges if b == module]
             before[module, stage] = max((before[s] + self.costs[position[s]].forward_s for s in sources), default=0.0)
             cost = self.costs[position[module, stage]]
             bounds.append(before[module, stage] + cost.busy_s + cost.gradients_s)
@@ -144,14 +144,14 @@ def price_plan(plan: Plan, model: CostModel) -> PlanPrice:
         plan=plan,
         model=model,
         lane_map=lane_map,
-        costs=tuple(_price_lane(plan, model, lane_map.chain, module, stage) for module, stage in lane_map.lanes),
+        costs=tuple(_price_lane(plan, model, lane_map.graph, module, stage) for module, stage in lane_map.lanes),
     )
 
 
-def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: int) -> LaneCost:
-    num_units, chunks = chain.num_units(module), chain.chunks(module)
+def _price_lane(plan: Plan, model: CostModel, graph: StageGraph, module: str, stage: int) -> LaneCost:
+    num_units, chunks = graph.num_units(module), graph.chunks(module)
     # 1F1B warms up with a unit for each stage behind it; other schedules may keep fewer
-    min_live_units = min(num_units, chain.stages_after(module, stage) + 1) if plan.schedule == "1f1b" else 1
+    min_live_units = min(num_units, graph.stages_after(module, stage) + 1) if plan.schedule == "1f1b" else 1
     items = model.items_of_action(plan, module)
     key = (module, stage, plan.modules[module], items, num_units, min_live_units)
     if key not in model.lane_costs:
@@ -159,7 +159,7 @@ def _price_lane(plan: Plan, model: CostModel, chain: Chain, module: str, stage: 
         ranks = stage_ranks(plan, module, stage)
         model.lane_costs[key] = LaneCost(
             forward_s=forward.busy_s / chunks,
-            backward_s=backward.busy_s / chunks if module in chain.has_backward else 0.0,
+            backward_s=backward.busy_s / chunks if module in graph.has_backward else 0.0,
             num_units=num_units * chunks,
             threads=forward.threads * len(ranks),
             gradients_s=model.gradient_sync_s(plan, module, stage),

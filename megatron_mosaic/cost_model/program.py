@@ -12,10 +12,10 @@ from functools import lru_cache
 
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedule import Action, Kind
 from megatron_mosaic.schedules import SCHEDULES, validate_schedule_name
-from megatron_mosaic.schedules.chain import Chain
-from megatron_mosaic.schedules.program import order_actions, rank_classes, stage_ranks
+from megatron_mosaic.schedules.passes import order_actions, rank_classes, stage_ranks
+from megatron_mosaic.schedules.schedule import Action, Kind
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
 Lane = tuple[str, int]  # (module, stage)
 
@@ -24,7 +24,7 @@ Lane = tuple[str, int]  # (module, stage)
 class LaneMap:
     """Which lanes a plan has and which ranks they share. A class is named by its lowest rank."""
 
-    chain: Chain
+    graph: StageGraph
     lanes: tuple[Lane, ...]
     classes: tuple[frozenset[int], ...]  # by lane
     lanes_of_class: Mapping[int, tuple[int, ...]]  # class -> positions in `lanes`
@@ -55,13 +55,13 @@ class Program:
 
 def map_lanes(plan: Plan, workload: Workload) -> LaneMap:
     """Lanes of the plan's training step, and the classes of ranks they run on."""
-    chain = Chain.of(plan, workload, plan.num_microbatches(workload.backbone.name))
-    lanes = tuple((module.name, s) for module in workload.modules for s in range(chain.num_stages[module.name]))
+    graph = StageGraph.of(plan, workload, plan.num_microbatches(workload.backbone.name))
+    lanes = tuple((module.name, s) for module in workload.modules for s in range(graph.num_stages[module.name]))
     by_name = rank_classes(plan)
     classes = tuple(by_name[f"{module}.{stage}"] for module, stage in lanes)
     names = sorted(frozenset().union(*classes))
     return LaneMap(
-        chain=chain,
+        graph=graph,
         lanes=lanes,
         classes=classes,
         lanes_of_class={name: tuple(i for i, members in enumerate(classes) if name in members) for name in names},
@@ -72,15 +72,15 @@ def build_program(schedule: str, lane_map: LaneMap) -> Program:
     """The program of a training step. ScheduleError when the schedule is not built yet."""
     validate_schedule_name(schedule)
     names = {name: index for index, name in enumerate(lane_map.lanes_of_class)}
-    chain = lane_map.chain
+    graph = lane_map.graph
     return _build(
         schedule,
         lane_map.lanes,
-        chain.edges,
-        tuple(chain.units.items()),
-        chain.num_microbatches,
-        chain.has_backward,
-        tuple(chain.num_chunks.items()),
+        graph.edges,
+        tuple(graph.units.items()),
+        graph.num_microbatches,
+        graph.has_backward,
+        tuple(graph.num_chunks.items()),
         # classes 0, 1, ...: plans that differ only in the number of ranks share a program
         tuple(frozenset(names[name] for name in members) for members in lane_map.classes),
     )
@@ -98,7 +98,7 @@ def _build(
     classes: tuple[frozenset[int], ...],
 ) -> Program:
     num_stages = {module: stage + 1 for module, stage in lanes}
-    chain = Chain(
+    graph = StageGraph(
         num_stages=num_stages,
         edges=edges,
         units=dict(units),
@@ -106,7 +106,7 @@ def _build(
         has_backward=has_backward,
         num_chunks=dict(chunks),
     )
-    schedule = SCHEDULES[name](chain)
+    schedule = SCHEDULES[name](graph)
     order = order_actions(schedule, {f"{module}.{stage}": members for (module, stage), members in zip(lanes, classes)})
     position = {action: index for index, action in enumerate(order)}
     lane_index = {lane: index for index, lane in enumerate(lanes)}

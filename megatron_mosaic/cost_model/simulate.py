@@ -21,7 +21,7 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import PlanPrice, price_plan
 from megatron_mosaic.cost_model.program import Program, build_program
 from megatron_mosaic.plan import Plan, RankSet
-from megatron_mosaic.timeline import Span, Timeline
+from megatron_mosaic.schedules.timeline import Span, Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def prepare_program(price: PlanPrice, num_microbatches: int = 0) -> PricedProgra
     """
     lane_map = price.lane_map
     if num_microbatches:
-        lane_map = replace(lane_map, chain=replace(lane_map.chain, num_microbatches=num_microbatches))
+        lane_map = replace(lane_map, graph=replace(lane_map.graph, num_microbatches=num_microbatches))
     program, costs = build_program(price.plan.schedule, lane_map), price.costs
     return PricedProgram(
         price=price,
@@ -138,13 +138,13 @@ def estimate_step_s(price: PlanPrice) -> float:
 
     Exact up to the irregularities of the merged order; for ranking plans, the simulator has the last word.
     """
-    chain = price.lane_map.chain
-    depth = max(chain.stages_after(module, 0) for module in chain.num_stages) + 1
+    graph = price.lane_map.graph
+    depth = max(graph.stages_after(module, 0) for module in graph.num_stages) + 1
     short, long = depth + 4, depth + 12
-    if chain.num_microbatches <= 2 * long:
+    if graph.num_microbatches <= 2 * long:
         return simulate_program(prepare_program(price)).step_s
     short_s, long_s = (simulate_program(prepare_program(price, count)).step_s for count in (short, long))
-    return long_s + (chain.num_microbatches - long) * (long_s - short_s) / (long - short)
+    return long_s + (graph.num_microbatches - long) * (long_s - short_s) / (long - short)
 
 
 def _alone(priced: PricedProgram) -> tuple[Sequence[float], Sequence[float]]:

@@ -21,7 +21,7 @@ from itertools import combinations, product
 from megatron_mosaic.errors import MosaicError, PlanError
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import ModuleConfig
-from megatron_mosaic.schedules.program import stage_ranks
+from megatron_mosaic.schedules.passes import stage_ranks
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
 from megatron_mosaic.search.evaluate import Evaluator, Verdict, best_of
 from megatron_mosaic.search.space import Space

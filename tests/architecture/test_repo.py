@@ -41,7 +41,7 @@ MAX_PUBLIC_NAMES = 15
 LIGHT_MODULES = [
     "megatron_mosaic",
     "megatron_mosaic.plan.plan",
-    "megatron_mosaic.schedule",
+    "megatron_mosaic.schedules.schedule",
     "megatron_mosaic.config",
     "megatron_mosaic.cost_model",
     "megatron_mosaic.search",

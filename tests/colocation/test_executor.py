@@ -6,8 +6,9 @@ from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
 from megatron_mosaic.errors import RankFailure, ScheduleError
 from megatron_mosaic.plan import Layout
-from megatron_mosaic.schedule import Action, format_schedule, parse_schedule
-from megatron_mosaic.schedules.program import rank_programs
+from megatron_mosaic.schedules.passes import rank_programs
+from megatron_mosaic.schedules.schedule import Action
+from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from tests.cases import WORKLOAD, make_plan
 
 PLAN = make_plan(

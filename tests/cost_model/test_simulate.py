@@ -17,8 +17,8 @@ from megatron_mosaic.cost_model.simulate import estimate_step_s, prepare_program
 from megatron_mosaic.errors import ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Plan, Quota, Recompute
 from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.schedules.program import rank_programs, stage_ranks
-from megatron_mosaic.timeline import render_text
+from megatron_mosaic.schedules.passes import rank_programs, stage_ranks
+from megatron_mosaic.schedules.timeline import render_text
 from tests.cases import BACKBONE_ONLY, WORKLOAD, make_cluster, make_plan, make_profile, plans
 from tests.goldens import assert_golden
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedule import Action, Kind, Schedule
-from megatron_mosaic.schedules.chain import Chain
-from megatron_mosaic.schedules.one_f_one_b import alternate, make_schedule, units_ahead
+from megatron_mosaic.schedules.builders.one_f_one_b import alternate, make_schedule, units_ahead
+from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
 
-def interleaved(chain: Chain) -> Schedule:
+def interleaved(graph: StageGraph) -> Schedule:
     """1F1B where modules with virtual stages interleave them. ScheduleError without any such module."""
-    if not chain.num_chunks:
+    if not graph.num_chunks:
         raise ScheduleError(
             "schedule",
             got="interleaved, and no module with vpp above 1",
@@ -28,29 +28,29 @@ def interleaved(chain: Chain) -> Schedule:
         )
     # Later virtual stages keep more forwards in flight everywhere before them. How many depends on the whole graph, so
     # longer and longer warm-ups are tried; the longest runs all forwards first and never waits for a backward.
-    longest = chain.num_microbatches * max(chain.num_chunks.values())
+    longest = graph.num_microbatches * max(graph.num_chunks.values())
     for extra in range(longest + 1):
         try:
-            return make_schedule("interleaved", chain, _lanes(chain, extra))
+            return make_schedule("interleaved", graph, _lanes(graph, extra))
         except ScheduleError:
             if extra == longest:
                 raise
     raise AssertionError("unreachable")
 
 
-def _lanes(chain: Chain, extra: int) -> dict[str, tuple[Action, ...]]:
+def _lanes(graph: StageGraph, extra: int) -> dict[str, tuple[Action, ...]]:
     """Every lane, with `extra` forwards more before the first backward than the module alone would need."""
     lanes = {}
-    for module, num_stages in chain.num_stages.items():
-        chunks = chain.chunks(module)
+    for module, num_stages in graph.num_stages.items():
+        chunks = graph.chunks(module)
         for stage in range(num_stages):
-            warmup = units_ahead(chain, module, stage)
+            warmup = units_ahead(graph, module, stage)
             if chunks > 1:  # Narayanan et al. 2021: 2 (p - s - 1) + (v - 1) p within the module
                 warmup += num_stages - stage - 1 + (chunks - 1) * num_stages
-            order = list(_turns(chain.num_units(module), num_stages, chunks))
+            order = list(_turns(graph.num_units(module), num_stages, chunks))
             forwards = [Action(module, stage, Kind.F, unit, chunk) for unit, chunk in order]
             backwards = [Action(module, stage, Kind.B, unit, chunks - 1 - chunk) for unit, chunk in order]
-            trained = backwards if module in chain.has_backward else []
+            trained = backwards if module in graph.has_backward else []
             lanes[f"{module}.{stage}"] = alternate(forwards, trained, warmup + extra)
     return lanes
 

@@ -4,7 +4,7 @@ from hypothesis import given
 
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.schedules.program import merge_lanes, rank_classes, rank_programs, stage_ranks
+from megatron_mosaic.schedules.passes import merge_lanes, rank_classes, rank_programs, stage_ranks
 from tests.cases import WORKLOAD, make_plan, plans
 from tests.goldens import assert_golden
 

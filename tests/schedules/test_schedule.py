@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
-from megatron_mosaic.schedule import Action, Kind, Schedule, format_schedule, parse_schedule
 from megatron_mosaic.schedules import PLANNED, SCHEDULES, build_forward_only, build_schedule
-from megatron_mosaic.schedules.chain import Chain
+from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
+from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from tests.cases import BACKBONE_ONLY, WORKLOAD, make_plan, plans
 from tests.goldens import assert_golden
 
@@ -20,8 +21,8 @@ schedule 1f1b microbatches=2 edges=vision>llm units=vision:1,llm:1
 vision.0 | vision.0F0 vision.0F1 vision.0B0 vision.0B1
 llm.0    | llm.0F0 llm.0B0 llm.0F1 llm.0B1
 """
-chains = st.builds(
-    Chain,
+graphs = st.builds(
+    StageGraph,
     num_stages=st.fixed_dictionaries({name: st.integers(1, 4) for name in ("vision", "llm", "generator")}),
     edges=st.sampled_from([EDGES, EDGES[:1], (), (*EDGES, ("vision", "generator"))]),
     units=st.fixed_dictionaries({"vision": st.integers(1, 3), "llm": st.just(1), "generator": st.just(1)}),
@@ -29,38 +30,38 @@ chains = st.builds(
     # gradients reach a module only through those after it: what stands behind a module with a backward has one too
     has_backward=st.sampled_from([frozenset({"vision", "llm", "generator"}), frozenset({"llm", "generator"})]),
 )
-chunked_chains = st.builds(
-    lambda chain, chunks: replace(chain, num_chunks=chunks),
-    chains,
+chunked_graphs = st.builds(
+    lambda graph, chunks: replace(graph, num_chunks=chunks),
+    graphs,
     st.dictionaries(st.sampled_from(["vision", "llm", "generator"]), st.integers(2, 3), min_size=1),
 )
 
 
-@given(st.one_of(st.tuples(chains, st.just("1f1b")), st.tuples(chunked_chains, st.just("interleaved"))))
+@given(st.one_of(st.tuples(graphs, st.just("1f1b")), st.tuples(chunked_graphs, st.just("interleaved"))))
 def test_text_round_trips_and_nothing_deadlocks(case):
-    chain, name = case
-    schedule = SCHEDULES[name](chain)  # the constructor refuses deadlocks
-    assert {module: schedule.num_chunks(module) for module in chain.units} == {m: chain.chunks(m) for m in chain.units}
+    graph, name = case
+    schedule = SCHEDULES[name](graph)  # the constructor refuses deadlocks
+    assert {module: schedule.num_chunks(module) for module in graph.units} == {m: graph.chunks(m) for m in graph.units}
     assert parse_schedule(format_schedule(schedule)) == schedule
     order = {action: i for i, action in enumerate(schedule.topological_order)}
     assert len(order) == sum(map(len, schedule.lanes.values()))
     assert all(order[need] < order[action] for action in order for need in schedule.needs(action))
 
 
-@given(chains)
-def test_1f1b_keeps_few_units_alive(chain):
+@given(graphs)
+def test_1f1b_keeps_few_units_alive(graph):
     # One unit per stage behind and itself; a longer unit may straddle one more (Narayanan et al. 2021, section 2.2).
-    for lane, actions in SCHEDULES["1f1b"](chain).lanes.items():
+    for lane, actions in SCHEDULES["1f1b"](graph).lanes.items():
         module, _, stage = lane.rpartition(".")
-        if module not in chain.has_backward:
+        if module not in graph.has_backward:
             assert all(action.kind is Kind.F for action in actions)
             continue
         live = most = 0
         for action in actions:
             live += 1 if action.kind is Kind.F else -1
             most = max(most, live)
-        size = chain.units[module]
-        assert most <= -(-chain.stages_after(module, int(stage)) // size) + 1 + (size > 1)
+        size = graph.units[module]
+        assert most <= -(-graph.stages_after(module, int(stage)) // size) + 1 + (size > 1)
         assert live == 0
 
 
@@ -76,7 +77,7 @@ def test_parses_and_knows_its_needs():
 
 def test_a_longer_unit_waits_for_all_it_covers():
     schedule = SCHEDULES["1f1b"](
-        Chain(
+        StageGraph(
             num_stages={"vision": 1, "llm": 2},
             edges=EDGES[:1],
             units={"vision": 2, "llm": 1},
@@ -92,7 +93,7 @@ def test_a_longer_unit_waits_for_all_it_covers():
 
 
 def test_1f1b_refuses_a_unit_that_would_deadlock():
-    chain = Chain(
+    graph = StageGraph(
         num_stages={"llm": 1, "generator": 1},
         edges=EDGES[1:],
         units={"llm": 1, "generator": 3},
@@ -100,7 +101,7 @@ def test_1f1b_refuses_a_unit_that_would_deadlock():
         has_backward=frozenset({"llm", "generator"}),
     )
     with pytest.raises(ScheduleError, match=r"modules\.generator\.unit"):
-        SCHEDULES["1f1b"](chain)
+        SCHEDULES["1f1b"](graph)
 
 
 @pytest.mark.parametrize("text", ["0F3", "llm.0F", "llm.F3", "Llm.0F3", "llm.0F3x", "llm.0X3", "llm.0v0F3", "llm.0F-1"])

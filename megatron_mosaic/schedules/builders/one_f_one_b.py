@@ -10,34 +10,34 @@ A stage with d stages behind it warms up with d forwards, then alternates, then 
 from __future__ import annotations
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedule import Action, Kind, Schedule
-from megatron_mosaic.schedules.chain import Chain
+from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
 
-def one_f_one_b(chain: Chain) -> Schedule:
+def one_f_one_b(graph: StageGraph) -> Schedule:
     """1F1B: at most d + 1 units of a stage are alive, whatever the batch size."""
-    chain.require_no_chunks("1f1b")
-    for source, target in chain.edges:
-        if chain.units[target] > chain.units[source]:
+    graph.require_no_chunks("1f1b")
+    for source, target in graph.edges:
+        if graph.units[target] > graph.units[source]:
             raise ScheduleError(
                 f"modules.{target}.unit",
-                got=chain.units[target],
-                expected=f"at most {chain.units[source]}, the unit of {source} before it, with schedule 1f1b",
+                got=graph.units[target],
+                expected=f"at most {graph.units[source]}, the unit of {source} before it, with schedule 1f1b",
                 fix=f"omit the unit of {target}",
             )
     lanes = {}
-    for module, num_stages in chain.num_stages.items():
-        units = range(chain.num_units(module))
+    for module, num_stages in graph.num_stages.items():
+        units = range(graph.num_units(module))
         for stage in range(num_stages):
             forwards = [Action(module, stage, Kind.F, unit) for unit in units]
-            backwards = [Action(module, stage, Kind.B, unit) for unit in units if module in chain.has_backward]
-            lanes[f"{module}.{stage}"] = alternate(forwards, backwards, units_ahead(chain, module, stage))
-    return make_schedule("1f1b", chain, lanes)
+            backwards = [Action(module, stage, Kind.B, unit) for unit in units if module in graph.has_backward]
+            lanes[f"{module}.{stage}"] = alternate(forwards, backwards, units_ahead(graph, module, stage))
+    return make_schedule("1f1b", graph, lanes)
 
 
-def units_ahead(chain: Chain, module: str, stage: int) -> int:
+def units_ahead(graph: StageGraph, module: str, stage: int) -> int:
     """Forwards that a stage runs before its first backward can come, beside the one that it belongs to."""
-    behind, size = chain.stages_after(module, stage), chain.units[module]
+    behind, size = graph.stages_after(module, stage), graph.units[module]
     # A unit of k microbatches outlives k of its consumers' steps, so fewer units cover the same way.
     return -(-behind // size) + (1 if size > 1 and behind else 0)
 
@@ -51,22 +51,22 @@ def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> t
     return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
 
 
-def forward_only(chain: Chain) -> Schedule:
+def forward_only(graph: StageGraph) -> Schedule:
     """Every forward in order, no backward (evaluation)."""
     lanes = {
         f"{module}.{stage}": tuple(
             Action(module, stage, Kind.F, unit, chunk)
-            for unit in range(chain.num_units(module))
-            for chunk in range(chain.chunks(module))
+            for unit in range(graph.num_units(module))
+            for chunk in range(graph.chunks(module))
         )
-        for module, num_stages in chain.num_stages.items()
+        for module, num_stages in graph.num_stages.items()
         for stage in range(num_stages)
     }
-    return make_schedule("forward_only", chain, lanes)
+    return make_schedule("forward_only", graph, lanes)
 
 
-def make_schedule(name: str, chain: Chain, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
+def make_schedule(name: str, graph: StageGraph, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
     """The schedule of these lanes. ScheduleError if they deadlock."""
     return Schedule(
-        name=name, num_microbatches=chain.num_microbatches, edges=chain.edges, units=dict(chain.units), lanes=lanes
+        name=name, num_microbatches=graph.num_microbatches, edges=graph.edges, units=dict(graph.units), lanes=lanes
     )

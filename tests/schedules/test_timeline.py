@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from tests.goldens import assert_golden
 
 SPANS = (

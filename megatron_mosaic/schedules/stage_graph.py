@@ -11,7 +11,7 @@ from megatron_mosaic.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
+class StageGraph:
     """Stages per module (and virtual stages on each), edges, microbatches of a step, and which modules run backward."""
 
     num_stages: Mapping[str, int]
@@ -22,7 +22,7 @@ class Chain:
     num_chunks: Mapping[str, int] = field(default_factory=dict)  # left out: 1
 
     @classmethod
-    def of(cls, plan: Plan, workload: Workload, num_microbatches: int) -> Chain:
+    def of(cls, plan: Plan, workload: Workload, num_microbatches: int) -> StageGraph:
         """Only edges between modules of the plan count."""
         return cls(
             num_stages={name: module.layout.pp for name, module in plan.modules.items()},

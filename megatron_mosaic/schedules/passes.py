@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
 
 _WEIGHT = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
 
