@@ -12,8 +12,8 @@ import megatron.training.arguments as megatron_arguments
 from megatron.training.global_vars import set_global_variables
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.parallel_state_ext import cpu, guard
-from megatron_mosaic.parallel_state_ext.compat import require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
+from megatron_mosaic.parallel_state_ext.rebound.rebind import require_supported_megatron
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload

@@ -96,7 +96,7 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
     require_checkable(plan, megatron_args)
     from megatron_mosaic.any2any import pretrain, reference_run  # heavy: only once the plan is known to be sound
     from megatron_mosaic.arguments import PLAN_VARIABLE
-    from megatron_mosaic.parallel_state_ext import cpu
+    from megatron_mosaic.parallel_state_ext.rebound import cpu
 
     cpu.install()
     with contextlib.suppress(ImportError):  # the ranks say what is missing

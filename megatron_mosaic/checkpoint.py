@@ -4,7 +4,7 @@
                    sharded by module            who saved it, which files are whole                  "10 is complete"
 
 Any plan of the same workload may load it. Parameters and optimizer state are addressed by module and by their names in
-the undivided module; RNG streams go back where a module's layout is the saved one and start afresh elsewhere.
+the undivided module; RNG rng_states go back where a module's layout is the saved one and start afresh elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.model import MosaicModel
-from megatron_mosaic.parallel_state_ext.compat import rebind
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
@@ -68,11 +68,11 @@ class Checkpoints:
         plan: Plan,
         workload: Workload,
         world: dist.ProcessGroup,
-        draw_streams: Callable[[int], Scopes],
+        draw_rng_states: Callable[[int], Scopes],
     ) -> None:
-        """`draw_streams(seed)`: new RNG streams of this rank's modules."""
-        self._args, self._workload, self._world, self._draw_streams = args, workload, world, draw_streams
-        self._saves_streams = not args.no_save_rng
+        """`draw_rng_states(seed)`: new RNG streams of this rank's modules."""
+        self._args, self._workload, self._world, self._draw_rng_states = args, workload, world, draw_rng_states
+        self._saves_rng_states = not args.no_save_rng
         self._plan = replace(plan, digest=workload.digest, predicted=None)
         if (args.save or args.load) and args.ckpt_format != "torch_dist":
             raise ConfigError(
@@ -102,14 +102,14 @@ class Checkpoints:
                 self._sign(Path(directory), iteration)
             return result
 
-        streams, model[0].streams = model[0].streams, model[0].streams if self._saves_streams else None
+        rng_states, model[0].rng_states = model[0].rng_states, model[0].rng_states if self._saves_rng_states else None
         dist_checkpointing.save = save_and_sign
         try:
-            with _without_megatron_streams(self._args):
+            with _without_megatron_rng_states(self._args):
                 checkpointing.save_checkpoint(iteration, model, *args, **kwargs)
         finally:
             dist_checkpointing.save = stock_save
-            model[0].streams = streams
+            model[0].rng_states = rng_states
 
     def load(self, ddp_model: list[MosaicModel], optimizer: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(iteration, floating-point operations so far). ConfigError on every rank if the checkpoint cannot be used."""
@@ -120,15 +120,15 @@ class Checkpoints:
         if saved is None:  # Megatron says so and starts from scratch, or leaves
             return checkpointing.load_checkpoint(ddp_model, optimizer, *args, **kwargs)  # type: ignore[no-any-return]
         resumes = not (self._args.finetune or self._args.no_load_rng)
-        keeps = _modules_that_keep_streams(saved, self._plan) if resumes else frozenset()
+        keeps = _modules_that_keep_rng_states(saved, self._plan) if resumes else frozenset()
         in_place = bool(keeps) and saved.plan is not None and _places(saved.plan) == _places(self._plan)
         model = ddp_model[0]
-        streams = model.streams
+        rng_states = model.rng_states
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(_without_megatron_streams(self._args))
-                if streams is not None:
-                    stack.enter_context(streams.loading(keeps, in_place))
+                stack.enter_context(_without_megatron_rng_states(self._args))
+                if rng_states is not None:
+                    stack.enter_context(rng_states.loading(keeps, in_place))
                 iteration, flops = checkpointing.load_checkpoint(ddp_model, optimizer, *args, **kwargs)
         except _UNREADABLE as error:
             raise ConfigError(
@@ -138,8 +138,8 @@ class Checkpoints:
                 fix=_other_iterations(Path(load_dir or ""), Path(saved.directory)),
             ) from error
         others = [name for name in self._plan.modules if name not in keeps]
-        if streams is not None and resumes and others:
-            streams.renew(others, self._draw_streams(self._args.seed + iteration))
+        if rng_states is not None and resumes and others:
+            rng_states.renew(others, self._draw_rng_states(self._args.seed + iteration))
             print_rank_0(
                 f"> mosaic: RNG streams of {', '.join(others)} start afresh from seed {self._args.seed} + iteration "
                 f"{iteration}: the checkpoint has none for their layouts"
@@ -153,7 +153,7 @@ class Checkpoints:
             "workload": self._workload.name,
             "digest": self._workload.digest,
             "distributed_optimizer": bool(self._args.use_distributed_optimizer),
-            "rng": self._saves_streams,
+            "rng": self._saves_rng_states,
             "bytes_by_file": _sizes(directory),
         }
         partial = directory / f"{PLAN_FILE}.partial"
@@ -279,7 +279,7 @@ def _complete_iterations(load_dir: Path, besides: Path | None) -> list[int]:
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
-def _modules_that_keep_streams(saved: Saved, plan: Plan) -> frozenset[str]:
+def _modules_that_keep_rng_states(saved: Saved, plan: Plan) -> frozenset[str]:
     """Modules whose ranks have the same places as when the checkpoint was saved."""
     if saved.plan is None or saved.manifest is None or not saved.manifest.rng:
         return frozenset()
@@ -313,7 +313,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _without_megatron_streams(args: argparse.Namespace) -> Iterator[None]:
+def _without_megatron_rng_states(args: argparse.Namespace) -> Iterator[None]:
     """Megatron would give every rank the streams of rank 0, and leave quietly if that rank has none."""
     before = args.no_save_rng, args.no_load_rng
     args.no_save_rng = args.no_load_rng = True

@@ -19,12 +19,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
-from megatron_mosaic.batch import Items, Links, Shard
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.plan import ModulePlan
 from megatron_mosaic.plan.workload import Edge, Workload
 
 Batch = Mapping[str, Tensor]  # consecutive samples, identical on every rank, on the CPU
-Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index along the item dim) of hidden states
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import nn
 
 from megatron_mosaic.definition import StageInputs, StageOutput
-from megatron_mosaic.parallel_state_ext.gradient_sums import JoinedBuckets, join_buckets
-from megatron_mosaic.parallel_state_ext.streams import Streams
+from megatron_mosaic.parallel_state_ext.optimizers.gradient_sums import JoinedBuckets, join_buckets
+from megatron_mosaic.parallel_state_ext.rng_states import RngStates
 from megatron_mosaic.parameters import cut_of, whole_name
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
@@ -61,7 +61,7 @@ class MosaicModel(MegatronModule):
         self.stages = nn.ModuleDict(stages)
         self.ddp_config = ddp_config
         self.pg_collection = world_view
-        self.streams: Streams | None = None  # RNG streams to be saved and restored with the model
+        self.rng_states: RngStates | None = None  # RNG streams to be saved and restored with the model
         self._joined: dict[tuple[str, ...], list[JoinedBuckets]] = {}  # by the modules that are summed together
 
     def forward(self, call: StageCall) -> StageOutput:
@@ -107,22 +107,22 @@ class MosaicModel(MegatronModule):
             part = stage.sharded_state_dict(f"{prefix}{key}.", sharded_offsets, own)
             replace_prefix_for_sharding(part, f"{prefix}{key}.", f"{prefix}{module}.")  # layers know their number
             state |= part
-            if self.streams is not None and key == module:
-                state |= self.streams.sharded(module, groups)
-        if self.streams is not None:
-            state |= self.streams.sharded_process()
+            if self.rng_states is not None and key == module:
+                state |= self.rng_states.sharded(module, groups)
+        if self.rng_states is not None:
+            state |= self.rng_states.sharded_process()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
         """Always strict: Megatron's loader tries again without, and would go on with parameters that stayed behind."""
         for name, wrapped in self.stages.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-            streams = own.pop("rng", None)
-            if streams is not None and self.streams is not None:
-                self.streams.restore(name, streams)
+            rng_states = own.pop("rng", None)
+            if rng_states is not None and self.rng_states is not None:
+                self.rng_states.restore(name, rng_states)
             wrapped.module.load_state_dict(own, strict=True)
-        if self.streams is not None and "~rng" in state_dict:
-            self.streams.restore_process(state_dict["~rng"])
+        if self.rng_states is not None and "~rng" in state_dict:
+            self.rng_states.restore_process(state_dict["~rng"])
 
 
 def wrap_stage(

@@ -19,9 +19,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_mosaic.arguments import lr_mults_from_args
-from megatron_mosaic.batch import Integers, rows_of, shard_of
-from megatron_mosaic.definition import Batch, ModelDefinition, Place, StageInputs
+from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs
 from megatron_mosaic.model import initialize_by_name
+from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, rows_of, shard_of
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 
 ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_mosaic.arguments import APPLIED, PLAN_VARIABLE
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
-from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.parallel_state_ext.compat import rebind, require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan.plan_file import load_plan
 

@@ -35,14 +35,14 @@ from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
 from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
-from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.parallel_state_ext.compat import rebind_training
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.guard import Guard
-from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers, build_optimizer
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, build_optimizer
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parallel_state_ext.rebound.guard import Guard
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_training
+from megatron_mosaic.parallel_state_ext.rng_states import RngStates
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.parallel_state_ext.streams import Streams
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.report import GradientDump, StepReport
 from megatron_mosaic.schedules.text import load_schedule
@@ -72,8 +72,8 @@ class Runtime:
             self.executor.accept(load_schedule(args.mosaic_schedule))
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
         names = tuple(plan.modules)
-        draw_streams = partial(Scopes, collections=self.grids.collections, names=names)
-        self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_streams)
+        draw_rng_states = partial(Scopes, collections=self.grids.collections, names=names)
+        self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
         self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
@@ -129,7 +129,7 @@ class Runtime:
                 self.step.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
         model = MosaicModel(config, stages, ddp_config, self.grids.world_view())
-        model.streams = Streams(self.scopes, self.grids.rank, self.plan.world_size)
+        model.rng_states = RngStates(self.scopes, self.grids.rank, self.plan.world_size)
         return model
 
     @contextlib.contextmanager

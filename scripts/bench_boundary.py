@@ -28,10 +28,10 @@ import torch.distributed as dist
 from bench_layouts import SOURCE, TARGET, WIDTH, Border
 
 from megatron_mosaic.launch import run_forked
-from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.parallel_state_ext.boundary import RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import PlanMap, RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 Rows = torch.Tensor | None  # none on a rank that is not at that end
 

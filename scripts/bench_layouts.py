@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mosaic.batch import Items, Links, integers
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 

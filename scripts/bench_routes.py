@@ -1,4 +1,4 @@
-"""Markdown table: what one rank takes to find its items, rows and messages of a microbatch, by data-parallel lanes.
+"""Markdown table: what one rank takes to find its items, rows and messages of a microbatch, by data-parallel slots.
 
 A vision encoder, a backbone and an image generator; every sample brings 0 to 2 images and draws 0 or 1. On ranks of
 its own, the encoder's images are shared out anew in every microbatch. No microbatch repeats an earlier one, so nothing
@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from megatron_mosaic.batch import Integers, Items, Links
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
+from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
@@ -43,17 +43,17 @@ def build_workload() -> Workload:
     )
 
 
-def build_plan(lanes: int, samples_per_lane: int, vision_cp: int, apart: bool) -> Plan:
-    same = ModulePlan(ranks=RankSet.of(range(lanes)), layout=Layout(dp=lanes))
-    first = lanes * apart
+def build_plan(slots: int, samples_per_slot: int, vision_cp: int, apart: bool) -> Plan:
+    same = ModulePlan(ranks=RankSet.of(range(slots)), layout=Layout(dp=slots))
+    first = slots * apart
     vision = ModulePlan(
-        ranks=RankSet.of(range(first, first + lanes)), layout=Layout(cp=vision_cp, dp=lanes // vision_cp)
+        ranks=RankSet.of(range(first, first + slots)), layout=Layout(cp=vision_cp, dp=slots // vision_cp)
     )
     return Plan(
         workload="routes",
-        world_size=first + lanes,
-        global_batch_size=lanes * samples_per_lane,
-        micro_batch_size=samples_per_lane,
+        world_size=first + slots,
+        global_batch_size=slots * samples_per_slot,
+        micro_batch_size=samples_per_slot,
         schedule="1f1b",
         modules={VISION: vision, LLM: same, GENERATOR: same},
     )
@@ -105,19 +105,19 @@ def measure_ms(plan: Plan, workload: Workload, microbatches: int) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lanes", type=int, nargs="+", default=[4, 64, 1024, 8192])
-    parser.add_argument("--samples-per-lane", type=int, default=2)
+    parser.add_argument("--slots", type=int, nargs="+", default=[4, 64, 1024, 8192])
+    parser.add_argument("--samples-per-slot", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=20)
     args = parser.parse_args()
     workload = build_workload()
-    print(f"| lanes | {' | '.join(f'{name}: once ms, a microbatch ms' for name in VISIONS)} |")
+    print(f"| slots | {' | '.join(f'{name}: once ms, a microbatch ms' for name in VISIONS)} |")
     print("|---" * (1 + len(VISIONS)) + "|")
-    for lanes in args.lanes:
+    for slots in args.slots:
         measured = (
-            measure_ms(build_plan(lanes, args.samples_per_lane, *vision), workload, args.microbatches)
+            measure_ms(build_plan(slots, args.samples_per_slot, *vision), workload, args.microbatches)
             for vision in VISIONS.values()
         )
-        print(f"| {lanes} | {' | '.join(f'{once:.1f}, {each:.2f}' for once, each in measured)} |")
+        print(f"| {slots} | {' | '.join(f'{once:.1f}, {each:.2f}' for once, each in measured)} |")
 
 
 if __name__ == "__main__":

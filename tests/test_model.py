@@ -15,9 +15,9 @@ from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.model import initialize_by_name, wrap_stage
-from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_mosaic.batch import Items, Links, integers
-from megatron_mosaic.parallel_state_ext.step_map import Metadata
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_mosaic.any2any.blocks import config_from_args
 from megatron_mosaic.any2any.stages import BackboneStage, ItemStage
-from megatron_mosaic.batch import Items, Links, Shard, integers
 from megatron_mosaic.definition import Batch
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard, integers
 from megatron_mosaic.plan import ModulePlan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 

@@ -16,4 +16,4 @@ def import_runtime() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     importlib.import_module("megatron_mosaic.any2any.pretrain")
     importlib.import_module("megatron_mosaic.train")
-    importlib.import_module("megatron_mosaic.parallel_state_ext.cpu").install()
+    importlib.import_module("megatron_mosaic.parallel_state_ext.rebound.cpu").install()

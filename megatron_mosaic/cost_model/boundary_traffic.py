@@ -4,8 +4,8 @@
     target rank needs [j/dt, (j+1)/dt) of the items, every (cp x sp)-th token     what it has: no message
 
 Every row goes once to every rank that needs it and lacks it, and a source's replicas share the sending. Exact where
-lanes hold consecutive items (tests compare it with the runtime's StepMap). On partly overlapping ranks the runtime
-keeps items where they are and fills lanes with the rest: what a rank receives is at most this, but what is sent may
+slots hold consecutive items (tests compare it with the runtime's StepMap). On partly overlapping ranks the runtime
+keeps items where they are and fills slots with the rest: what a rank receives is at most this, but what is sent may
 be more, in few cases (source 0,2,4 dp3, target 0-2,4 dp4: 640 rows, here 512).
 """
 
@@ -43,7 +43,7 @@ class _Side:
     ranks: Integers
     dp: Integers
     shard: Integers  # of the tokens
-    num_lanes: int
+    num_slots: int
     cuts: tuple[int, int]  # cp, and tp under sequence parallelism
 
     @property
@@ -55,7 +55,7 @@ class _Side:
 def boundary_traffic(source: ModulePlan, target: ModulePlan) -> Traffic:
     """From the last stage of `source` to the first of `target`."""
     sends, needs = _side(source, source.layout.pp - 1), _side(target, 0)
-    needed = np.full(len(needs.ranks), 1 / (needs.num_lanes * needs.num_shards))
+    needed = np.full(len(needs.ranks), 1 / (needs.num_slots * needs.num_shards))
     _, at_source, at_target = np.intersect1d(sends.ranks, needs.ranks, assume_unique=True, return_indices=True)
     kept = np.zeros_like(needed)
     kept[at_target] = _overlap(sends, needs, at_source, at_target)
@@ -78,8 +78,8 @@ def _side(placed: ModulePlan, stage: int) -> _Side:
 
 def _overlap(sends: _Side, needs: _Side, at_source: Integers, at_target: Integers) -> Floats:
     """Share of all rows that a rank on both sides has and needs."""
-    i, j = sends.dp[at_source] / sends.num_lanes, needs.dp[at_target] / needs.num_lanes
-    items = np.minimum(i + 1 / sends.num_lanes, j + 1 / needs.num_lanes) - np.maximum(i, j)
+    i, j = sends.dp[at_source] / sends.num_slots, needs.dp[at_target] / needs.num_slots
+    items = np.minimum(i + 1 / sends.num_slots, j + 1 / needs.num_slots) - np.maximum(i, j)
     if sends.cuts == needs.cuts:
         tokens = (sends.shard[at_source] == needs.shard[at_target]) / sends.num_shards
     else:  # of shards that are cut differently, what two random ones have in common; all of one side's if it is whole

@@ -61,22 +61,22 @@ def axis_groups(module: ModulePlan, axes: tuple[str, ...]) -> tuple[tuple[int, .
     return tuple(groups)
 
 
-def near_lanes(plan: Plan, owner: str, module: str) -> tuple[tuple[int, ...], ...]:
-    """For each lane of `owner`, the lanes of another module that its items should stay on.
+def near_slots(plan: Plan, owner: str, module: str) -> tuple[tuple[int, ...], ...]:
+    """For each slot of `owner`, the slots of another module that its items should stay on.
 
-    Those that share a rank with it; where none does, those at the same height, so that few pairs of lanes talk.
+    Those that share a rank with it; where none does, those at the same height, so that few pairs of slots talk.
     """
     placed = plan.modules[module]
-    lane_of = {rank: dp for dp in range(placed.layout.dp) for rank in _lane_ranks(placed, dp)}
+    slot_of = {rank: dp for dp in range(placed.layout.dp) for rank in _slot_ranks(placed, dp)}
     found, num_owners = [], plan.modules[owner].layout.dp
-    for lane in range(num_owners):
-        shared = {lane_of[rank] for rank in _lane_ranks(plan.modules[owner], lane) if rank in lane_of}
-        low, high = lane * placed.layout.dp // num_owners, -(-(lane + 1) * placed.layout.dp // num_owners)
+    for slot in range(num_owners):
+        shared = {slot_of[rank] for rank in _slot_ranks(plan.modules[owner], slot) if rank in slot_of}
+        low, high = slot * placed.layout.dp // num_owners, -(-(slot + 1) * placed.layout.dp // num_owners)
         found.append(tuple(sorted(shared)) or tuple(range(low, high)))
     return tuple(found)
 
 
-def _lane_ranks(module: ModulePlan, dp: int) -> set[int]:
+def _slot_ranks(module: ModulePlan, dp: int) -> set[int]:
     layout = module.layout
     places = itertools.product(range(layout.tp), range(layout.cp), range(layout.pp))
     return {rank_at(module, tp=tp, cp=cp, dp=dp, pp=pp) for tp, cp, pp in places}

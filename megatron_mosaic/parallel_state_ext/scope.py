@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
-from megatron_mosaic.parallel_state_ext.cpu import is_cpu
+from megatron_mosaic.parallel_state_ext.rebound.cpu import is_cpu
 
 _SEED_BITS = 62  # so that Megatron's own offsets still fit into 63
 
@@ -23,7 +23,7 @@ _SEED_BITS = 62  # so that Megatron's own offsets still fit into 63
 def stream_seed(seed: int, module: str, *, pp: int, dp: int, cp: int) -> int:
     """The seed of a module's streams at one place of its layout, the same for all of the place's tp ranks.
 
-    A digest, not a sum of strides: no number of stages, lanes or modules makes two places meet, and a place's seed
+    A digest, not a sum of strides: no number of stages, replicas or modules makes two places meet, and a place's seed
     depends neither on the world, nor on the ranks that run the module, nor on the modules beside it.
     `model_parallel_cuda_manual_seed` derives the default stream from it (equal on tp ranks), and the model-parallel and
     expert streams by offsets of the tp and ep rank. All 62 bits count for CUDA's generator, the low 32 for

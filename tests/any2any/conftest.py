@@ -13,9 +13,9 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.batch import rows_of, shard_of
 from megatron_mosaic.definition import StageInputs
-from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.boundaries.items import rows_of, shard_of
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.reference import ALONE
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.synthetic import SyntheticDataset, collate
-from megatron_mosaic.batch import shard_of
+from megatron_mosaic.parallel_state_ext.boundaries.items import shard_of
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from tests.numerics.acceptance_cases import WEB
 

@@ -25,7 +25,7 @@ from megatron_mosaic.cost_model.sizes import (
     count_flops,
     count_parameters,
 )
-from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan.training import DEFAULT_SETUP
 from megatron_mosaic.plan.workload import ModuleConfig, Role
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.batch import Items, Links
 from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, StepMap
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, SEQUENCE, WIDTH, module
@@ -18,7 +18,7 @@ WORKLOAD = Workload(
     modules=(module("encoder0", Role.encoder, tokens_per_item=SEQUENCE), module(BACKBONE, Role.backbone)),
     edges=(EDGE,),
 )
-SAMPLES = 24  # every number of lanes divides it
+SAMPLES = 24  # every number of slots divides it
 
 
 def placed(ranks: str, *, sp: bool = False, **layout: int) -> ModulePlan:
@@ -88,7 +88,7 @@ def test_on_nested_ranks_it_is_an_upper_bound():
 
 @settings(max_examples=60)
 @given(st.data())
-def test_any_layout_of_lanes_is_bounded(data):
+def test_any_layout_of_slots_is_bounded(data):
     """On ranks that overlap anyhow no rank receives more: the runtime keeps items where they are needed."""
     placements = []
     for _ in range(2):

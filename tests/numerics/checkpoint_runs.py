@@ -23,8 +23,8 @@ from megatron.training import training as megatron_training
 from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.launch import _free_port, run_forked, with_command_line
 from megatron_mosaic.model import MosaicModel
-from megatron_mosaic.parallel_state_ext import cpu
-from megatron_mosaic.parallel_state_ext.optimizer import ModuleOptimizers
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import save_plan

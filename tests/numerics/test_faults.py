@@ -63,7 +63,7 @@ def test_a_rank_that_is_killed_is_named_with_lane_and_action(tmp_path, in_action
 
 
 def test_a_rank_that_fails_in_the_optimizer_is_named(tmp_path, monkeypatch) -> None:
-    from megatron_mosaic.parallel_state_ext import optimizer
+    from megatron_mosaic.parallel_state_ext.optimizers import module_optimizers as optimizer
 
     clip = optimizer.clip_grad_by_total_norm_fp32
 

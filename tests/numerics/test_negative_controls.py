@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_mosaic import model, step, train
 from megatron_mosaic.check import TOLERANCE, check_plan
-from megatron_mosaic.parallel_state_ext.step_map import StepMap
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written
 
@@ -104,7 +104,7 @@ def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> No
 
 
 def test_an_optimizer_that_clips_by_a_wrong_norm_shows_in_the_second_step(parity_of_two_ranks, monkeypatch) -> None:
-    from megatron_mosaic.parallel_state_ext import optimizer
+    from megatron_mosaic.parallel_state_ext.optimizers import module_optimizers as optimizer
 
     clip = optimizer.clip_grad_by_total_norm_fp32
     monkeypatch.setattr(

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
-from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout
 from tests.cases import make_plan
 from tests.forked import run_gloo

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.scope import Scopes, stream_seed
 
 NAMES = ("vision", "llm")
@@ -80,7 +80,7 @@ def test_tp_ranks_agree_by_default_and_differ_in_the_model_parallel_stream() -> 
     assert len(set(map(str, sharded))) == 4
 
 
-def test_stages_lanes_cp_ranks_and_seeds_differ() -> None:
+def test_stages_slots_cp_ranks_and_seeds_differ() -> None:
     places = [(seed, pp, dp, cp) for seed in (7, 8) for pp, dp, cp in itertools.product(range(2), repeat=3)]
     scopes = [Scopes(seed, {"llm": groups(pp=pp, dp=dp, cp=cp)}, NAMES) for seed, pp, dp, cp in places]
     default, sharded = zip(*(draw(scope, "llm") for scope in scopes), strict=True)

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.routes import Part, Rows
+from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
+
+Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index along the item dim) of hidden states
 
 
 class RowChannel:

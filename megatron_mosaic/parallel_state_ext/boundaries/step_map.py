@@ -1,6 +1,6 @@
 """Who holds what in one step: items of units, shards of tokens, rows of edges, seen from one rank. Pure integers.
 
-    metadata of every microbatch (items, links) --balance--> lanes of every unit --locate--> own rows, messages
+    metadata of every microbatch (items, links) --balance--> slots of every unit --locate--> own rows, messages
 
 A *unit* of a module covers `units[module]` microbatches, so a module may work on several of the backbone's at once.
 Rows of an edge are ordered by microbatch, then link, then position in the link, on both sides.
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mosaic.batch import Integers, Items, Links, Shard, expand
-from megatron_mosaic.parallel_state_ext.lanes import LaneRule, UnitLanes
+from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links, Shard, expand
+from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Side, blocks_of, incoming, outgoing
+from megatron_mosaic.parallel_state_ext.boundaries.slots import SlotRule, UnitSlots
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
-from megatron_mosaic.parallel_state_ext.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Edge, Workload
 
@@ -92,14 +92,14 @@ class HeldRows:
 
 
 class PlanMap:
-    """What all steps of a plan share on one rank: its places, how items find their lanes, routes of earlier steps."""
+    """What all steps of a plan share on one rank: its places, how items find their slots, routes of earlier steps."""
 
     def __init__(self, plan: Plan, workload: Workload, rank: int, cache: RouteCache | None = None) -> None:
         self.plan, self.rank, self.backbone = plan, rank, workload.backbone.name
         self.at: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
-        self.rules = {name: LaneRule(plan, workload, name) for name in plan.modules}
+        self.rules = {name: SlotRule(plan, workload, name) for name in plan.modules}
         self.cache = RouteCache() if cache is None else cache
 
 
@@ -112,7 +112,7 @@ class StepMap:
         self._microbatches = microbatches
         self._cache.trim()
         self._digests: dict[tuple[str | tuple[str, str], int], bytes] = {}  # by part and microbatch
-        self._units: dict[tuple[str, int], UnitLanes] = {}  # of this step
+        self._units: dict[tuple[str, int], UnitSlots] = {}  # of this step
         self._keys: dict[tuple[str, str, int, bool], tuple[Hashable, ...]] = {}
 
     def covered(self, module: str, unit: int) -> range:
@@ -127,13 +127,13 @@ class StepMap:
     def is_ghost(self, module: str, unit: int) -> bool:
         """Whether this rank computes an item that counts for nothing.
 
-        Experts on other ranks wait for every lane: a lane without items sends them those of the unit's first.
+        Experts on other ranks wait for every slot: a slot without items sends them those of the unit's first.
         """
         found = self._unit(module, unit)
         return found.is_ghost(self._at[module].dp)
 
     def imbalance(self, module: str, unit: int) -> tuple[float, float]:
-        """Load of the busiest lane over the mean: if owners computed their items themselves, and as it is."""
+        """Load of the busiest slot over the mean: if owners computed their items themselves, and as it is."""
         return self._unit(module, unit).imbalance
 
     def rows(self, edge: Edge, unit: int, *, at_source: bool) -> HeldRows:
@@ -200,7 +200,7 @@ class StepMap:
         sent = outgoing(self._rank, own.ranks_of(group), other, blocks)
         return sent, incoming(self._rank, group, replica, other, blocks)
 
-    def _unit(self, module: str, unit: int) -> UnitLanes:
+    def _unit(self, module: str, unit: int) -> UnitSlots:
         if (module, unit) not in self._units:
             covered = self.covered(module, unit)  # what it is worth to move an item depends on the backbone's load, too
             key = ("unit", module, *self._seen(covered, *dict.fromkeys((module, self._backbone))))
@@ -225,7 +225,7 @@ class StepMap:
             links = self._microbatches[m].links[edge.source, edge.target]
             ends = [(links.source_items, links.source_starts), (links.target_items, links.target_starts)]
             (items, starts), (far_items, far_starts) = ends if at_source else reversed(ends)
-            near = np.flatnonzero(own.lane_of_item[items + found.offsets[index]] == at.dp)
+            near = np.flatnonzero(own.slot_of_item[items + found.offsets[index]] == at.dp)
             link, within = expand(links.rows[near])
             rows = near[link]
             item, token = items[rows] + found.offsets[index], starts[rows] + within
@@ -237,7 +237,7 @@ class StepMap:
                 kept = np.flatnonzero(group == mine)
                 item, place, far, far_token = item[kept], place[kept], far[kept], far_token[kept]
             columns[0].append(place)
-            columns[1].append(own.index_in_lane[item])
+            columns[1].append(own.index_in_slot[item])
             columns[2].append(self._side(edge, far_unit, at_source=not at_source).locate(far, far_token)[0])
             first.append(first[-1] + len(item))
         tokens, row_items, groups = (np.concatenate(column) for column in columns)

@@ -6,8 +6,8 @@ from types import ModuleType
 import pytest
 
 from megatron_mosaic.errors import VersionError
-from megatron_mosaic.parallel_state_ext import compat
-from megatron_mosaic.parallel_state_ext.compat import rebind, rebind_training, require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound import rebind as compat
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, rebind_training, require_supported_megatron
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Which of its rows a rank sends to whom, and which it gets from whom. Pure integers, computed from local rows alone.
 
 Each side of an edge is cut into *groups*: the ranks of a group are replicas, all holding the same rows; different
-groups hold different rows. With plain tensor parallelism a group is a lane's tp ranks; with cp or sequence parallelism
+groups hold different rows. With plain tensor parallelism a group is a slot's tp ranks; with cp or sequence parallelism
 every shard of the tokens is a group of its own.
 
     source groups           target groups            a rank that is in both keeps its own rows: no message
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mosaic.batch import Integers
+from megatron_mosaic.parallel_state_ext.boundaries.items import Integers
 from megatron_mosaic.parallel_state_ext.ranks import Coordinates, rank_at
 from megatron_mosaic.plan import ModulePlan
 
@@ -40,18 +40,18 @@ class Side:
 
     placed: ModulePlan
     stage: int
-    lane_of_item: Integers
-    index_in_lane: Integers
-    lengths: Integers  # padded tokens per item, lane by lane
+    slot_of_item: Integers
+    index_in_slot: Integers
+    lengths: Integers  # padded tokens per item, slot by slot
 
     @property
     def splits_tokens(self) -> bool:
-        """Whether the ranks of a lane hold different tokens of its items."""
+        """Whether the ranks of a slot hold different tokens of its items."""
         return self.placed.layout.cp > 1 or self.placed.sequence_parallel
 
     def locate(self, items: Integers, tokens: Integers) -> tuple[Integers, Integers]:
         """For each row (item, token): its group, and its token's place in that group's hidden states."""
-        layout, group = self.placed.layout, self.lane_of_item[items]
+        layout, group = self.placed.layout, self.slot_of_item[items]
         if not self.splits_tokens:
             return group, tokens
         length, place = self.lengths[group], tokens
@@ -112,7 +112,7 @@ def blocks_of(groups: Integers, first: int) -> list[tuple[int, Integers]]:
     """(group, row numbers) for each group that occurs, ascending; row first + i belongs to groups[i]."""
     if not len(groups):
         return []
-    if (groups == groups[0]).all():  # most often: nothing leaves its lane
+    if (groups == groups[0]).all():  # most often: nothing leaves its slot
         return [(int(groups[0]), np.arange(first, first + len(groups)))]
     return [(group, np.flatnonzero(groups == group) + first) for group in np.unique(groups).tolist()]
 

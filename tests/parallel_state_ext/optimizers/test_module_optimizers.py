@@ -11,10 +11,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from megatron_mosaic.parallel_state_ext import cpu
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.optimizer import build_optimizer
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import build_optimizer
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout
 from tests.cases import make_plan
 from tests.forked import run_gloo

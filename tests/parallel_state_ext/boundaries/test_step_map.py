@@ -10,9 +10,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.batch import Items, Links
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.step_map import Metadata, PlanMap, RouteCache, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
@@ -160,7 +160,7 @@ def test_every_token_of_every_item_is_computed_once_per_replica(step):
 
 @settings(max_examples=50)
 @given(steps())
-def test_balancing_never_makes_a_lane_busier_than_owners_would(step):
+def test_balancing_never_makes_a_slot_busier_than_owners_would(step):
     plan, workload, metadata = step
     for rank in range(plan.world_size):
         maps = StepMap(PlanMap(plan, workload, rank), metadata)
@@ -214,7 +214,7 @@ def test_a_cache_forgets_what_was_not_used_for_longest() -> None:
 
 
 def test_equal_items_are_shared_out_in_blocks() -> None:
-    """So that a lane's rows are consecutive on the other side, and go and come without a copy."""
+    """So that a slot's rows are consecutive on the other side, and go and come without a copy."""
     config = [module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)]
     edge = Edge(source="encoder0", target=BACKBONE, rows_per_item=4, width=8)
     placements = {"encoder0": Layout(dp=4), BACKBONE: Layout(tp=4)}
@@ -230,11 +230,11 @@ def test_equal_items_are_shared_out_in_blocks() -> None:
         maps = StepMap(PlanMap(plan, workload, rank), [Metadata(items=items, links=links)])
         assert maps.shard("encoder0", 0).items == (2 * rank, 2 * rank + 1)
         arriving = maps.receives(edge, 0, 0, at_source=False)
-        assert [part.rows for part in arriving] == [slice(8 * lane, 8 * lane + 8) for lane in range(4)]
+        assert [part.rows for part in arriving] == [slice(8 * slot, 8 * slot + 8) for slot in range(4)]
 
 
 def test_imbalance_by_hand() -> None:
-    """Images of equal cost, one of sample 0 and three of sample 1: 3 on the busier lane where the mean is 2."""
+    """Images of equal cost, one of sample 0 and three of sample 1: 3 on the busier slot where the mean is 2."""
     encoder, backbone = module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)
     modules = {
         "encoder0": ModulePlan(ranks=RankSet.parse("2-3"), layout=Layout(dp=2)),

@@ -1,4 +1,4 @@
-"""Which lane computes which item, and which tokens a rank holds: complete, balanced, the same for all observers."""
+"""Which slot computes which item, and which tokens a rank holds: complete, balanced, the same for all observers."""
 
 import itertools
 
@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.batch import (
-    Lanes,
+from megatron_mosaic.parallel_state_ext.boundaries.balance import (
+    Slots,
     balance_items,
-    integers,
     item_costs,
     least_load,
-    padded_length,
-    shard_of,
     split_evenly,
 )
+from megatron_mosaic.parallel_state_ext.boundaries.items import integers, padded_length, shard_of
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from tests.cases import GENERATOR, LLM, VISION
 
@@ -29,26 +27,26 @@ def placed(**layout):
 
 
 @given(costs_of_items, st.integers(1, 5), st.data())
-def test_every_item_has_one_lane(costs, num_lanes, data):
-    preferred = [data.draw(st.lists(st.integers(0, num_lanes - 1), min_size=1, max_size=3)) for _ in costs]
-    lanes = balance_items(costs, preferred, num_lanes)
-    assert sorted(np.concatenate(list(lanes))) == list(range(len(costs)))
-    assert all(list(lane) == sorted(lane) for lane in lanes) and len(lanes) == num_lanes
-    assert all((lanes.of_item[lane] == number).all() for number, lane in enumerate(lanes))
-    assert all(lanes.index_in_lane[lane].tolist() == list(range(len(lane))) for lane in lanes)
-    assert lanes.max_load(costs) == max(int(costs[lane].sum()) for lane in lanes)
+def test_every_item_has_one_slot(costs, num_slots, data):
+    preferred = [data.draw(st.lists(st.integers(0, num_slots - 1), min_size=1, max_size=3)) for _ in costs]
+    slots = balance_items(costs, preferred, num_slots)
+    assert sorted(np.concatenate(list(slots))) == list(range(len(costs)))
+    assert all(list(slot) == sorted(slot) for slot in slots) and len(slots) == num_slots
+    assert all((slots.of_item[slot] == number).all() for number, slot in enumerate(slots))
+    assert all(slots.index_in_slot[slot].tolist() == list(range(len(slot))) for slot in slots)
+    assert slots.max_load(costs) == max(int(costs[slot].sum()) for slot in slots)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7).map(integers), st.integers(1, 3))
-def test_the_busiest_lane_is_near_the_optimum(costs, num_lanes):
-    """The oracle tries all assignments; Graham's bound for longest processing time first is 4/3 - 1/(3 lanes)."""
+def test_the_busiest_slot_is_near_the_optimum(costs, num_slots):
+    """The oracle tries all assignments; Graham's bound for longest processing time first is 4/3 - 1/(3 slots)."""
     best = min(
-        max(int(costs[[lane == d for lane in lanes]].sum()) for d in range(num_lanes))
-        for lanes in itertools.product(range(num_lanes), repeat=len(costs))
+        max(int(costs[[slot == d for slot in slots]].sum()) for d in range(num_slots))
+        for slots in itertools.product(range(num_slots), repeat=len(costs))
     )
-    found = balance_items(costs, [[0]] * len(costs), num_lanes)
+    found = balance_items(costs, [[0]] * len(costs), num_slots)
     busiest = found.max_load(costs)
-    assert least_load(costs, num_lanes) <= best <= busiest <= best * (4 / 3 - 1 / (3 * num_lanes)) + 1e-9
+    assert least_load(costs, num_slots) <= best <= busiest <= best * (4 / 3 - 1 / (3 * num_slots)) + 1e-9
 
 
 def test_items_stay_where_they_are_wanted_if_that_costs_nothing():
@@ -87,9 +85,9 @@ def test_ranks_split_the_padded_tokens(tp, cp, split, tokens):
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
-def test_split_evenly(num_items, num_lanes) -> None:
-    blocks = split_evenly(num_items, num_lanes)
+def test_split_evenly(num_items, num_slots) -> None:
+    blocks = split_evenly(num_items, num_slots)
     assert np.concatenate(list(blocks)).tolist() == list(range(num_items))
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
-    again = Lanes.of(blocks.of_item, num_lanes)
+    again = Slots.of(blocks.of_item, num_slots)
     assert (again.order == blocks.order).all() and (again.starts == blocks.starts).all()

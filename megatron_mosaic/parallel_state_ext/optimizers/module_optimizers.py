@@ -30,8 +30,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mosaic.parallel_state_ext.cpu import device
-from megatron_mosaic.parallel_state_ext.optimizer_state import accept_torch_adam, build_record, fill_from_record
+from megatron_mosaic.parallel_state_ext.optimizers.saved_state import build_record, fill_from_record
+from megatron_mosaic.parallel_state_ext.rebound.cpu import device
+from megatron_mosaic.parallel_state_ext.rebound.torch_adam import accept_torch_adam
 
 
 class ModuleOptimizers(ChainedOptimizer):

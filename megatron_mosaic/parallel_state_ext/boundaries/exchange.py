@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.batch import Shard
-from megatron_mosaic.definition import Place
-from megatron_mosaic.parallel_state_ext.boundary import RowChannel
-from megatron_mosaic.parallel_state_ext.cpu import device
+from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place, RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of, rank_at
-from megatron_mosaic.parallel_state_ext.step_map import StepMap
+from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Edge, Workload
 

@@ -12,8 +12,8 @@ from megatron.core.transformer import attention
 
 from megatron_mosaic.errors import GroupError
 from megatron_mosaic.launch import run_forked, with_command_line
-from megatron_mosaic.parallel_state_ext import cpu, guard
-from megatron_mosaic.parallel_state_ext.guard import SILENT, TOLERATED, Guard, accessors
+from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
+from megatron_mosaic.parallel_state_ext.rebound.guard import SILENT, TOLERATED, Guard, accessors
 from megatron_mosaic.plan import Layout, Recompute
 from tests.numerics import parity_cases as cases
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.parallel_state_ext.boundary import RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.parallel_state_ext.routes import Part
-from megatron_mosaic.parallel_state_ext.step_map import PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.forked import run_gloo

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mosaic.parallel_state_ext import cpu
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="install() does nothing where CUDA exists")
 

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 
 
-class Streams:
+class RngStates:
     """`sharded` while saving gives every stream; inside `loading`, only those that have an owner again."""
 
     def __init__(self, scopes: Scopes, rank: int, world_size: int) -> None:

@@ -1,0 +1,1 @@
+"""Every name of Megatron or torch that is replaced, and by what."""
