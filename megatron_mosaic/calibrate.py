@@ -35,19 +35,19 @@ from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Part, Profile
 from megatron_mosaic.definition import StageInputs
 from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.measure_collectives import measure_collectives
-from megatron_mosaic.model import empty_stage, initialize_by_name
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Shard, rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan
-from megatron_mosaic.report import TIMELINE_FILE
+from megatron_mosaic.runtime.arguments import parse_and_validate_args
+from megatron_mosaic.runtime.model import empty_stage, initialize_by_name
+from megatron_mosaic.runtime.report import TIMELINE_FILE
 
 ITEMS = (1, 2, 4, 8, 16)
 REPEATS = 5

@@ -95,8 +95,8 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
     plan = load_plan(plan_path)
     require_checkable(plan, megatron_args)
     from megatron_mosaic.any2any import pretrain, reference_run  # heavy: only once the plan is known to be sound
-    from megatron_mosaic.arguments import PLAN_VARIABLE
     from megatron_mosaic.parallel_state_ext.rebound import cpu
+    from megatron_mosaic.runtime.arguments import PLAN_VARIABLE
 
     cpu.install()
     with contextlib.suppress(ImportError):  # the ranks say what is missing
@@ -134,7 +134,7 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
 
 def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
     from megatron_mosaic.reference import ReferenceStep
-    from megatron_mosaic.report import LOSSES_FILE, MEASURES_FILE, read_gradients
+    from megatron_mosaic.runtime.report import LOSSES_FILE, MEASURES_FILE, read_gradients
 
     losses = [json.loads(line) for line in (directory / LOSSES_FILE).read_text().splitlines()]
     if len(losses) != steps:

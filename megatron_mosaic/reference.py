@@ -18,12 +18,12 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_mosaic.arguments import lr_mults_from_args
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs
-from megatron_mosaic.model import initialize_by_name
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.runtime.arguments import lr_mults_from_args
+from megatron_mosaic.runtime.model import initialize_by_name
 
 ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.arguments import APPLIED, PLAN_VARIABLE
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
 
 # A stock script's own arguments, and what a one-module plan says of them
 _STOCK_ARGUMENTS = {

@@ -20,11 +20,11 @@ from megatron_mosaic.any2any.arguments import (
     workload_from_args,
 )
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
-from megatron_mosaic.model import MosaicModel, StageCall
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.runtime.arguments import parse_and_validate_args
+from megatron_mosaic.runtime.model import MosaicModel, StageCall
 
 
 def loss_func(output: StageOutput) -> tuple[Tensor | None, float, dict[str, Tensor]]:
@@ -72,7 +72,7 @@ def main() -> int:
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
 
-        from megatron_mosaic.train import Runtime
+        from megatron_mosaic.runtime.train import Runtime
 
         runtime = Runtime(args, plan, definition)
         workload = definition.workload

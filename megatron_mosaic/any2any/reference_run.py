@@ -11,9 +11,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arguments, workload_from_args
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.pretrain import make_collate, make_datasets
-from megatron_mosaic.arguments import parse_and_validate_args
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.reference import Reference
+from megatron_mosaic.runtime.arguments import parse_and_validate_args
 
 
 def main(directory: str, measure_rounding: bool) -> int:

@@ -15,5 +15,5 @@ def import_runtime() -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine|full scope).*")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     importlib.import_module("megatron_mosaic.any2any.pretrain")
-    importlib.import_module("megatron_mosaic.train")
+    importlib.import_module("megatron_mosaic.runtime.train")
     importlib.import_module("megatron_mosaic.parallel_state_ext.rebound.cpu").install()

@@ -16,7 +16,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosaic.any2any.blocks import build_block
-from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.cost_model.kernels import layer_work
 from megatron_mosaic.cost_model.profile import Part
 from megatron_mosaic.cost_model.sizes import (
@@ -28,6 +27,7 @@ from megatron_mosaic.cost_model.sizes import (
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan.training import DEFAULT_SETUP
 from megatron_mosaic.plan.workload import ModuleConfig, Role
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
 
 NUM_ITEMS = 2
 FP32_BYTES = 4

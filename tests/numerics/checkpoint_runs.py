@@ -22,13 +22,13 @@ from megatron.training import training as megatron_training
 
 from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.launch import _free_port, run_forked, with_command_line
-from megatron_mosaic.model import MosaicModel
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.parallel_state_ext.rebound import cpu
-from megatron_mosaic.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import save_plan
-from megatron_mosaic.train import Runtime
+from megatron_mosaic.runtime.model import MosaicModel
+from megatron_mosaic.runtime.parameters import Cut, cut_of, put_together, whole_name
+from megatron_mosaic.runtime.train import Runtime
 
 STEADY = ["--lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--eval-iters", "0"]
 SMALL = ["--log-interval", "1000", "--train-iters", "4"]

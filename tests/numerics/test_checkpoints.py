@@ -15,11 +15,11 @@ import pytest
 import torch.distributed as dist
 from megatron.training import get_args
 
-from megatron_mosaic import checkpoint, model
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload_file import format_workload
+from megatron_mosaic.runtime import checkpoint, model
 from tests.numerics import acceptance_cases as acceptance
 from tests.numerics import parity_cases as cases
 from tests.numerics.checkpoint_runs import Run, losses, read_state, run_all

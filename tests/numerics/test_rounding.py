@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic import model
 from megatron_mosaic.check import TOLERANCE, check_plan, gradient_error
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from megatron_mosaic.plan.workload_file import format_workload
+from megatron_mosaic.runtime import model
 from tests.cases import make_plan
 from tests.numerics import parity_cases  # noqa: F401  loads the runtime before ranks are forked
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_mosaic.report import LOSSES_FILE, MEASURES_FILE, TIMELINE_FILE, StepReport, read_gradients
+from megatron_mosaic.runtime.report import LOSSES_FILE, MEASURES_FILE, TIMELINE_FILE, StepReport, read_gradients
 from megatron_mosaic.schedules.timeline import Span
 
 

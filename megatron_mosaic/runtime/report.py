@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_mosaic.model import MosaicModel, module_of
-from megatron_mosaic.parameters import cut_of, is_spokesman, put_together, whole_name
+from megatron_mosaic.runtime.model import MosaicModel, module_of
+from megatron_mosaic.runtime.parameters import cut_of, is_spokesman, put_together, whole_name
 from megatron_mosaic.schedules.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"

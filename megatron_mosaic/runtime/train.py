@@ -29,12 +29,8 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.utils import print_rank_0
 
-from megatron_mosaic.arguments import lr_mults_from_args
-from megatron_mosaic.checkpoint import Checkpoints
-from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
-from megatron_mosaic.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, build_optimizer
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
@@ -44,9 +40,13 @@ from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_training
 from megatron_mosaic.parallel_state_ext.rng_states import RngStates
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.report import GradientDump, StepReport
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
+from megatron_mosaic.runtime.arguments import lr_mults_from_args
+from megatron_mosaic.runtime.checkpoint import Checkpoints
+from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
+from megatron_mosaic.runtime.report import GradientDump, StepReport
+from megatron_mosaic.runtime.step import Samples, StepRunner
 from megatron_mosaic.schedules.text import load_schedule
-from megatron_mosaic.step import Samples, StepRunner
 from megatron_mosaic.units import format_seconds
 
 
@@ -191,7 +191,7 @@ class Runtime:
 class MosaicModelConfig(ModelConfig):
     """What `pretrain()` builds the model from: the runtime that knows the plan."""
 
-    builder: ClassVar[str] = "megatron_mosaic.train.MosaicModelBuilder"
+    builder: ClassVar[str] = "megatron_mosaic.runtime.train.MosaicModelBuilder"
     _runtime: Any = None
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megatron_mosaic.colocation.activation_meter import ActivationMeter
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
 
 X_BYTES = 6 * 4 * 4
 

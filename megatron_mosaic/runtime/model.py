@@ -19,7 +19,7 @@ from torch import nn
 from megatron_mosaic.definition import StageInputs, StageOutput
 from megatron_mosaic.parallel_state_ext.optimizers.gradient_sums import JoinedBuckets, join_buckets
 from megatron_mosaic.parallel_state_ext.rng_states import RngStates
-from megatron_mosaic.parameters import cut_of, whole_name
+from megatron_mosaic.runtime.parameters import cut_of, whole_name
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
 

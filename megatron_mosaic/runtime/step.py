@@ -19,11 +19,9 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from megatron_mosaic.colocation.activation_meter import ActivationMeter
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Clock, Executor
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
-from megatron_mosaic.model import MosaicModel, StageCall
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
@@ -32,6 +30,8 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
+from megatron_mosaic.runtime.model import MosaicModel, StageCall
 from megatron_mosaic.schedules.schedule import Action, Kind
 
 ForwardStep = Callable[[Iterator[StageCall], MosaicModel], tuple[StageOutput, Callable[[StageOutput], Any]]]

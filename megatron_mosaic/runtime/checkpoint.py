@@ -28,12 +28,12 @@ from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosaic.errors import ConfigError, MosaicError
-from megatron_mosaic.model import MosaicModel
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.runtime.model import MosaicModel
 
 PLAN_FILE = "mosaic_plan.yaml"
 MANIFEST_FILE = "mosaic_checkpoint.json"

@@ -1,0 +1,1 @@
+"""One training step under Megatron: arguments, model, step, checkpoint, report."""
