@@ -35,7 +35,7 @@ from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.cost_model.profile import FORMAT_VERSION, Part, Profile
+from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Part, Profile
 from megatron_mosaic.definition import StageInputs
 from megatron_mosaic.launch import run_forked, with_command_line
 from megatron_mosaic.measure_collectives import measure_collectives

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mosaic.cost_model.hardware import load_gpu_type, local_cluster
+from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type, local_cluster
+from megatron_mosaic.cost_model.hardware.profile import Profile, default_profile_path, load_profile
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.profile import Profile, default_profile_path, load_profile
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.cluster import Cluster, Link
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup

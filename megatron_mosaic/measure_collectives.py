@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.cost_model.profile import Operation
+from megatron_mosaic.cost_model.hardware.profile import Operation
 
 MESSAGE_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
 ROUNDS = 21

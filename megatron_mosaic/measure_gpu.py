@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_mosaic.cost_model.fit import fit_line
-from megatron_mosaic.cost_model.kernels import Gemm, core_s, gemm_s, layer_work, stream_s
+from megatron_mosaic.cost_model.effects.kernels import Gemm, core_s, gemm_s, layer_work, stream_s
+from megatron_mosaic.cost_model.hardware.fit import fit_line
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.training import Format, TrainingSetup

@@ -11,17 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 
+from megatron_mosaic.cost_model.closed_form import estimate_step
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.cost_model.simulate import simulate
-from megatron_mosaic.cost_model.step_cost import estimate_step
-from megatron_mosaic.cost_model.validate import PUBLISHED
 from megatron_mosaic.plan import Plan
 
 HEAVY = ("torch", "megatron", "scipy")
 TP, PP, DP, ENCODER_TP, MICROBATCHES = 8, 8, 160, 4, 8
 _IMPORT = (
-    "import time; start_s = time.perf_counter(); import megatron_mosaic.cost_model.step_cost, sys; "
+    "import time; start_s = time.perf_counter(); import megatron_mosaic.cost_model.closed_form, sys; "
     f"print(time.perf_counter() - start_s, *sorted({set(HEAVY)} & {{*sys.modules}}))"
 )
 
@@ -60,7 +60,7 @@ def main() -> None:
     for predict in (estimate_step, simulate):
         milliseconds = 1e3 * measure_prediction_s(case, predict)
         print(f"| `{predict.__name__}`, {case.plan.world_size} GPUs | {milliseconds:.2f} ms |")
-    print(f"| import of `megatron_mosaic.cost_model.step_cost` | {import_s:.2f} s |")
+    print(f"| import of `megatron_mosaic.cost_model.closed_form` | {import_s:.2f} s |")
     print(f"| of {', '.join(HEAVY)} it imports | {heavy} |")
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_mosaic.cost_model import calibration
-from megatron_mosaic.cost_model.calibration import BOUNDS, NUM_FOLDS, Constants, fit_constants, fold_of
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published import constants as calibration
+from megatron_mosaic.cost_model.published.constants import BOUNDS, NUM_FOLDS, Constants, fit_constants, fold_of
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 
 PACKAGE = Path(calibration.__file__).parent
 LAUNCH_BOUND = "a100_sxm_80gb"

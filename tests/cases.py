@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.profile import Profile
+from megatron_mosaic.cost_model.hardware.profile import Profile
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload

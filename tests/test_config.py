@@ -5,7 +5,7 @@ import pytest
 from megatron_mosaic.any2any.sizes import Any2AnySizes
 from megatron_mosaic.any2any.sizes import workload as any2any_workload
 from megatron_mosaic.config import GROUPS, compose_sections, group_options, load_task, load_workload
-from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.cost_model.hardware.profile import save_profile
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from tests.cases import make_profile

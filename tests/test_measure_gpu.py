@@ -14,9 +14,9 @@ import torch
 
 from megatron_mosaic import measure_gpu
 from megatron_mosaic.cli.main import main
-from megatron_mosaic.cost_model.gpu_type_file import format_gpu_type_file
-from megatron_mosaic.cost_model.hardware import load_gpu_type
-from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
+from megatron_mosaic.cost_model.hardware.gpu_type_file import format_gpu_type_file
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.measure_gpu import (
     ROUNDS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_workload
-from megatron_mosaic.cost_model.memory import Memory, estimate_memory, precision_of
+from megatron_mosaic.cost_model.effects.memory import Memory, estimate_memory, precision_of
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan

@@ -17,7 +17,7 @@ from megatron_mosaic.cli.output import print_json, print_note, print_progress, p
 from megatron_mosaic.cli.simulate import complete_overrides
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.config import load_task
-from megatron_mosaic.cost_model.profile import default_profile_path
+from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
 from megatron_mosaic.launch import run_torchrun

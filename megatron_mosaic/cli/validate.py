@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_mosaic.cli.output import print_json, print_table
-from megatron_mosaic.cost_model.side_tables import compare_memory
-from megatron_mosaic.cost_model.validate import PUBLISHED, Report, by_family, merge_reports, validate_folder
+from megatron_mosaic.cost_model.published.accuracy import PUBLISHED, Report, by_family, merge_reports, validate_folder
+from megatron_mosaic.cost_model.published.side_tables import compare_memory
 from megatron_mosaic.errors import ConfigError
 
 _COLUMNS = ("rows", "predicted", "time_mape", "time_p90", "time_bias", "time_mape_out_of_sample", "memory_mape")

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
-from megatron_mosaic.cost_model.comm import CommModel, MeasuredComm, RingComm
-from megatron_mosaic.cost_model.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
-from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.kernels import core_s, layer_work, stream_s
-from megatron_mosaic.cost_model.memory import (
+from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic
+from megatron_mosaic.cost_model.effects.comm import CommModel, MeasuredComm, RingComm
+from megatron_mosaic.cost_model.effects.compute import AnalyticCompute, ComputeModel, MeasuredCompute, StageWork
+from megatron_mosaic.cost_model.effects.kernels import core_s, layer_work, stream_s
+from megatron_mosaic.cost_model.effects.memory import (
     ANALYTIC,
     BF16,
     FP32,
@@ -27,7 +26,8 @@ from megatron_mosaic.cost_model.memory import (
     stage_expert_parameters,
     trained_parameters,
 )
-from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile, require_finite
+from megatron_mosaic.cost_model.hardware.fit import FittedProfile
+from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Operation, Profile, require_finite
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan.cluster import Cluster

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_mosaic.cost_model.memory import LaneMemory
+from megatron_mosaic.cost_model.effects.memory import LaneMemory
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import Lane, LaneMap, map_lanes
 from megatron_mosaic.plan import Plan

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.cost_model.memory import Memory, memory_of_classes, peak_of_classes
+from megatron_mosaic.cost_model.effects.memory import Memory, memory_of_classes, peak_of_classes
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import PlanPrice, price_plan
 from megatron_mosaic.cost_model.program import Program, build_program

@@ -16,7 +16,7 @@ from megatron_mosaic.cli.main import COMMANDS, main
 from megatron_mosaic.cli.output import print_json
 from megatron_mosaic.cli.train import render_losses
 from megatron_mosaic.config import load_workload
-from megatron_mosaic.cost_model.profile import save_profile
+from megatron_mosaic.cost_model.hardware.profile import save_profile
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.plan_file import load_plan, save_plan

@@ -8,11 +8,11 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.hardware import local_cluster
-from megatron_mosaic.cost_model.memory import BF16, estimate_memory, precision_of
+from megatron_mosaic.cost_model.effects.memory import BF16, estimate_memory, precision_of
+from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
+from megatron_mosaic.cost_model.hardware.profile import Overheads
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
-from megatron_mosaic.cost_model.profile import Overheads
 from megatron_mosaic.cost_model.simulate import estimate_step_s, prepare_program, simulate, simulate_program
 from megatron_mosaic.errors import ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Plan, Quota, Recompute

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mosaic.cost_model.hardware import local_cluster
+from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan import Layout, Quota, RankSet, validate_plan

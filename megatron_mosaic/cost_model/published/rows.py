@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.cost_model.hardware import load_gpu_type
-from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.published_models import is_gated, model_card
-from megatron_mosaic.cost_model.sizes import count_flops, module_parameters
+from megatron_mosaic.cost_model.effects.counts import count_flops, module_parameters
+from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
+from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.cost_model.published.model_cards import is_gated, model_card
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import yaml
 
-from megatron_mosaic.cost_model.calibration import FITTED_FILES, estimate_case, fold_of, with_constants
-from megatron_mosaic.cost_model.hardware import load_gpu_type
-from megatron_mosaic.cost_model.published_rows import Case, Row, load_table, try_case
+from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
+from megatron_mosaic.cost_model.published.constants import FITTED_FILES, estimate_case, fold_of, with_constants
+from megatron_mosaic.cost_model.published.rows import Case, Row, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan.cluster import GpuType
 
-PUBLISHED = Path(str(files(__package__) / "published"))
+PUBLISHED = Path(str(files(__package__)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

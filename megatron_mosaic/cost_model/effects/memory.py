@@ -15,15 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, reduce
 
-from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
-from megatron_mosaic.cost_model.sizes import (
+from megatron_mosaic.cost_model.effects.counts import (
     count_activation_bytes,
     count_expert_parameters,
     count_logits_bytes,
     count_parameters,
     count_projector_parameters,
 )
+from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Workload

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mosaic.cost_model.memory import BF16, stage_parts
-from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, parse_measured, try_case
-from megatron_mosaic.cost_model.sizes import count_activation_bytes, count_parameters
+from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_parameters
+from megatron_mosaic.cost_model.effects.memory import BF16, stage_parts
+from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, parse_measured, try_case
 from megatron_mosaic.errors import ConfigError
 
 _FIRST_WORD = {

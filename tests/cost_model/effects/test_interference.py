@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.interference import CoRunner, share_max_min, slow_downs
+from megatron_mosaic.cost_model.effects.interference import CoRunner, share_max_min, slow_downs
 from megatron_mosaic.errors import ConfigError
 
 demands = st.lists(st.floats(0, 10), min_size=1, max_size=6)

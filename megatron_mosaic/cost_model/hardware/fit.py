@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_mosaic.cost_model.profile import (
+from megatron_mosaic.cost_model.hardware.profile import (
     CALIBRATE,
     CollectivePoint,
     ModulePoint,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_mosaic.cost_model.kernels import Gemm, attention_gemms, mean_head_size, mlp_gemms
-from megatron_mosaic.cost_model.profile import Part
+from megatron_mosaic.cost_model.effects.kernels import Gemm, attention_gemms, mean_head_size, mlp_gemms
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.plan.workload import ModuleConfig
 
 

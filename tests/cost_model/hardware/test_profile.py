@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.fit import EXTRAPOLATION, FittedProfile, fit_line
-from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type, local_cluster
-from megatron_mosaic.cost_model.profile import (
+from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type, local_cluster
+from megatron_mosaic.cost_model.hardware.fit import EXTRAPOLATION, FittedProfile, fit_line
+from megatron_mosaic.cost_model.hardware.profile import (
     Operation,
     Part,
     Profile,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.kernels import Gemm, Work, backward_s, core_s, forward_s, gemm_s, layer_work
-from megatron_mosaic.cost_model.profile import Part
+from megatron_mosaic.cost_model.effects.kernels import Gemm, Work, backward_s, core_s, forward_s, gemm_s, layer_work
+from megatron_mosaic.cost_model.hardware.fit import FittedProfile
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.quota import grant_quota

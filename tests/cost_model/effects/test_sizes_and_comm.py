@@ -7,21 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mosaic.config import load_workload
-from megatron_mosaic.cost_model.comm import MeasuredComm, RingComm
-from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.memory import (
-    BF16,
-    FP32,
-    estimate_lane,
-    stage_parameters,
-)
-from megatron_mosaic.cost_model.profile import Operation, Part
-from megatron_mosaic.cost_model.sizes import (
+from megatron_mosaic.cost_model.effects.comm import MeasuredComm, RingComm
+from megatron_mosaic.cost_model.effects.counts import (
     count_activation_bytes,
     count_flops,
     count_parameters,
     module_parameters,
 )
+from megatron_mosaic.cost_model.effects.memory import (
+    BF16,
+    FP32,
+    estimate_lane,
+    stage_parameters,
+)
+from megatron_mosaic.cost_model.hardware.fit import FittedProfile
+from megatron_mosaic.cost_model.hardware.profile import Operation, Part
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet, Recompute
 from megatron_mosaic.plan.training import Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Role

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mosaic.cost_model.closed_form import estimate_step
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.cost_model.simulate import simulate
-from megatron_mosaic.cost_model.step_cost import estimate_step
-from megatron_mosaic.cost_model.validate import PUBLISHED
 
 ROW = load_rows(PUBLISHED / "mimo_vlm_h100.csv")[0]
 
@@ -67,7 +67,7 @@ def test_encoders_apart_are_stages_before_the_first(pp, dp, encoder_dp, encoder_
 
 
 def test_the_cost_model_needs_neither_torch_nor_megatron_nor_scipy():
-    code = "import megatron_mosaic.cost_model.step_cost, sys; print(*sys.modules)"
+    code = "import megatron_mosaic.cost_model.closed_form, sys; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert "megatron_mosaic.cost_model.step_cost" in loaded
+    assert "megatron_mosaic.cost_model.closed_form" in loaded
     assert not {"torch", "megatron", "scipy"} & {*loaded}

@@ -16,14 +16,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosaic.any2any.blocks import build_block
-from megatron_mosaic.cost_model.kernels import layer_work
-from megatron_mosaic.cost_model.profile import Part
-from megatron_mosaic.cost_model.sizes import (
+from megatron_mosaic.cost_model.effects.counts import (
     count_activation_bytes,
     count_attention_flops,
     count_flops,
     count_parameters,
 )
+from megatron_mosaic.cost_model.effects.kernels import layer_work
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan.training import DEFAULT_SETUP
 from megatron_mosaic.plan.workload import ModuleConfig, Role

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.cli.main import main
-from megatron_mosaic.cost_model.calibration import estimate_case
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
-from megatron_mosaic.cost_model.side_tables import compare_memory
-from megatron_mosaic.cost_model.validate import PUBLISHED, merge_reports, validate_folder
+from megatron_mosaic.cost_model.published.accuracy import PUBLISHED, merge_reports, validate_folder
+from megatron_mosaic.cost_model.published.constants import estimate_case
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
+from megatron_mosaic.cost_model.published.side_tables import compare_memory
 from megatron_mosaic.errors import ConfigError, MosaicError
 
 ROW = load_rows(PUBLISHED / "korthikanti2022_table5.csv")[0]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.boundary_traffic import boundary_traffic
+from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.cost_model.memory import Memory, add_up
+from megatron_mosaic.cost_model.effects.memory import Memory, add_up
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import LaneCost, PlanPrice, price_plan
 from megatron_mosaic.plan import Plan

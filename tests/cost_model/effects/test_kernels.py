@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.calibration import BOUNDS
-from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type
-from megatron_mosaic.cost_model.kernels import Gemm, gemm_s, stream_s
-from megatron_mosaic.cost_model.memory import shards_of
+from megatron_mosaic.cost_model.closed_form import estimate_step
+from megatron_mosaic.cost_model.effects.counts import module_parameters
+from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.effects.memory import shards_of
+from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.published_rows import Case, load_rows, try_case
-from megatron_mosaic.cost_model.sizes import module_parameters
-from megatron_mosaic.cost_model.step_cost import estimate_step
-from megatron_mosaic.cost_model.validate import PUBLISHED
+from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
+from megatron_mosaic.cost_model.published.constants import BOUNDS
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.training import Format

@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron_mosaic.config import load_task
-from megatron_mosaic.cost_model.calibration import BOUNDS
-from megatron_mosaic.cost_model.gpu_type_file import CONSTANTS, format_gpu_type_file
-from megatron_mosaic.cost_model.hardware import gpu_type_names, load_gpu_type
+from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
+from megatron_mosaic.cost_model.hardware.gpu_type_file import CONSTANTS, format_gpu_type_file
+from megatron_mosaic.cost_model.published.constants import BOUNDS
 from megatron_mosaic.errors import ConfigError
 
 BASE = load_gpu_type("h100_sxm")

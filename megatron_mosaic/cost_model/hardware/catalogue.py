@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.gpu_type_file import SUFFIX, load_gpu_type_file
-from megatron_mosaic.cost_model.profile import CALIBRATE, Operation, Profile
+from megatron_mosaic.cost_model.hardware.fit import FittedProfile
+from megatron_mosaic.cost_model.hardware.gpu_type_file import SUFFIX, load_gpu_type_file
+from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Operation, Profile
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 
@@ -45,7 +45,7 @@ def _load_named(name: str) -> GpuType:
             "cluster.gpu",
             got=name,
             expected=f"one of {list(gpu_type_names())}",
-            fix=f"add cost_model/gpu_types/{name}.yaml with sources, or give a file: FILE.yaml",
+            fix=f"add cost_model/hardware/gpu_types/{name}.yaml with sources, or give a file: FILE.yaml",
         )
     data = yaml.safe_load((files(__package__) / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
     try:

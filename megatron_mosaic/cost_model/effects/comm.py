@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
-from megatron_mosaic.cost_model.fit import FittedProfile
-from megatron_mosaic.cost_model.profile import Operation
+from megatron_mosaic.cost_model.hardware.fit import FittedProfile
+from megatron_mosaic.cost_model.hardware.profile import Operation
 from megatron_mosaic.plan.cluster import Cluster
 
 

@@ -1,0 +1,1 @@
+"""One physical effect a file: kernels, collectives, rows between modules, bytes, interference."""
