@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from bench_layouts import SOURCE, TARGET, WIDTH, Border
 
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch.forked import run_forked
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 TARGET_FRAC = 0.03

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.launch import run_forked
+from megatron_mosaic.launch.forked import run_forked
 
 torch.set_num_threads(1)  # a forked child of a process that has used an OpenMP pool may hang
 

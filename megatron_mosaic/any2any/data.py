@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_mosaic.any2any import text
+from megatron_mosaic.any2any import captions as text
 from megatron_mosaic.any2any.sizes import (
     GENERATOR,
     IMAGE_SIZE,

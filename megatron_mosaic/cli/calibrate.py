@@ -6,8 +6,8 @@ import argparse
 import os
 import time
 
+from megatron_mosaic.cli.imports import import_runtime
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
-from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.config import LocalClusterSection, compose_sections
 from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.hardware.gpu_type_file import SUFFIX, format_gpu_type_file
@@ -26,7 +26,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError("cluster", got=cluster.name, expected="local: this machine is measured", fix="leave it out")
     num_ranks = max(2, cluster.num_ranks)
     import_runtime()
-    from megatron_mosaic.calibrate import calibrate
+    from megatron_mosaic.calibrate.host import calibrate
 
     profile = calibrate(num_ranks=num_ranks, progress=lambda text: print_progress(f"calibrate: {text} ..."))
     path = arguments.out or default_profile_path()
@@ -56,7 +56,7 @@ def _calibrate_gpu(arguments: argparse.Namespace) -> int:
             expected="none",
             fix="leave it out",
         )
-    from megatron_mosaic.measure_gpu import current_device, describe_source, measure_constants
+    from megatron_mosaic.calibrate.gpu import current_device, describe_source, measure_constants
 
     device, base = current_device(), load_gpu_type(name)
     found = measure_constants(base, device, progress=lambda text: print_progress(f"calibrate: {text} ..."))

@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_mosaic.cli.imports import import_runtime
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
-from megatron_mosaic.cli.runtime import import_runtime
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace) -> int:
     megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
-    from megatron_mosaic.check import TOLERANCE, check_plan, require_checkable
+    from megatron_mosaic.parity.check import TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     require_checkable(plan, megatron_args)

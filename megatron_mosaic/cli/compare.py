@@ -9,7 +9,7 @@ from typing import Any
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_task
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
-from megatron_mosaic.search.run import find_plan
+from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 
 

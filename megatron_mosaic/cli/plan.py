@@ -12,7 +12,7 @@ from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, save_plan
-from megatron_mosaic.search.run import SearchResult, find_plan
+from megatron_mosaic.search.find import SearchResult, find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 
 

@@ -20,7 +20,7 @@ from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
-from megatron_mosaic.launch import run_torchrun
+from megatron_mosaic.launch.torchrun import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload

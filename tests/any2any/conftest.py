@@ -16,8 +16,8 @@ from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.definition import StageInputs
 from megatron_mosaic.parallel_state_ext.boundaries.items import rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parity.reference import ALONE
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
-from megatron_mosaic.reference import ALONE
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mosaic.any2any import text
+from megatron_mosaic.any2any import captions as text
 from megatron_mosaic.any2any.data import SIGNAL, DigitsDataset, SampleWriter, Split, collate, load_images
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix
 from megatron_mosaic.errors import ConfigError

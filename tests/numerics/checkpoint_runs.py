@@ -21,7 +21,7 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 
 from megatron_mosaic.any2any import pretrain
-from megatron_mosaic.launch import _free_port, run_forked, with_command_line
+from megatron_mosaic.launch.forked import _free_port, run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Plan

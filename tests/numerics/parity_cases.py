@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import tests.forked  # noqa: F401  one thread, before torch computes anything
-from megatron_mosaic.any2any import pretrain, reference_run  # noqa: F401  forked ranks inherit the imports
+from megatron_mosaic.any2any import pretrain  # noqa: F401  forked ranks inherit the imports
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
+from megatron_mosaic.parity import reference_run  # noqa: F401
 from megatron_mosaic.plan import Layout, Plan, Recompute
 from megatron_mosaic.plan.plan_file import save_plan
 from tests.cases import make_plan

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mosaic.check import check_plan
+from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload_file import format_workload
 from tests.numerics.acceptance_cases import CASES, Case

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, Recompute
 from megatron_mosaic.runtime.report import read_gradients

@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from megatron_mosaic.check import check_plan
 from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.runtime.step import StepRunner
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_mosaic.check import TOLERANCE, check_plan
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
+from megatron_mosaic.parity.check import TOLERANCE, check_plan
 from megatron_mosaic.runtime import model, step, train
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written

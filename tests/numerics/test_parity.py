@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mosaic.check import check_plan
-from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parity.check import check_plan
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import TEXT_HEAVY, written
 

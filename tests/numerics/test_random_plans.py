@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.check import check_plan
+from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan.plan_file import format_plan, save_plan
 from megatron_mosaic.plan.workload_file import format_workload
 from tests.numerics import parity_cases  # noqa: F401  loads the runtime before ranks are forked

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.check import TOLERANCE, check_plan, gradient_error
+from megatron_mosaic.parity.check import TOLERANCE, check_plan, gradient_error
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload import Edge, Role, Workload

@@ -20,8 +20,8 @@ from megatron_mosaic.search.baselines import (
 )
 from megatron_mosaic.search.evaluate import Evaluator
 from megatron_mosaic.search.exhaustive import search_exhaustive
+from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
-from megatron_mosaic.search.run import find_plan
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_profile
 

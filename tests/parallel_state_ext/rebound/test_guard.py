@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import attention
 
 from megatron_mosaic.errors import GroupError
-from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
 from megatron_mosaic.parallel_state_ext.rebound.guard import SILENT, TOLERATED, Guard, accessors
 from megatron_mosaic.plan import Layout, Recompute

@@ -12,7 +12,7 @@ from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arg
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.pretrain import make_collate, make_datasets
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.reference import Reference
+from megatron_mosaic.parity.reference import Reference
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 
 

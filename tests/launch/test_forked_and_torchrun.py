@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import ConfigError, RankFailure
-from megatron_mosaic.launch import run_forked, run_torchrun
+from megatron_mosaic.launch.forked import run_forked
+from megatron_mosaic.launch.torchrun import run_torchrun
 
 pytestmark = pytest.mark.dist
 

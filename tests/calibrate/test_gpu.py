@@ -12,13 +12,8 @@ from itertools import count
 import pytest
 import torch
 
-from megatron_mosaic import measure_gpu
-from megatron_mosaic.cli.main import main
-from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
-from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
-from megatron_mosaic.cost_model.hardware.gpu_type_file import format_gpu_type_file
-from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.measure_gpu import (
+from megatron_mosaic.calibrate import gpu as measure_gpu
+from megatron_mosaic.calibrate.gpu import (
     ROUNDS,
     Sizes,
     current_device,
@@ -31,6 +26,11 @@ from megatron_mosaic.measure_gpu import (
     measure_launch_s,
     time_kernel,
 )
+from megatron_mosaic.cli.main import main
+from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
+from megatron_mosaic.cost_model.hardware.gpu_type_file import format_gpu_type_file
+from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.training import Format
 
 CPU = torch.device("cpu")

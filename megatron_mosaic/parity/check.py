@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.launch import run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.schedules import build_schedule
@@ -94,8 +94,9 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
     """Run plan and reference and compare them. RankFailure if a rank fails; PlanError if the plan cannot run."""
     plan = load_plan(plan_path)
     require_checkable(plan, megatron_args)
-    from megatron_mosaic.any2any import pretrain, reference_run  # heavy: only once the plan is known to be sound
+    from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
+    from megatron_mosaic.parity import reference_run
     from megatron_mosaic.runtime.arguments import PLAN_VARIABLE
 
     cpu.install()
@@ -133,7 +134,7 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
 
 
 def _compare(plan: Plan, steps: int, directory: Path) -> Parity:
-    from megatron_mosaic.reference import ReferenceStep
+    from megatron_mosaic.parity.reference import ReferenceStep
     from megatron_mosaic.runtime.report import LOSSES_FILE, MEASURES_FILE, read_gradients
 
     losses = [json.loads(line) for line in (directory / LOSSES_FILE).read_text().splitlines()]

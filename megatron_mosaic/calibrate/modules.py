@@ -1,29 +1,12 @@
-"""`mosaic calibrate`: measures this machine into a Profile, with the real modules and real gloo collectives.
-
-    module time   pre / layer / post of every module, over items, tp and threads  (forward, backward)
-    collectives   all_reduce, all_gather, reduce_scatter, p2p over bytes and ranks
-    optimizer     one Megatron optimizer step over parameters
-    overhead      what an action of a real single-rank `pretrain()` run costs beyond its module code
-
-A group of more ranks than cores slows itself down while it is measured; the cost model takes that factor out.
-"""
+"""Seconds of a module's parts over items, tp and threads, and of its optimizer: a part of `mosaic calibrate`."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import platform
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -31,102 +14,20 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_mosaic.any2any import pretrain
-from megatron_mosaic.any2any.arguments import workload_of_command_line
-from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
-from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Part, Profile
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.definition import StageInputs
-from megatron_mosaic.launch import run_forked, with_command_line
-from megatron_mosaic.measure_collectives import measure_collectives
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Shard, rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
-from megatron_mosaic.plan.plan_file import save_plan
-from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import empty_stage, initialize_by_name
-from megatron_mosaic.runtime.report import TIMELINE_FILE
 
 ITEMS = (1, 2, 4, 8, 16)
 REPEATS = 5
 _NOTHING = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 _PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
-
-
-def calibrate(
-    *, num_ranks: int = 4, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
-) -> Profile:
-    """The profile of this machine, for plans of up to `num_ranks` ranks; less than a minute on two cores."""
-    workload = workload_of_command_line(megatron_args)
-    cores = psutil.cpu_count(logical=True) or 1
-    with tempfile.TemporaryDirectory(prefix="mosaic-calibrate-") as directory:
-        progress("modules, collectives, optimizer")
-        command = [*megatron_args, "--global-batch-size", str(4 * num_ranks), "--micro-batch-size", "4"]
-        run_forked(num_ranks, _measure_rank, command, directory, cores)
-        data = json.loads((Path(directory) / "measured.json").read_text())
-        progress("overhead of an action")
-        action_s = _measure_overhead(workload.name, [m.name for m in workload.modules], megatron_args, directory)
-    return Profile.model_validate(
-        {
-            "mosaic_profile": FORMAT_VERSION,
-            "provenance": {
-                "cpu_model": _cpu_model(),
-                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-mosaic")},
-            },
-            "machine": data["machine"],
-            "workload": workload.name,
-            "digest": workload.digest,
-            "modules": data["modules"],
-            "collectives": data["collectives"],
-            "optimizer": data["optimizer"],
-            "overheads": {"action_s": action_s, "sample_s": data["sample_s"]},
-        }
-    )
-
-
-def _measure_rank(command: list[str], directory: str, cores: int) -> None:
-    """Collective over all ranks. Rank 0 writes `measured.json`."""
-    sys.argv = [sys.argv[0], *command]
-    args, _ = parse_and_validate_args(
-        lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
-    )
-    dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
-    definition = Any2Any.from_args(args, workload_of_command_line(command))
-    samples = pretrain.make_datasets(args, definition.workload)((256, 1, 1))[0]
-    loads = [0.0]
-    if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it
-        loads = list(_repeat(lambda: definition.list_items(collate([samples[i] for i in range(32)]))))
-    dist.barrier()
-    batch = collate([samples[i] for i in range(4 * max(ITEMS))])
-    modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
-    optimizer: dict[int, float] = {}
-    for tp in (degree for degree in (1, 2, 4) if degree <= dist.get_world_size()):
-        for name in definition.workload.by_name:
-            bench = _ModuleBench(args, definition, name, tp)
-            for threads in _thread_counts(cores // tp):
-                modules.setdefault(name, {}).setdefault(tp, {})[threads] = bench.measure(batch, threads)
-            if tp == 1:
-                optimizer.update(bench.measure_optimizer())
-            bench.close()
-    collectives = measure_collectives(Path(directory) / "messages-timed")
-    if dist.get_rank() == 0:
-        measured = {
-            "machine": _measure_machine(cores),
-            "modules": modules,
-            "collectives": collectives,
-            "sample_s": statistics.median(loads) / 32,
-            "optimizer": [{"params": params, "seconds": seconds} for params, seconds in sorted(optimizer.items())],
-        }
-        (Path(directory) / "measured.json").write_text(json.dumps(measured))
-    dist.barrier()
-
-
-def _thread_counts(cores_per_rank: int) -> list[int]:
-    """1, 2, 4, ... up to the cores that one of the ranks can have."""
-    return [1 << i for i in range(max(1, cores_per_rank).bit_length())]
 
 
 class _PipelinePlace:
@@ -149,7 +50,7 @@ def _place(items: Integers, starts: Integers, rows: Integers, num_items: int) ->
     return torch.from_numpy(tokens), torch.from_numpy(owners)
 
 
-class _ModuleBench:
+class ModuleBench:
     """First, inner and last stage of one module on ranks 0..tp-1, ready to be timed. Collective over all ranks."""
 
     def __init__(self, args: Any, definition: Any2Any, name: str, tp: int) -> None:
@@ -271,58 +172,3 @@ class _ModuleBench:
 
     def close(self) -> None:
         self._grids.destroy()
-
-
-def _measure_machine(cores: int) -> dict[str, float]:
-    """Rates of the whole host, with all cores."""
-    torch.set_num_threads(cores)
-    size = 1024
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    source, target = torch.randn(1 << 24), torch.empty(1 << 24)
-    gemm_s = min(_repeat(lambda: torch.mm(a, b)))
-    copy_s = min(_repeat(lambda: target.copy_(source)))
-    torch.set_num_threads(1)
-    return {
-        "cores": cores,
-        "memory_bytes": float(psutil.virtual_memory().total),
-        "flops_per_s": 2.0 * size**3 / gemm_s,
-        "memory_bytes_per_s": 2.0 * source.numel() * source.element_size() / copy_s,
-    }
-
-
-def _repeat(work: Callable[[], object], times: int = REPEATS) -> Iterator[float]:
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        yield time.perf_counter() - started
-
-
-def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequence[str], directory: str) -> float:
-    """Seconds between two actions of a rank that waits for nobody, in a real run with every module on one rank."""
-    alone = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
-    plan = Plan(
-        workload=workload,
-        world_size=1,
-        global_batch_size=16,
-        micro_batch_size=4,
-        schedule="1f1b",
-        modules=dict.fromkeys(modules, alone),
-    )
-    path = f"{directory}/one-rank.yaml"
-    save_plan(plan, path)
-    command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
-    command += ["--eval-iters", "0", "--log-interval", "1000"]
-    run_forked(1, with_command_line, command, pretrain.main)
-    spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
-    spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
-    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
-    return max(0.0, statistics.median(gaps))
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

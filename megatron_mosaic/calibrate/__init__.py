@@ -1,0 +1,1 @@
+"""This machine, or its GPU, measured into what the cost model reads."""

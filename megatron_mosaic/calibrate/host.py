@@ -1,0 +1,170 @@
+"""`mosaic calibrate`: measures this machine into a Profile, with the real modules and real gloo collectives.
+
+    module time   pre / layer / post of every module, over items, tp and threads  (forward, backward)
+    collectives   all_reduce, all_gather, reduce_scatter, p2p over bytes and ranks
+    optimizer     one Megatron optimizer step over parameters
+    overhead      what an action of a real single-rank `pretrain()` run costs beyond its module code
+
+A group of more ranks than cores slows itself down while it is measured; the cost model takes that factor out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_mosaic.any2any import pretrain
+from megatron_mosaic.any2any.arguments import workload_of_command_line
+from megatron_mosaic.any2any.data import collate
+from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.calibrate.collectives import measure_collectives
+from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
+from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Profile
+from megatron_mosaic.launch.forked import run_forked, with_command_line
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.runtime.arguments import parse_and_validate_args
+from megatron_mosaic.runtime.report import TIMELINE_FILE
+
+
+def calibrate(
+    *, num_ranks: int = 4, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
+) -> Profile:
+    """The profile of this machine, for plans of up to `num_ranks` ranks; less than a minute on two cores."""
+    workload = workload_of_command_line(megatron_args)
+    cores = psutil.cpu_count(logical=True) or 1
+    with tempfile.TemporaryDirectory(prefix="mosaic-calibrate-") as directory:
+        progress("modules, collectives, optimizer")
+        command = [*megatron_args, "--global-batch-size", str(4 * num_ranks), "--micro-batch-size", "4"]
+        run_forked(num_ranks, _measure_rank, command, directory, cores)
+        data = json.loads((Path(directory) / "measured.json").read_text())
+        progress("overhead of an action")
+        action_s = _measure_overhead(workload.name, [m.name for m in workload.modules], megatron_args, directory)
+    return Profile.model_validate(
+        {
+            "mosaic_profile": FORMAT_VERSION,
+            "provenance": {
+                "cpu_model": _cpu_model(),
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-mosaic")},
+            },
+            "machine": data["machine"],
+            "workload": workload.name,
+            "digest": workload.digest,
+            "modules": data["modules"],
+            "collectives": data["collectives"],
+            "optimizer": data["optimizer"],
+            "overheads": {"action_s": action_s, "sample_s": data["sample_s"]},
+        }
+    )
+
+
+def _measure_rank(command: list[str], directory: str, cores: int) -> None:
+    """Collective over all ranks. Rank 0 writes `measured.json`."""
+    sys.argv = [sys.argv[0], *command]
+    args, _ = parse_and_validate_args(
+        lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
+    )
+    dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
+    definition = Any2Any.from_args(args, workload_of_command_line(command))
+    samples = pretrain.make_datasets(args, definition.workload)((256, 1, 1))[0]
+    loads = [0.0]
+    if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it
+        loads = list(_repeat(lambda: definition.list_items(collate([samples[i] for i in range(32)]))))
+    dist.barrier()
+    batch = collate([samples[i] for i in range(4 * max(ITEMS))])
+    modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
+    optimizer: dict[int, float] = {}
+    for tp in (degree for degree in (1, 2, 4) if degree <= dist.get_world_size()):
+        for name in definition.workload.by_name:
+            bench = ModuleBench(args, definition, name, tp)
+            for threads in _thread_counts(cores // tp):
+                modules.setdefault(name, {}).setdefault(tp, {})[threads] = bench.measure(batch, threads)
+            if tp == 1:
+                optimizer.update(bench.measure_optimizer())
+            bench.close()
+    collectives = measure_collectives(Path(directory) / "messages-timed")
+    if dist.get_rank() == 0:
+        measured = {
+            "machine": _measure_machine(cores),
+            "modules": modules,
+            "collectives": collectives,
+            "sample_s": statistics.median(loads) / 32,
+            "optimizer": [{"params": params, "seconds": seconds} for params, seconds in sorted(optimizer.items())],
+        }
+        (Path(directory) / "measured.json").write_text(json.dumps(measured))
+    dist.barrier()
+
+
+def _thread_counts(cores_per_rank: int) -> list[int]:
+    """1, 2, 4, ... up to the cores that one of the ranks can have."""
+    return [1 << i for i in range(max(1, cores_per_rank).bit_length())]
+
+
+def _measure_machine(cores: int) -> dict[str, float]:
+    """Rates of the whole host, with all cores."""
+    torch.set_num_threads(cores)
+    size = 1024
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    source, target = torch.randn(1 << 24), torch.empty(1 << 24)
+    gemm_s = min(_repeat(lambda: torch.mm(a, b)))
+    copy_s = min(_repeat(lambda: target.copy_(source)))
+    torch.set_num_threads(1)
+    return {
+        "cores": cores,
+        "memory_bytes": float(psutil.virtual_memory().total),
+        "flops_per_s": 2.0 * size**3 / gemm_s,
+        "memory_bytes_per_s": 2.0 * source.numel() * source.element_size() / copy_s,
+    }
+
+
+def _repeat(work: Callable[[], object], times: int = REPEATS) -> Iterator[float]:
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        yield time.perf_counter() - started
+
+
+def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequence[str], directory: str) -> float:
+    """Seconds between two actions of a rank that waits for nobody, in a real run with every module on one rank."""
+    alone = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
+    plan = Plan(
+        workload=workload,
+        world_size=1,
+        global_batch_size=16,
+        micro_batch_size=4,
+        schedule="1f1b",
+        modules=dict.fromkeys(modules, alone),
+    )
+    path = f"{directory}/one-rank.yaml"
+    save_plan(plan, path)
+    command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
+    command += ["--eval-iters", "0", "--log-interval", "1000"]
+    run_forked(1, with_command_line, command, pretrain.main)
+    spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
+    spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    return max(0.0, statistics.median(gaps))
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

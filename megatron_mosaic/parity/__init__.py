@@ -1,0 +1,1 @@
+"""Does a plan compute what one process computes?"""
