@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Profile, default_profile_path, load_profile
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.cluster import Cluster, Link
-from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.cluster import Cluster, GpuClusterSection, Link, LocalClusterSection
+from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSection, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.plan.workload_file import Count, ModelSection, make_workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation
 from megatron_mosaic.search.space import SearchConfig
 
 GROUPS = ("model", "cluster", "workload", "search")
@@ -30,50 +30,13 @@ _KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the
 _GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LinkSection(_Strict):
-    name: str
-    bytes_per_s: float = Field(allow_inf_nan=False, ge=1)
-    latency_s: float = Field(allow_inf_nan=False, le=10)  # beyond either is a slip
-    source: str
-
-
-class GpuClusterSection(_Strict):
-    kind: Literal["gpu"]
-    name: str
-    gpu: str
-    num_nodes: Count
-    gpus_per_node: Count
-    intra: LinkSection
-    inter: LinkSection
-
-
-class LocalClusterSection(_Strict):
-    kind: Literal["local"]
-    num_ranks: Count
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class TrainingSection(_Strict):
-    format: Format = Format.bf16
-    sharding: Sharding = Sharding.none
-    gradient_overlap_frac: Share = 0.0
-    tp_overlap_frac: Share = 0.0
-    expert_overlap_frac: Share = 0.0
-
-
-class WorkloadSection(_Strict):
+class WorkloadSection(StrictModel):
     global_batch_size: Count
     items_per_sample: dict[str, float] = {}
     training: TrainingSection = TrainingSection()
 
 
-class SearchSection(_Strict):
+class SearchSection(StrictModel):
     max_tp: Count
     max_pp: Count
     max_micro_batch_size: Count
@@ -81,7 +44,7 @@ class SearchSection(_Strict):
     min_gain_frac: float
 
 
-class Sections(_Strict):
+class Sections(StrictModel):
     """What the composed configuration must look like."""
 
     model: ModelSection

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, require_supported_megatron
-from megatron_mosaic.plan import Plan, Recompute
+from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
 
@@ -112,7 +112,7 @@ def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
             expected=f"0-{args.world_size - 1}: a stock script runs on every process",
             fix=f"start {len(module.ranks)} processes, or place the module on all ranks",
         )
-    if plan.schedule != "1f1b" or module.layout.vpp > 1:
+    if plan.schedule != ScheduleChoice("1f1b") or module.layout.vpp > 1:
         raise PlanError(
             "schedule",
             got=f"{plan.schedule}, vpp {module.layout.vpp}",

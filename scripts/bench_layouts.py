@@ -9,7 +9,7 @@ import numpy as np
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 WIDTH, WORLD_SIZE = 1024, 8
@@ -81,7 +81,7 @@ class Border:
             world_size=WORLD_SIZE,
             global_batch_size=self.samples,
             micro_batch_size=self.samples // self.target.layout.dp,
-            schedule="1f1b",
+            schedule=ScheduleChoice("1f1b"),
             modules={SOURCE: self.source, TARGET: self.target},
         )
 

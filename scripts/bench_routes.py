@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 VISION, LLM, GENERATOR = "vision", "llm", "generator"
@@ -54,7 +54,7 @@ def build_plan(slots: int, samples_per_slot: int, vision_cp: int, apart: bool) -
         world_size=first + slots,
         global_batch_size=slots * samples_per_slot,
         micro_batch_size=samples_per_slot,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules={VISION: vision, LLM: same, GENERATOR: same},
     )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from megatron_mosaic.cost_model.hardware.profile import Profile
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
@@ -108,7 +108,7 @@ def make_plan(
         world_size=world_size,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules={name: ModulePlan(ranks=RankSet.parse(r), layout=x) for name, (r, x) in modules.items()},
     )
 
@@ -135,6 +135,6 @@ def plans(draw: st.DrawFn, workload: Workload = WORKLOAD, world_size: int = 4) -
         world_size=world_size,
         global_batch_size=lane_batch * draw(st.integers(1, 6)),
         micro_batch_size=micro_batch_size,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules=modules,
     )

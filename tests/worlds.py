@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, validate_plan
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 BACKBONE = "llm"
@@ -100,7 +100,7 @@ def plans(draw: st.DrawFn, workload: Workload, max_world_size: int = 8) -> Plan:
         world_size=world_size,
         global_batch_size=micro_batch_size * modules[BACKBONE].layout.dp * microbatches,
         micro_batch_size=micro_batch_size,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules=modules,
     )
     validate_plan(plan, workload)

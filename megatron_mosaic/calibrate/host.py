@@ -35,7 +35,7 @@ from megatron_mosaic.calibrate.collectives import measure_collectives
 from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
 from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Profile
 from megatron_mosaic.launch.forked import run_forked, with_command_line
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.report import TIMELINE_FILE
@@ -147,7 +147,7 @@ def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequ
         world_size=1,
         global_batch_size=16,
         micro_batch_size=4,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules=dict.fromkeys(modules, alone),
     )
     path = f"{directory}/one-rank.yaml"

@@ -21,7 +21,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Shard,
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.runtime.model import empty_stage, initialize_by_name
 
 ITEMS = (1, 2, 4, 8, 16)
@@ -61,7 +61,7 @@ class ModuleBench:
             world_size=dist.get_world_size(),
             global_batch_size=1,
             micro_batch_size=1,
-            schedule="1f1b",
+            schedule=ScheduleChoice("1f1b"),
             modules={name: ModulePlan(ranks=RankSet.of(range(tp)), layout=Layout(tp=tp))},
         )
         self._grids = Grids(plan, (), timeout=timedelta(minutes=2))

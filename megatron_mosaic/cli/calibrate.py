@@ -8,11 +8,12 @@ import time
 
 from megatron_mosaic.cli.imports import import_runtime
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
-from megatron_mosaic.config import LocalClusterSection, compose_sections
+from megatron_mosaic.config import compose_sections
 from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.hardware.gpu_type_file import SUFFIX, format_gpu_type_file
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path, save_profile
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.cluster import LocalClusterSection
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from megatron_mosaic.cost_model.effects.memory import Memory, add_up
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import LaneCost, PlanPrice, price_plan
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan import Plan, ScheduleChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def estimate_step(plan: Plan, model: CostModel) -> StepCost:
     optimizer_s = model.optimizer_s(trained) + model.consensus_s(plan)
     encoder_s = sum(cost.busy_s for cost in encoders) + (boundary_s if encoders else 0.0)
     # encoders that run inside the bubbles and beside the gradients' traffic hide there (Feng et al. 2025)
-    hidden_s = fill + exposed_s if plan.schedule == "bubble_fill" else 0.0
+    hidden_s = fill + exposed_s if plan.schedule.name == "bubble_fill" else 0.0
     memory = [cost.memory.at(min(cost.num_units, len(before) - i + p)) for i, cost in enumerate(before)]
     memory.append(_memory(stages, encoders, p, v, m, offloads=model.setup.offloads_encoders))
     return StepCost(
@@ -92,7 +92,7 @@ def _sort_lanes(price: PlanPrice, backbone: str) -> tuple[list[LaneCost], list[L
 def _without_chunks(plan: Plan) -> Plan:
     """The plan in plain 1F1B: virtual stages and filled bubbles change order and live units, which this file counts."""
     modules = {k: replace(placed, layout=replace(placed.layout, vpp=1)) for k, placed in plan.modules.items()}
-    return replace(plan, modules=modules, schedule="1f1b")
+    return replace(plan, modules=modules, schedule=ScheduleChoice("1f1b"))
 
 
 def _boundary_s(plan: Plan, model: CostModel) -> float:

@@ -151,7 +151,7 @@ def price_plan(plan: Plan, model: CostModel) -> PlanPrice:
 def _price_lane(plan: Plan, model: CostModel, graph: StageGraph, module: str, stage: int) -> LaneCost:
     num_units, chunks = graph.num_units(module), graph.chunks(module)
     # 1F1B warms up with a unit for each stage behind it; other schedules may keep fewer
-    min_live_units = min(num_units, graph.stages_after(module, stage) + 1) if plan.schedule == "1f1b" else 1
+    min_live_units = min(num_units, graph.stages_after(module, stage) + 1) if plan.schedule.name == "1f1b" else 1
     items = model.items_of_action(plan, module)
     key = (module, stage, plan.modules[module], items, num_units, min_live_units)
     if key not in model.lane_costs:

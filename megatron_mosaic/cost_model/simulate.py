@@ -44,7 +44,7 @@ def prepare_program(price: PlanPrice, num_microbatches: int = 0) -> PricedProgra
     lane_map = price.lane_map
     if num_microbatches:
         lane_map = replace(lane_map, graph=replace(lane_map.graph, num_microbatches=num_microbatches))
-    program, costs = build_program(price.plan.schedule, lane_map), price.costs
+    program, costs = build_program(price.plan.schedule.name, lane_map), price.costs
     return PricedProgram(
         price=price,
         program=program,

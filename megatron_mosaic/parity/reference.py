@@ -25,7 +25,7 @@ from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.model import initialize_by_name
 
-ALONE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
+ALONE = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

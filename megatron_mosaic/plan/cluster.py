@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel
 
 
 def _require_positive(where: str, values: Mapping[str, float]) -> None:
@@ -115,3 +119,48 @@ class Cluster:
     def link_between(self, ranks: tuple[int, ...]) -> Link:
         """The slowest link that a group of ranks has to cross."""
         return self.intra if self.node_of(min(ranks)) == self.node_of(max(ranks)) else self.inter
+
+
+# -- how it is written: in conf/cluster/, in overrides, in a plan -------------------------------------------------
+
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+
+
+class LinkSection(StrictModel):
+    name: str
+    bytes_per_s: float = Field(allow_inf_nan=False, ge=1)
+    latency_s: float = Field(allow_inf_nan=False, le=10)  # beyond either is a slip
+    source: str
+
+
+class GpuClusterSection(StrictModel):
+    kind: Literal["gpu"]
+    name: str
+    gpu: str
+    num_nodes: Count
+    gpus_per_node: Count
+    intra: LinkSection
+    inter: LinkSection
+
+
+class LocalClusterSection(StrictModel):
+    """This machine. `profile`: the name of the one that a plan was made with."""
+
+    kind: Literal["local"]
+    num_ranks: Count
+    profile: str = ""
+
+
+def _branch_of_cluster(value: object) -> str:
+    if isinstance(value, str):
+        return "name"
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "local" if kind == "local" else "gpu"
+
+
+ClusterField = Annotated[
+    Annotated[str, Tag("name")]
+    | Annotated[GpuClusterSection, Tag("gpu")]
+    | Annotated[LocalClusterSection, Tag("local")],
+    Discriminator(_branch_of_cluster),
+]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import cached_property
+from itertools import pairwise
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan.quota import Quota
@@ -60,22 +62,26 @@ class Layout:
         return " ".join(degrees) or "single"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankSet:
-    """Global ranks, sorted and unique. Written `0-3,8-11`."""
+    """Global ranks, ascending and unique, kept as spans: 100,000 consecutive ranks are one. Written `0-3,8-11`."""
 
-    ranks: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]  # (first, last + 1), ascending, with a gap between two
 
     def __post_init__(self) -> None:
-        if not self.ranks or any(rank < 0 for rank in self.ranks) or list(self.ranks) != sorted(set(self.ranks)):
+        ends = [end for span in self.spans for end in span]
+        if not ends or ends[0] < 0 or any(before >= after for before, after in pairwise(ends)):
             raise PlanError(
-                "ranks", got=self.ranks, expected="one or more ranks, ascending, each once", fix="sort and deduplicate"
+                "ranks",
+                got=self.spans,
+                expected="one or more spans, ascending, with a gap between two",
+                fix="sort them",
             )
 
     @classmethod
     def parse(cls, text: str) -> RankSet:
         """`"0-3,8"` -> ranks 0, 1, 2, 3, 8. Strict: ascending spans that do not overlap."""
-        ranks: list[int] = []
+        spans: list[tuple[int, int]] = []
         for part in text.split(","):
             match = _SPAN.fullmatch(part.strip())
             if match is None:
@@ -84,28 +90,71 @@ class RankSet:
                 raise PlanError("ranks", got=part[:40], expected=f"ranks below {MAX_COUNT}", fix="correct the span")
             first = int(match[1])
             last = int(match[2]) if match[2] else first
-            if last < first or (ranks and first <= ranks[-1]):
+            if last < first or (spans and first < spans[-1][1]):
                 raise PlanError(
                     "ranks", got=repr(text), expected="ascending spans that do not overlap", fix="sort the spans"
                 )
-            ranks.extend(range(first, last + 1))
-        return cls(tuple(ranks))
+            spans.append((first, last + 1))
+        return cls(_joined(spans))
 
     @classmethod
     def of(cls, ranks: Iterable[int]) -> RankSet:
-        return cls(tuple(sorted(set(ranks))))
+        return cls(_joined((rank, rank + 1) for rank in sorted(set(ranks))))
 
-    def __str__(self) -> str:
-        spans: list[list[int]] = []
-        for rank in self.ranks:
-            if spans and rank == spans[-1][1] + 1:
-                spans[-1][1] = rank
-            else:
-                spans.append([rank, rank])
-        return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
+    @classmethod
+    def block(cls, first: int, size: int) -> RankSet:
+        """`size` consecutive ranks."""
+        return cls(((first, first + size),))
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """One by one: where they are few, or each is to be named."""
+        return tuple(rank for first, stop in self.spans for rank in range(first, stop))
+
+    @property
+    def first(self) -> int:
+        return self.spans[0][0]
+
+    @property
+    def last(self) -> int:
+        return self.spans[-1][1] - 1
+
+    def part(self, start: int, stop: int) -> RankSet:
+        """The ranks at positions start .. stop - 1."""
+        spans, position = [], 0
+        for first, end in self.spans:
+            low, high = max(first, first + start - position), min(end, first + stop - position)
+            if low < high:
+                spans.append((low, high))
+            position += end - first
+        return RankSet(tuple(spans))
+
+    def overlaps(self, other: RankSet) -> bool:
+        """Whether a rank is in both."""
+        return any(a < other_end and other_first < b for a, b in self.spans for other_first, other_end in other.spans)
+
+    def __contains__(self, rank: int) -> bool:
+        return any(first <= rank < stop for first, stop in self.spans)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ranks)
 
     def __len__(self) -> int:
-        return len(self.ranks)
+        return sum(stop - first for first, stop in self.spans)
+
+    def __str__(self) -> str:
+        return ",".join(f"{first}-{stop - 1}" if stop - first > 1 else f"{first}" for first, stop in self.spans)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ascending spans with those that touch made one."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in spans:
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((first, stop))
+    return tuple(joined)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +182,8 @@ class ModulePlan:
             )
         if self.unit < 0:
             raise PlanError("unit", got=self.unit, expected="at least 1", fix="omit it to let the schedule decide")
+
+    def stage_ranks(self, stage: int) -> RankSet:
+        """The ranks of one pipeline stage (pp is the slowest axis)."""
+        size = self.layout.num_ranks // self.layout.pp
+        return self.ranks.part(stage * size, (stage + 1) * size)

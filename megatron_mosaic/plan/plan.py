@@ -6,10 +6,25 @@ The planner writes it without a GPU, the runtime obeys it without a search. `pla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_mosaic.errors import PlanError
+from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.layout import ModulePlan
+from megatron_mosaic.plan.training import TrainingSetup
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleChoice:
+    """Which builder orders the work, and its parameters; what a builder does not know it refuses."""
+
+    name: str
+    parameters: FrozenMap[str, int] = field(default_factory=FrozenMap)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{key} {value}" for key, value in self.parameters.items())
+        return f"{self.name} ({chosen})" if chosen else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,34 +44,37 @@ class Plan:
     world_size: int
     global_batch_size: int
     micro_batch_size: int
-    schedule: str
-    modules: Mapping[str, ModulePlan]
+    schedule: ScheduleChoice
+    modules: Mapping[str, ModulePlan]  # made a FrozenMap, so that a plan can be a key
     digest: str = ""  # of the workload the plan was made for; empty: not recorded
-    predicted: Prediction | None = None
+    cluster: str | FrozenMap[str, Any] = ""  # a shipped name, or all values as in conf/cluster; empty: not recorded
+    training: TrainingSetup | None = None  # None: not recorded
+    predicted: Prediction | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", FrozenMap(self.modules))
         for key in ("world_size", "global_batch_size", "micro_batch_size"):
             if getattr(self, key) < 1:
                 raise PlanError(key, got=getattr(self, key), expected="at least 1", fix=f"set {key}")
         if not self.modules:
             raise PlanError("modules", got="none", expected="at least one module", fix="list the modules")
         for name, module in self.modules.items():
-            if module.ranks.ranks[-1] >= self.world_size:
+            if module.ranks.last >= self.world_size:
                 raise PlanError(
                     f"modules.{name}.ranks",
-                    got=f"rank {module.ranks.ranks[-1]} ({module.ranks})",
+                    got=f"rank {module.ranks.last} ({module.ranks})",
                     expected=f"ranks below world_size {self.world_size}",
-                    fix=f"raise world_size to {module.ranks.ranks[-1] + 1}, or move {name}",
+                    fix=f"raise world_size to {module.ranks.last + 1}, or move {name}",
                 )
 
     def modules_on(self, rank: int) -> tuple[str, ...]:
         """Names of the modules that have a lane on this rank, in the plan's order."""
-        return tuple(name for name, module in self.modules.items() if rank in module.ranks.ranks)
+        return tuple(name for name, module in self.modules.items() if rank in module.ranks)
 
     @property
     def every_rank_runs_all(self) -> bool:
         """Whether no module leaves a rank out."""
-        return all(len(module.ranks.ranks) == self.world_size for module in self.modules.values())
+        return all(len(module.ranks) == self.world_size for module in self.modules.values())
 
     def num_microbatches(self, backbone: str) -> int:
         """Backbone microbatches per optimizer step."""

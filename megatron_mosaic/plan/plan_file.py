@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute, ScheduleChoice
+from megatron_mosaic.plan.cluster import ClusterField
+from megatron_mosaic.plan.training import TrainingSection, TrainingSetup
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
@@ -20,11 +26,11 @@ Degree = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 RankText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+# A choice may be a name alone, or a section; pydantic puts the branch it took into the path of an error
+_BRANCH = re.compile(r"\b(schedule|cluster)\.(?:name|section|gpu|local)(?=\.|$)")
 
 
-class LayoutFile(_Strict):
+class LayoutFile(StrictModel):
     tp: Degree = 1
     cp: Degree = 1
     pp: Degree = 1
@@ -34,7 +40,7 @@ class LayoutFile(_Strict):
     etp: Degree = 1
 
 
-class ModuleFile(_Strict):
+class ModuleFile(StrictModel):
     ranks: RankText = Field(description='global ranks, e.g. "0-3,8-11"')
     layout: LayoutFile = LayoutFile()
     quota: float = Field(default=1.0, gt=0, le=1, description="share of the GPU's SMs; omitted = whole GPU")
@@ -43,13 +49,31 @@ class ModuleFile(_Strict):
     sequence_parallel: bool = Field(default=False, strict=True, description="split tokens over tp between layers")
 
 
-class PredictedFile(_Strict):
+class PredictedFile(StrictModel):
     step_s: float
     peak_bytes: float
     cost_model: str
 
 
-class PlanFile(_Strict):
+class ScheduleFile(BaseModel):
+    """A schedule with parameters, e.g. `{name: nested, warmup_units: 4}`; its builder knows which there are."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Degree] = Field(init=False)
+
+    name: str
+
+
+def _branch_of_schedule(value: object) -> str:
+    return "name" if isinstance(value, str) else "section"
+
+
+ScheduleField = Annotated[
+    Annotated[str, Tag("name")] | Annotated[ScheduleFile, Tag("section")], Discriminator(_branch_of_schedule)
+]
+
+
+class PlanFile(StrictModel):
     """Schema of a plan file, format version 1."""
 
     mosaic_plan: int = Field(strict=True, description="format version", ge=FORMAT_VERSION, le=FORMAT_VERSION)
@@ -57,8 +81,10 @@ class PlanFile(_Strict):
     digest: str = Field(default="", description="digest of the workload the plan was made for")
     world_size: Degree
     global_batch_size: Degree = Field(description="samples per optimizer step")
-    micro_batch_size: Degree = Field(description="samples per backbone microbatch and backbone DP lane")
-    schedule: str
+    micro_batch_size: Degree = Field(description="samples per backbone microbatch and backbone dp slot")
+    cluster: ClusterField | None = Field(default=None, description="what it was made for: a shipped name, or values")
+    training: TrainingSection | None = Field(default=None, description="number format, sharding, overlap")
+    schedule: ScheduleField
     modules: dict[str, ModuleFile]
     predicted: PredictedFile | None = None
 
@@ -93,7 +119,8 @@ def parse_plan(text: str, *, where: str = "plan") -> Plan:
     try:
         checked = PlanFile.model_validate(data)
     except ValidationError as error:
-        raise PlanError(**describe_violation(error, where=f"{where}: ", known="a key of the plan format")) from error
+        parts = describe_violation(error, where=f"{where}: ", known="a key of the plan format")
+        raise PlanError(**{key: _BRANCH.sub(r"\1", text) for key, text in parts.items()}) from error
     try:
         return _to_plan(checked)
     except PlanError as error:
@@ -121,7 +148,13 @@ def format_plan(plan: Plan) -> str:
     data: dict[str, Any] = {"mosaic_plan": FORMAT_VERSION, "workload": plan.workload}
     if plan.digest:
         data["digest"] = plan.digest
-    data |= {key: getattr(plan, key) for key in ("world_size", "global_batch_size", "micro_batch_size", "schedule")}
+    data |= {key: getattr(plan, key) for key in ("world_size", "global_batch_size", "micro_batch_size")}
+    if plan.cluster:
+        data["cluster"] = _plain(plan.cluster)
+    if plan.training is not None:
+        data["training"] = {key: _plain(getattr(plan.training, key)) for key in TrainingSection.model_fields}
+    parameters = plan.schedule.parameters
+    data["schedule"] = {"name": plan.schedule.name, **parameters} if parameters else plan.schedule.name
     data["modules"] = modules
     if plan.predicted is not None:
         data["predicted"] = {key: getattr(plan.predicted, key) for key in ("step_s", "peak_bytes", "cost_model")}
@@ -134,6 +167,13 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         Path(path).write_text(format_plan(plan), encoding="utf-8")
     except OSError as error:
         raise PlanError(str(path), got=str(error), expected="a writable path", fix="create the directory") from error
+
+
+def _plain(value: Any) -> Any:
+    """For YAML: frozen mappings as dicts, enums as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.value if isinstance(value, StrEnum) else value
 
 
 def _to_plan(checked: PlanFile) -> Plan:
@@ -158,7 +198,21 @@ def _to_plan(checked: PlanFile) -> Plan:
         world_size=checked.world_size,
         global_batch_size=checked.global_batch_size,
         micro_batch_size=checked.micro_batch_size,
-        schedule=checked.schedule,
+        cluster=_to_cluster(checked.cluster),
+        training=TrainingSetup(**checked.training.model_dump()) if checked.training else None,
+        schedule=_to_schedule(checked.schedule),
         modules=modules,
         predicted=Prediction(**checked.predicted.model_dump()) if checked.predicted else None,
     )
+
+
+def _to_cluster(checked: ClusterField | None) -> str | FrozenMap[str, Any]:
+    if isinstance(checked, BaseModel):
+        return FrozenMap(checked.model_dump(exclude_defaults=True) | {"kind": checked.kind})
+    return checked or ""
+
+
+def _to_schedule(checked: str | ScheduleFile) -> ScheduleChoice:
+    if isinstance(checked, str):
+        return ScheduleChoice(checked)
+    return ScheduleChoice(checked.name, FrozenMap(checked.__pydantic_extra__))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from megatron_mosaic.plan.yaml_text import StrictModel
 
 
 class Format(StrEnum):
@@ -44,3 +49,15 @@ class TrainingSetup:
 
 
 DEFAULT_SETUP = TrainingSetup()
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingSection(StrictModel):
+    """What users write of it: `workload.training` in overrides, `training` in a plan."""
+
+    format: Format = Format.bf16
+    sharding: Sharding = Sharding.none
+    gradient_overlap_frac: Share = 0.0
+    tp_overlap_frac: Share = 0.0
+    expert_overlap_frac: Share = 0.0

@@ -7,21 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
 
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModuleSection(_Strict):
+class ModuleSection(StrictModel):
     role: Role
     num_layers: Count
     hidden_size: Count
@@ -41,14 +37,14 @@ class ModuleSection(_Strict):
     trains_projector: bool = False
 
 
-class EdgeSection(_Strict):
+class EdgeSection(StrictModel):
     source: str
     target: str
     rows_per_item: Count
     width: Count
 
 
-class ModelSection(_Strict):
+class ModelSection(StrictModel):
     name: str
     global_batch_size: Count
     modules: dict[str, ModuleSection]

@@ -9,13 +9,19 @@ import reprlib
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 MAX_COUNT = 2**20  # of ranks, degrees, samples, layers: above it a number is a slip, and a loop over it would not end
 _MAX_DEPTH = 50
 
 _FastLoader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SHORT = reprlib.Repr(maxstring=200, maxother=200, maxlong=200)
+
+
+class StrictModel(BaseModel):
+    """A section of a file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class _StrictLoader(_FastLoader):  # type: ignore[misc]  # its base depends on the installation

@@ -14,7 +14,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
 from megatron_mosaic.parallel_state_ext.rebound.rebind import require_supported_megatron
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
 
@@ -188,6 +188,6 @@ def _data_parallel_plan(args: argparse.Namespace, workload: Workload) -> Plan:
         world_size=args.world_size,
         global_batch_size=args.global_batch_size or micro_batch_size * args.world_size,
         micro_batch_size=micro_batch_size,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules={module.name: everywhere for module in workload.modules},
     )

@@ -18,7 +18,7 @@ MAX_SPLITS = 4096  # of the ranks among modules; more are not enumerated
 
 def homogeneous_plans(space: Space) -> Iterator[Plan]:
     """All modules in one layout on all ranks."""
-    everyone = RankSet(tuple(range(space.cluster.num_ranks)))
+    everyone = RankSet.block(0, space.cluster.num_ranks)
     per_module = [set(space.layouts(module, len(everyone))) for module in space.workload.modules]
     for layout in sorted(set.intersection(*per_module), key=lambda x: (x.tp, x.pp)):
         placed = ModulePlan(ranks=everyone, layout=layout)
@@ -43,7 +43,7 @@ def disaggregated_plans(space: Space) -> Iterator[Plan]:
         return
     for split in islice(_useful_splits(space), MAX_SPLITS):
         starts = [sum(split[:i]) for i in range(len(split))]
-        sets = [RankSet(tuple(range(start, start + size))) for start, size in zip(starts, split)]
+        sets = [RankSet.block(start, size) for start, size in zip(starts, split)]
         choices = [space.layouts(module, size) for module, size in zip(modules, split)]
         backbone = [module.name for module in modules].index(space.workload.backbone.name)
         for layouts in product(*(_few(choice) for choice in choices)):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, ScheduleChoice
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.quota import grantable_counts
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
@@ -20,11 +20,11 @@ from megatron_mosaic.plan.workload import ModuleConfig, Workload
 class RuntimeLimits:
     """What the runtime can execute. cp, vpp, ep and etp are 1 and a unit is one microbatch in every plan."""
 
-    schedule: str
+    schedule: ScheduleChoice
     shares_on_gpus: bool  # modules beside each other on one GPU; a CPU rank's share is its number of threads
 
 
-RUNTIME = RuntimeLimits(schedule="1f1b", shares_on_gpus=False)
+RUNTIME = RuntimeLimits(schedule=ScheduleChoice("1f1b"), shares_on_gpus=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +91,7 @@ class Space:
     @cached_property
     def _rank_sets(self) -> tuple[RankSet, ...]:
         n = self.cluster.num_ranks
-        return tuple(
-            RankSet(tuple(range(start, start + size))) for size in reversed(divisors(n)) for start in range(0, n, size)
-        )
+        return tuple(RankSet.block(start, size) for size in reversed(divisors(n)) for start in range(0, n, size))
 
     def micro_batch_sizes(self, backbone_dp: int) -> tuple[int, ...]:
         """Divisors of a lane's share of the batch."""

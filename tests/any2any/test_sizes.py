@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, workload
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, validate_plan
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice, validate_plan
 
 
 def test_modules_and_edges_in_order():
@@ -27,7 +27,7 @@ def test_default_sizes_may_be_split_up_to_four_ways(axis, degree):
         world_size=4,
         global_batch_size=16,
         micro_batch_size=4,
-        schedule="one_f_one_b",
+        schedule=ScheduleChoice("one_f_one_b"),
         modules={name: layout for name in ("vision", "llm", "generator")},
     )
     validate_plan(plan, workload(Any2AnySizes(), 16))

@@ -18,7 +18,7 @@ from megatron_mosaic.cli.train import render_losses
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.hardware.profile import save_profile
 from megatron_mosaic.errors import RankFailure
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from tests.cases import make_profile
 from tests.goldens import assert_golden
@@ -46,7 +46,7 @@ def plan(tmp_path) -> Path:
             world_size=4,
             global_batch_size=8,
             micro_batch_size=2,
-            schedule="1f1b",
+            schedule=ScheduleChoice("1f1b"),
             modules={n: ModulePlan(ranks=RankSet.parse(r), layout=x) for n, (r, x) in modules.items()},
         ),
         path,

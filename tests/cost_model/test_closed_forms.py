@@ -7,7 +7,7 @@ import pytest
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
 from megatron_mosaic.cost_model.simulate import prepare_program, simulate_program
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan import Layout, ScheduleChoice
 from tests.cases import BACKBONE_ONLY, LLM, make_cluster, make_plan
 
 
@@ -40,7 +40,7 @@ def test_interleaved_closed_form(pp, vpp, m):
     deep = replace(BACKBONE_ONLY, modules=(replace(LLM, num_layers=8),))
     layout = Layout(pp=pp, vpp=vpp)
     plan = make_plan({"llm": (f"0-{pp - 1}", layout)}, workload=deep, global_batch_size=m)
-    price = price_plan(replace(plan, schedule="interleaved"), _gpu_model(deep))
+    price = price_plan(replace(plan, schedule=ScheduleChoice("interleaved")), _gpu_model(deep))
     equal = tuple(replace(c, forward_s=1.0 / vpp, backward_s=2.0 / vpp, gradients_s=0.0) for c in price.costs)
     priced = prepare_program(replace(price, costs=equal))
     simulation = simulate_program(replace(priced, transfers=dict.fromkeys(priced.transfers, 0.0)))

@@ -15,7 +15,7 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
 from megatron_mosaic.cost_model.simulate import estimate_step_s, prepare_program, simulate, simulate_program
 from megatron_mosaic.errors import ProfileError, ScheduleError
-from megatron_mosaic.plan import Layout, Plan, Quota, Recompute
+from megatron_mosaic.plan import Layout, Plan, Quota, Recompute, ScheduleChoice
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.passes import rank_programs, stage_ranks
 from megatron_mosaic.schedules.timeline import render_text
@@ -352,7 +352,7 @@ def test_local_needs_a_profile_of_the_workload():
 def test_unbuilt_schedule_is_refused():
     plan = make_plan({"llm": ("0-3", Layout(dp=4))}, workload=BACKBONE_ONLY)
     with pytest.raises(ScheduleError, match="nested"):
-        simulate(replace(plan, schedule="nested"), _gpu_model(BACKBONE_ONLY))
+        simulate(replace(plan, schedule=ScheduleChoice("nested")), _gpu_model(BACKBONE_ONLY))
 
 
 def test_timeline_golden():

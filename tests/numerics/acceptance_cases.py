@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
@@ -97,7 +97,7 @@ def case(
         world_size=size,
         global_batch_size=mbs * made[BACKBONE].layout.dp * microbatches,
         micro_batch_size=mbs,
-        schedule=schedule,
+        schedule=ScheduleChoice(schedule),
         modules=made,
     )
     return Case(group=group, name=name, workload=model, plan=plan, args=args)
@@ -244,7 +244,13 @@ OURS = [
     case("frozen", "backbone", frozen(ANY, BACKBONE), image="0-1 dp2", llm="0-3 pp2 dp2", generator="2-3 tp2"),
     case("frozen", "all but the generator", frozen(ANY, A, BACKBONE), image="0", llm="0-1 pp2", generator="1-2 dp2"),
     pair("virtual stages", "0-3 dp4", "0-3 pp2 vpp2 dp2", schedule="interleaved", microbatches=4),
-    pair("virtual stages", "0-3 pp2 vpp2 tp2", "0-3 tp2 pp2 vpp2 sp", schedule="interleaved", microbatches=3),
+    pair(
+        "virtual stages",
+        "0-3 pp2 vpp2 tp2",
+        "0-3 tp2 pp2 vpp2 sp",
+        schedule=ScheduleChoice("interleaved"),
+        microbatches=3,
+    ),
     pair("sequence parallel", "0-3 tp2 cp2 sp", "0-3 tp4 sp"),
     case("experts", "tp2 ep1 etp1", MOE, image="0-3 tp2 dp2 sp", llm="0-3 tp2 dp2 sp"),
     case("experts", "cp2 pp2 ep2", MOE, image="0-3 cp2 dp2 ep2", llm="0-3 cp2 pp2 ep2"),

@@ -34,10 +34,23 @@ def test_rank_set_refuses(text):
     assert caught.value.got == repr(text)
 
 
-@pytest.mark.parametrize("ranks", [(), (1, 0), (0, 0), (-1, 0)])
-def test_rank_set_refuses_tuples(ranks):
+@pytest.mark.parametrize("spans", [(), ((2, 3), (0, 1)), ((0, 2), (1, 3)), ((0, 1), (1, 2)), ((-1, 1),), ((3, 3),)])
+def test_rank_set_refuses_spans(spans):
     with pytest.raises(PlanError, match="ascending"):
-        RankSet(ranks)
+        RankSet(spans)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40), min_size=1), st.data())
+def test_rank_set_is_its_ranks(ranks, others, data):
+    """Every answer from spans is the one of a plain sorted list."""
+    found, listed = RankSet.of(ranks), sorted(ranks)
+    assert (list(found), len(found), found.first, found.last) == (listed, len(listed), listed[0], listed[-1])
+    assert found.overlaps(RankSet.of(others)) == bool(ranks & others)
+    assert [rank in found for rank in range(42)] == [rank in ranks for rank in range(42)]
+    start = data.draw(st.integers(0, len(listed) - 1))
+    stop = data.draw(st.integers(start + 1, len(listed)))
+    assert list(found.part(start, stop)) == listed[start:stop]
+    assert len({found, RankSet.of(listed)}) == 1
 
 
 @pytest.mark.parametrize("axis", ["tp", "cp", "pp", "vpp", "dp", "ep", "etp"])

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan import Layout, Plan, Prediction, Quota, Recompute
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Layout, Plan, Prediction, Quota, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import SCHEMA_FILE, format_plan, load_plan, parse_plan, plan_schema, save_plan
+from megatron_mosaic.plan.training import Format, TrainingSetup
 from tests.cases import WORKLOAD, make_plan, plans
 
 TEXT = """\
@@ -24,6 +26,15 @@ modules:
   llm: {ranks: "0-1,3", layout: {tp: 3}}
   generator: {ranks: 2}
 """
+
+
+NESTED = ScheduleChoice("nested", FrozenMap({"warmup_units": 4}))
+LOCAL = FrozenMap({"kind": "local", "num_ranks": 4, "profile": "made up"})
+LINK = {"name": "link", "bytes_per_s": 1e9, "latency_s": 1e-6, "source": "made up"}
+GPUS = FrozenMap(
+    {"kind": "gpu", "name": "mine", "gpu": "h100_sxm", "num_nodes": 1, "gpus_per_node": 8, "intra": LINK, "inter": LINK}
+)
+SHARES = st.floats(0, 1)
 
 
 @st.composite
@@ -55,15 +66,19 @@ def decorated_plans(draw):
         world_size=plan.world_size,
         global_batch_size=plan.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
-        schedule=draw(st.sampled_from(["1f1b", "nested"])),
+        schedule=draw(st.sampled_from([ScheduleChoice("1f1b"), NESTED])),
         modules=modules,
+        cluster=draw(st.sampled_from(["", "h100_1x8", LOCAL, GPUS])),
+        training=draw(st.none() | st.builds(TrainingSetup, format=st.sampled_from(Format), tp_overlap_frac=SHARES)),
         predicted=predicted,
     )
 
 
 @given(decorated_plans())
 def test_round_trip(plan):
-    assert parse_plan(format_plan(plan)) == plan
+    again = parse_plan(format_plan(plan))
+    assert (again, again.predicted) == (plan, plan.predicted)  # equality leaves the prediction out
+    assert hash(again) == hash(plan)
 
 
 @settings(max_examples=20)
@@ -111,6 +126,19 @@ def test_reads_every_key():
         ("{dp: 4}", "{dp: 100000000000}", "modules.vision.layout.dp", "less than or equal to 1048576"),
         ("world_size: 4", "world_size: 100000000000", "world_size", "less than or equal to 1048576"),
         ("world_size: 4", "world_size: 0x" + "f" * 5000, "world_size", "less than or equal to 1048576"),
+        ("schedule: 1f1b", "schedule: 7", "schedule", "a section"),
+        ("schedule: 1f1b", "schedule: {name: nested, warmup_units: x}", "schedule.warmup_units", "valid integer"),
+        ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: gpu}", "cluster.name", "this key to be present"),
+        ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: local, num_ranks: 0}", "cluster.num_ranks", "equal to 1"),
+        ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: tpu}", "cluster.kind", "'gpu'"),
+        ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: local, num_ranks: 4, x: 1}", "cluster.x", "a key of the"),
+        ("schedule: 1f1b", "schedule: 1f1b\ntraining: {format: bf17}", "training.format", "'bf16'"),
+        (
+            "schedule: 1f1b",
+            "schedule: 1f1b\ntraining: {tp_overlap_frac: 2}",
+            "training.tp_overlap_frac",
+            "or equal to 1",
+        ),
         ("size: 16", "size: 100000000000", "global_batch_size", "less than or equal to 1048576"),
     ],
 )

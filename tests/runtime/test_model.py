@@ -39,7 +39,7 @@ def parse(path):
     return Any2Any.from_args(args, workload_from_args(args)), plan
 
 
-WHOLE = ModulePlan(ranks=RankSet((0,)), layout=Layout())
+WHOLE = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
 
 
 def build(definition, module, placed, stage, groups, seed=5) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet, ScheduleChoice
 from megatron_mosaic.schedules import PLANNED, SCHEDULES, build_forward_only, build_schedule
 from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
@@ -174,11 +174,11 @@ def test_interleaved_golden():
             {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(pp=2, vpp=2, dp=2)), "generator": ("3", Layout())},
             global_batch_size=8,
         ),
-        schedule="interleaved",
+        schedule=ScheduleChoice("interleaved"),
     )
     assert_golden("schedule_interleaved", format_schedule(build_schedule(plan, WORKLOAD)))
     with pytest.raises(ScheduleError, match="no module with vpp"):
-        build_schedule(replace(_plan(llm=Layout(pp=2)), schedule="interleaved"), BACKBONE_ONLY)
+        build_schedule(replace(_plan(llm=Layout(pp=2)), schedule=ScheduleChoice("interleaved")), BACKBONE_ONLY)
 
 
 def test_forward_only():
@@ -192,7 +192,7 @@ def test_forward_only():
 @pytest.mark.parametrize("name", [*PLANNED, "magic"])
 def test_refuses_schedules_by_name(name):
     plan = _plan(vision=Layout(dp=4), llm=Layout(dp=4), generator=Layout(dp=4))
-    plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "schedule": name})
+    plan = replace(plan, schedule=ScheduleChoice(name))
     with pytest.raises(ScheduleError) as caught:
         build_schedule(plan, WORKLOAD)
     assert name in caught.value.got
@@ -203,7 +203,7 @@ def test_refuses_schedules_by_name(name):
 def test_refuses_virtual_stages():
     plan = make_plan({"llm": ("0-1", Layout(pp=2))})
     wide = ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(pp=2, vpp=2))
-    plan = type(plan)(**{**{k: getattr(plan, k) for k in plan.__slots__}, "modules": {"llm": wide}})
+    plan = replace(plan, modules={"llm": wide})
     with pytest.raises(ScheduleError, match=r"modules\.llm\.layout\.vpp"):
         build_schedule(plan, BACKBONE_ONLY)
 

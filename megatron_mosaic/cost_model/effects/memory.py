@@ -283,7 +283,7 @@ def estimate_memory(plan: Plan, workload: Workload, precision: Precision) -> dic
         )
         for module, stage in lane_map.lanes
     ]
-    peaks = memory_of_classes(build_program(plan.schedule, lane_map), lane_map, memory)
+    peaks = memory_of_classes(build_program(plan.schedule.name, lane_map), lane_map, memory)
     return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from megatron_mosaic.errors import ProfileError
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
 
 FORMAT_VERSION = 1
 CALIBRATE = "run `mosaic calibrate`"
@@ -64,11 +64,7 @@ def _ascending[Row](key: Callable[[Row], Any], what: str) -> Callable[[Sequence[
     return check
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Provenance(_Strict):
+class Provenance(StrictModel):
     """Where, when and with which software the numbers were measured."""
 
     cpu_model: str = Field(min_length=1)
@@ -76,7 +72,7 @@ class Provenance(_Strict):
     versions: Mapping[str, str]
 
 
-class Machine(_Strict):
+class Machine(StrictModel):
     """The whole host: `flops_per_s` of a large fp32 matrix product, `memory_bytes_per_s` of a large copy, all cores."""
 
     cores: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
@@ -85,7 +81,7 @@ class Machine(_Strict):
     memory_bytes_per_s: Positive
 
 
-class ModulePoint(_Strict):
+class ModulePoint(StrictModel):
     """Seconds of one part for `items` items on one rank, while all `tp` ranks of the group run it.
 
     Communication inside the tp group is included. `pre` and `post` exclude the layers.
@@ -97,7 +93,7 @@ class ModulePoint(_Strict):
     backward_s: NonNegative
 
 
-class CollectivePoint(_Strict):
+class CollectivePoint(StrictModel):
     """Seconds of one operation. `bytes`: of the full tensor (all_reduce: the buffer; all_gather: the gathered result;
     reduce_scatter: the input; p2p: the message)."""
 
@@ -105,14 +101,14 @@ class CollectivePoint(_Strict):
     seconds: Positive
 
 
-class OptimizerPoint(_Strict):
+class OptimizerPoint(StrictModel):
     """Seconds of one optimizer step of one rank over this many parameters of its own."""
 
     params: Count
     seconds: Positive
 
 
-class Overheads(_Strict):
+class Overheads(StrictModel):
     """Seconds beyond the modules' own: of each action, of each step, and of loading each sample of the global batch
     (on every rank). Zero: not seen in the measurement."""
 
@@ -134,7 +130,7 @@ OptimizerPoints = Annotated[
 ]
 
 
-class Profile(_Strict):
+class Profile(StrictModel):
     """A measured table. Constructor: known keys, finite numbers, ascending points."""
 
     mosaic_profile: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]

@@ -15,7 +15,7 @@ from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.published.model_cards import is_gated, model_card
 from megatron_mosaic.errors import ConfigError, MosaicError
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
@@ -284,7 +284,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     split = tp > 1 and (stated or bool(backbone.num_experts))
     ep = number.degree("ep") if backbone.num_experts else 1
     stage = on // pp
-    ranks = RankSet(tuple(range(n_gpus - on, n_gpus)))
+    ranks = RankSet.block(n_gpus - on, on)
     layout = Layout(tp=tp, cp=cp, pp=pp, vpp=number.degree("vpp"), dp=dp, ep=ep if stage % ep == 0 else 1)
     modules = {"llm": ModulePlan(ranks=ranks, layout=layout, recompute=recompute, sequence_parallel=split)}
     if encoder:
@@ -293,7 +293,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         if enc_pp > 1 and not apart:
             raise Refusal("an encoder's pipeline on the backbone's GPUs: its schedule is not stated")
         enc = ModulePlan(
-            ranks=RankSet(tuple(range(own))),
+            ranks=RankSet.block(0, own),
             layout=Layout(tp=enc_tp, dp=enc_dp, pp=enc_pp),
             sequence_parallel=split and enc_tp > 1,
             # beside a pipelined backbone MIMO runs it once for the whole batch, before and after the pipeline
@@ -305,7 +305,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         world_size=n_gpus,
         global_batch_size=gbs,
         micro_batch_size=mbs,
-        schedule="bubble_fill" if row.get("notes", "").startswith("Optimus") else "1f1b",
+        schedule=ScheduleChoice("bubble_fill" if row.get("notes", "").startswith("Optimus") else "1f1b"),
         modules=modules,
     )
 

@@ -19,8 +19,8 @@ PLANNED = ("three_phase", "nested", "overlap", "bubble_fill", "waves")
 def build_schedule(plan: Plan, workload: Workload, num_microbatches: int | None = None) -> Schedule:
     """The schedule that the plan names, for a step of `num_microbatches` (default: the plan's training step)."""
     graph = StageGraph.of(plan, workload, num_microbatches or plan.num_microbatches(workload.backbone.name))
-    validate_schedule_name(plan.schedule)
-    return SCHEDULES[plan.schedule](graph)
+    validate_schedule_name(plan.schedule.name)
+    return SCHEDULES[plan.schedule.name](graph)
 
 
 def validate_schedule_name(name: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, SEQUENCE, WIDTH, module
 
@@ -42,7 +42,7 @@ def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
         world_size=world_size,
         global_batch_size=SAMPLES,
         micro_batch_size=SAMPLES // target.layout.dp,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules={"encoder0": source, BACKBONE: target},
     )
     received = [0] * world_size

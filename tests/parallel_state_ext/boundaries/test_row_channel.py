@@ -13,7 +13,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.forked import run_gloo
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, bring_items, module
@@ -56,7 +56,7 @@ def make_plan(source, target) -> Plan:
         world_size=4,
         global_batch_size=4 * size,
         micro_batch_size=2,
-        schedule="1f1b",
+        schedule=ScheduleChoice("1f1b"),
         modules=modules,
     )
 

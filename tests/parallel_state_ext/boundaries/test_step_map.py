@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
 
@@ -220,7 +220,12 @@ def test_equal_items_are_shared_out_in_blocks() -> None:
     placements = {"encoder0": Layout(dp=4), BACKBONE: Layout(tp=4)}
     modules = {name: ModulePlan(ranks=RankSet.parse("0-3"), layout=layout) for name, layout in placements.items()}
     plan = Plan(
-        workload="random", world_size=4, global_batch_size=8, micro_batch_size=8, schedule="1f1b", modules=modules
+        workload="random",
+        world_size=4,
+        global_batch_size=8,
+        micro_batch_size=8,
+        schedule=ScheduleChoice("1f1b"),
+        modules=modules,
     )
     samples, tokens = np.arange(8), np.full(8, 4)
     items = {name: Items(samples, tokens) for name in modules}
@@ -241,7 +246,12 @@ def test_imbalance_by_hand() -> None:
         BACKBONE: ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(dp=2)),
     }
     plan = Plan(
-        workload="random", world_size=4, global_batch_size=2, micro_batch_size=1, schedule="1f1b", modules=modules
+        workload="random",
+        world_size=4,
+        global_batch_size=2,
+        micro_batch_size=1,
+        schedule=ScheduleChoice("1f1b"),
+        modules=modules,
     )
     workload = Workload(name="random", modules=(encoder, backbone), edges=())
     items = {"encoder0": Items(np.array([0, 1, 1, 1]), np.full(4, 7)), BACKBONE: Items(np.arange(2), np.full(2, 9))}

@@ -1,0 +1,37 @@
+"""A mapping that cannot change and can be hashed: what frozen values hold instead of a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+
+class FrozenMap[K, V](Mapping[K, V]):
+    """Keys in the order they came in; equal to any mapping of the same items. The hash, worked out once, ignores the
+    order, as equality does. Mappings among the values are frozen too."""
+
+    __slots__ = ("_hash", "_items")
+
+    def __init__(self, items: Mapping[K, V] | Iterable[tuple[K, V]] = ()) -> None:
+        self._items: dict[K, V] = {key: _frozen(value) for key, value in dict(items).items()}
+        self._hash = 0  # 0: not asked for yet
+
+    def __getitem__(self, key: K) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        """Counts on hashable values. Kept in `_hash`."""
+        self._hash = self._hash or hash(frozenset(self._items.items())) or 1
+        return self._hash
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def _frozen[V](value: V) -> V:
+    return FrozenMap(value) if isinstance(value, dict) else value  # type: ignore[return-value]
