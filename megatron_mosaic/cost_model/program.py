@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Plan, ScheduleChoice
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import SCHEDULES, validate_schedule_name
-from megatron_mosaic.schedules.passes import order_actions, rank_classes, stage_ranks
-from megatron_mosaic.schedules.schedule import Action, Kind
+from megatron_mosaic.schedules import Action, Kind, Schedule, build, stage_graph
+from megatron_mosaic.schedules.passes import stage_ranks
+from megatron_mosaic.schedules.rank_classes import rank_classes
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 Lane = tuple[str, int]  # (module, stage)
@@ -22,12 +23,15 @@ Lane = tuple[str, int]  # (module, stage)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneMap:
-    """Which lanes a plan has and which ranks they share. A class is named by its lowest rank."""
+    """Which lanes a plan has and which ranks they share."""
 
     graph: StageGraph
     lanes: tuple[Lane, ...]
-    classes: tuple[frozenset[int], ...]  # by lane
-    lanes_of_class: Mapping[int, tuple[int, ...]]  # class -> positions in `lanes`
+    classes: tuple[frozenset[int], ...]  # by lane, numbers
+    lanes_of_class: Mapping[int, tuple[int, ...]]  # lowest rank of each class -> positions in `lanes`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lanes_of_class", FrozenMap(self.lanes_of_class))
 
     def class_of_rank(self, plan: Plan) -> dict[int, int]:
         """Rank -> position of its class, for ranks that have a lane."""
@@ -41,7 +45,7 @@ class LaneMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Actions in the one global order of `merge_lanes`; everything else refers to positions in it."""
+    """Actions in the schedule's order; everything else refers to positions in it."""
 
     actions: tuple[Action, ...]
     lanes: tuple[Lane, ...]
@@ -55,73 +59,39 @@ class Program:
 
 def map_lanes(plan: Plan, workload: Workload) -> LaneMap:
     """Lanes of the plan's training step, and the classes of ranks they run on."""
-    graph = StageGraph.of(plan, workload, plan.num_microbatches(workload.backbone.name))
-    lanes = tuple((module.name, s) for module in workload.modules for s in range(graph.num_stages[module.name]))
-    by_name = rank_classes(plan)
-    classes = tuple(by_name[f"{module}.{stage}"] for module, stage in lanes)
-    names = sorted(frozenset().union(*classes))
+    graph, alike = stage_graph(plan, workload), rank_classes(plan)
+    lanes = tuple((module, stage) for module, count in graph.num_stages.items() for stage in range(count))
     return LaneMap(
         graph=graph,
         lanes=lanes,
-        classes=classes,
-        lanes_of_class={name: tuple(i for i, members in enumerate(classes) if name in members) for name in names},
-    )
-
-
-def build_program(schedule: str, lane_map: LaneMap) -> Program:
-    """The program of a training step. ScheduleError when the schedule is not built yet."""
-    validate_schedule_name(schedule)
-    names = {name: index for index, name in enumerate(lane_map.lanes_of_class)}
-    graph = lane_map.graph
-    return _build(
-        schedule,
-        lane_map.lanes,
-        graph.edges,
-        tuple(graph.units.items()),
-        graph.num_microbatches,
-        graph.has_backward,
-        tuple(graph.num_chunks.items()),
-        # classes 0, 1, ...: plans that differ only in the number of ranks share a program
-        tuple(frozenset(names[name] for name in members) for members in lane_map.classes),
+        classes=tuple(graph.occupies[f"{module}.{stage}"] for module, stage in lanes),
+        lanes_of_class={
+            each.ranks.first: tuple(i for i, (m, s) in enumerate(lanes) if f"{m}.{s}" in each.lanes) for each in alike
+        },
     )
 
 
 @lru_cache(maxsize=512)
-def _build(
-    name: str,
-    lanes: tuple[Lane, ...],
-    edges: tuple[tuple[str, str], ...],
-    units: tuple[tuple[str, int], ...],
-    num_microbatches: int,
-    has_backward: frozenset[str],
-    chunks: tuple[tuple[str, int], ...],
-    classes: tuple[frozenset[int], ...],
-) -> Program:
-    num_stages = {module: stage + 1 for module, stage in lanes}
-    graph = StageGraph(
-        num_stages=num_stages,
-        edges=edges,
-        units=dict(units),
-        num_microbatches=num_microbatches,
-        has_backward=has_backward,
-        num_chunks=dict(chunks),
-    )
-    schedule = SCHEDULES[name](graph)
-    order = order_actions(schedule, {f"{module}.{stage}": members for (module, stage), members in zip(lanes, classes)})
-    position = {action: index for index, action in enumerate(order)}
-    lane_index = {lane: index for index, lane in enumerate(lanes)}
-    lane_of = tuple(lane_index[action.module, action.stage] for action in order)
-    needs = tuple(tuple(position[need] for need in schedule.needs(action)) for action in order)
-    links = {(lane_of[p], lane_of[q]) for p, row in enumerate(needs) for q in row if lane_of[p] != lane_of[q]}
+def planned_program(choice: ScheduleChoice, lane_map: LaneMap) -> Program:
+    """The program of the schedule that a plan names. ScheduleError when it is not built yet."""
+    return build_program(build(choice, lane_map.graph), lane_map)
+
+
+def build_program(built: Schedule, lane_map: LaneMap) -> Program:
+    """The program of a training step. Its lanes may stand in another order than the plan's."""
+    table = built.table
+    number = {f"{module}.{stage}": i for i, (module, stage) in enumerate(lane_map.lanes)}
+    lane_of = tuple([number[table.lanes[lane]] for lane in table.lane])
+    links = {(lane_of[p], lane_of[q]) for p, row in enumerate(table.needs) for q in row}
     return Program(
-        actions=order,
-        lanes=lanes,
+        actions=built.order,
+        lanes=lane_map.lanes,
         lane_of=lane_of,
-        backward=tuple(action.kind is not Kind.F for action in order),
-        needs=needs,
-        classes=classes,
-        links=tuple(sorted(links)),
-        live_units=_live_units(order, lane_of, classes, has_backward),
+        backward=tuple(kind is not Kind.F for kind in table.kind),
+        needs=table.needs,
+        classes=lane_map.classes,
+        links=tuple(sorted((a, b) for a, b in links if a != b)),
+        live_units=_live_units(built.order, lane_of, lane_map.classes, lane_map.graph.has_backward),
     )
 
 

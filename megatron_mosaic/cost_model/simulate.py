@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from megatron_mosaic.cost_model.effects.memory import Memory, memory_of_classes, peak_of_classes
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import PlanPrice, price_plan
-from megatron_mosaic.cost_model.program import Program, build_program
+from megatron_mosaic.cost_model.program import Program, build_program, planned_program
 from megatron_mosaic.plan import Plan, RankSet
+from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.timeline import Span, Timeline
 
 
@@ -44,7 +45,12 @@ def prepare_program(price: PlanPrice, num_microbatches: int = 0) -> PricedProgra
     lane_map = price.lane_map
     if num_microbatches:
         lane_map = replace(lane_map, graph=replace(lane_map.graph, num_microbatches=num_microbatches))
-    program, costs = build_program(price.plan.schedule.name, lane_map), price.costs
+    return price_program(price, planned_program(price.plan.schedule, lane_map))
+
+
+def price_program(price: PlanPrice, program: Program) -> PricedProgram:
+    """A program of the plan's lanes, with their costs."""
+    costs = price.costs
     return PricedProgram(
         price=price,
         program=program,
@@ -120,9 +126,12 @@ class Simulation:
         return Timeline(tuple(sorted(spans)))
 
 
-def simulate(plan: Plan, model: CostModel) -> Simulation:
-    """The predicted step of a plan."""
-    return simulate_program(prepare_program(price_plan(plan, model)))
+def simulate(plan: Plan, model: CostModel, schedule: Schedule | None = None) -> Simulation:
+    """The predicted step of a plan, in the order of this schedule (default: the plan's own)."""
+    price = price_plan(plan, model)
+    if schedule is None:
+        return simulate_program(prepare_program(price))
+    return simulate_program(price_program(price, build_program(schedule, price.lane_map)))
 
 
 def simulate_program(priced: PricedProgram) -> Simulation:

@@ -23,7 +23,7 @@ from megatron_mosaic.cost_model.effects.counts import (
     count_projector_parameters,
 )
 from megatron_mosaic.cost_model.hardware.profile import Part
-from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
+from megatron_mosaic.cost_model.program import LaneMap, Program, map_lanes, planned_program
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
@@ -283,7 +283,7 @@ def estimate_memory(plan: Plan, workload: Workload, precision: Precision) -> dic
         )
         for module, stage in lane_map.lanes
     ]
-    peaks = memory_of_classes(build_program(plan.schedule.name, lane_map), lane_map, memory)
+    peaks = memory_of_classes(planned_program(plan.schedule, lane_map), lane_map, memory)
     return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
 
 
