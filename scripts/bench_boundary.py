@@ -30,8 +30,8 @@ from bench_layouts import SOURCE, TARGET, WIDTH, Border
 from megatron_mosaic.launch.forked import run_forked
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, RouteCache, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.plan.layout import coordinates_of
 
 Rows = torch.Tensor | None  # none on a rank that is not at that end
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 WIDTH, WORLD_SIZE = 1024, 8

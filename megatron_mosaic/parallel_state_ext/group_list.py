@@ -33,15 +33,15 @@ _DENSE: dict[str, tuple[str, ...]] = {
     "gtp_remat": (),
     "expt_gtp_remat": (),
 }
-_EXPERT = {
-    "ep": "ep",
-    "expt_tp": "expt_tp",
-    "expt_dp": "expt_dp",
-    "intra_expt_dp": "expt_dp",
-    "expt_dp_gtp_remat": "expt_dp",
-    "tp_ep": "tp_ep",
-    "tp_ep_pp": "tp_ep_pp",
-    "tp_ep_pp_with_egtp_remat": "tp_ep_pp",
+_EXPERT: dict[str, tuple[str, ...]] = {
+    "ep": ("ep",),
+    "expt_tp": ("etp",),
+    "expt_dp": ("expt_dp",),
+    "intra_expt_dp": ("expt_dp",),
+    "expt_dp_gtp_remat": ("expt_dp",),
+    "tp_ep": ("etp", "ep"),
+    "tp_ep_pp": ("etp", "ep", "pp"),
+    "tp_ep_pp_with_egtp_remat": ("etp", "ep", "pp"),
 }
 FIELDS = (*_DENSE, *_EXPERT)
 

@@ -33,13 +33,13 @@ from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, build_optimizer
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.guard import Guard
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_training
 from megatron_mosaic.parallel_state_ext.rng_states import RngStates
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.checkpoint import Checkpoints

@@ -14,9 +14,9 @@ from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import initialize_by_name, wrap_stage

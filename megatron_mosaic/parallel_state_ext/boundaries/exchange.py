@@ -18,9 +18,9 @@ from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place, RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of, rank_at
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.layout import coordinates_of, rank_at
 from megatron_mosaic.plan.workload import Edge, Workload
 
 

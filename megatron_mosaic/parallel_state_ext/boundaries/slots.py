@@ -15,8 +15,9 @@ from megatron_mosaic.parallel_state_ext.boundaries.balance import (
 )
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Shard, padded_length, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Side
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, near_slots
+from megatron_mosaic.parallel_state_ext.ranks import near_slots
 from megatron_mosaic.plan import ModulePlan, Plan
+from megatron_mosaic.plan.layout import Coordinates
 from megatron_mosaic.plan.workload import Workload
 
 MIN_GAIN_FRAC = 0.05  # of a rank's computation: an image that moves to save less costs more in messages

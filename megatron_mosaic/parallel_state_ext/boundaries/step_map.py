@@ -19,8 +19,8 @@ import numpy as np
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links, Shard, expand
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.parallel_state_ext.boundaries.slots import SlotRule, UnitSlots
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.layout import Coordinates, coordinates_of
 from megatron_mosaic.plan.workload import Edge, Workload
 
 

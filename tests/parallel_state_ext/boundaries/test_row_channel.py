@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.forked import run_gloo
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, bring_items, module

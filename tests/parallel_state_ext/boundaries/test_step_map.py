@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, RouteCache, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
 

@@ -13,9 +13,9 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import build_optimizer
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.layout import coordinates_of
 from tests.cases import make_plan
 from tests.forked import run_gloo
 
