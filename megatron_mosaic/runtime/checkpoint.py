@@ -14,21 +14,19 @@ import contextlib
 import json
 import os
 import pickle
-import queue
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training import checkpointing
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosaic.errors import ConfigError, MosaicError
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_checkpointing, rebound_sharded_save
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
@@ -83,15 +81,10 @@ class Checkpoints:
             )
         if args.use_distributed_optimizer:
             args.dist_ckpt_optim_fully_reshardable = True  # the form that any layout can read
-        # Files are written by threads of this process (async saving is refused). Megatron's queue for their results is
-        # another process, started anew from the script: seconds on every rank, and a hang if that has no main guard.
-        rebind("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue", queue.Queue())
-        rebind("megatron.training.training.save_checkpoint", self.save, must_accept=("iteration", "model"))
-        rebind("megatron.training.training.load_checkpoint", self.load, must_accept=("ddp_model", "optimizer"))
+        rebind_checkpointing(save=self.save, load=self.load)
 
     def save(self, iteration: int, model: list[MosaicModel], *args: Any, **kwargs: Any) -> None:
         """Megatron's save, and our two files in its directory before the tracker file names it."""
-        stock_save = dist_checkpointing.save
 
         def save_and_sign(state: Any, directory: Any, *rest: Any, **named: Any) -> Any:
             if dist.get_rank() == 0:  # a checkpoint that is written over is not whole until it is signed again
@@ -103,12 +96,10 @@ class Checkpoints:
             return result
 
         rng_states, model[0].rng_states = model[0].rng_states, model[0].rng_states if self._saves_rng_states else None
-        dist_checkpointing.save = save_and_sign
         try:
-            with _without_megatron_rng_states(self._args):
+            with rebound_sharded_save(save_and_sign) as stock_save, _without_megatron_rng_states(self._args):
                 checkpointing.save_checkpoint(iteration, model, *args, **kwargs)
         finally:
-            dist_checkpointing.save = stock_save
             model[0].rng_states = rng_states
 
     def load(self, ddp_model: list[MosaicModel], optimizer: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
