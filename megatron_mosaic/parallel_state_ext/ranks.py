@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 from megatron_mosaic.plan import ModulePlan, Plan
-from megatron_mosaic.plan.layout import AXES, EXPERT_AXES, Four, position_at, rank_at
+from megatron_mosaic.plan.layout import AXES, EXPERT_AXES, Four, place_at, position_at, rank_at
 
 
 def axis_groups(module: ModulePlan, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -34,6 +34,26 @@ def _groups(
     others = tuple(name for name in names if name not in axes)
     ranks, steps = module.ranks.ranks, _positions(names, degrees, axes)
     return tuple(tuple(ranks[start + step] for step in steps) for start in _positions(names, degrees, others))
+
+
+def axis_group_of(module: ModulePlan, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
+    """The one of `axis_groups` that the rank is in."""
+    return _group_of(module, AXES, module.layout.degrees, axes, rank)
+
+
+def expert_group_of(module: ModulePlan, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
+    """The one of `expert_groups` that the rank is in."""
+    return _group_of(module, EXPERT_AXES, module.layout.expert_degrees, axes, rank)
+
+
+def _group_of(
+    module: ModulePlan, names: tuple[str, ...], degrees: Four, axes: tuple[str, ...], rank: int
+) -> tuple[int, ...]:
+    ranks = module.ranks.ranks
+    place = place_at(degrees, ranks.index(rank))
+    a, b, c, d = (0 if name in axes else at for name, at in zip(names, place, strict=True))
+    start = position_at(degrees, (a, b, c, d))
+    return tuple(ranks[start + step] for step in _positions(names, degrees, axes))
 
 
 def _positions(names: tuple[str, ...], degrees: Four, axes: tuple[str, ...]) -> list[int]:

@@ -22,14 +22,14 @@ from torch import Tensor
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Clock, Executor
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
-from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
+from megatron_mosaic.parallel_state_ext.boundaries.exchange import Channels, Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
 from megatron_mosaic.schedules.schedule import Action, Kind
@@ -53,19 +53,20 @@ class StepRunner:
 
     def __init__(
         self,
-        plan: Plan,
+        view: RankView,
         definition: ModelDefinition,
         grids: Grids,
         scopes: Scopes,
         executor: Executor,
         dtype: torch.dtype,
     ) -> None:
-        self.plan, self.definition, self.executor = plan, definition, executor
+        plan = view.plan
+        self._view, self.definition, self.executor = view, definition, executor
         self._grids, self._scopes = grids, scopes
         self._workload = definition.workload
-        self._exchange = Exchange(plan, self._workload, grids, dtype)
-        self._of_plan = PlanMap(plan, self._workload, grids.rank)
-        self._cores = CpuQuota({name: plan.modules[name].quota.share for name in self._of_plan.at})
+        self._channels = Channels(view, self._workload, grids, dtype)
+        self._of_plan = PlanMap(view, self._workload)
+        self._cores = CpuQuota({name: module.placed.quota.share for name, module in view.modules.items()})
         self.collate: Collate
         self.on_losses: Callable[[dict[str, float]], None] = lambda losses: None
         self.whole_gradients = False  # on every rank, even if a distributed optimizer needs only its shard
@@ -111,7 +112,7 @@ class StepRunner:
         with torch.set_grad_enabled(not forward_only), self._model.no_sync():
             self.executor.run(program, self._perform)
         assert not self._live or forward_only, f"forwards without a backward: {list(self._live)}"
-        self._exchange.finish_step()
+        self._exchange.finish()
         totals = dist.all_reduce(self._totals, group=self._grids.world, async_op=True)
         if not forward_only:
             self.executor.record("~grads", self._sum_gradients)
@@ -129,7 +130,7 @@ class StepRunner:
             links = {(e.source, e.target): self.definition.list_links(e, batch) for e in self._workload.edges}
             metadata.append(Metadata(items=self.definition.list_items(batch), links=links))
         self._map = StepMap(self._of_plan, metadata)
-        self._exchange.begin_step(self._map)
+        self._exchange = Exchange(self._channels, self._map)
 
     def _batch(self, covered: range) -> Batch:
         """The samples of these microbatches as one batch."""
@@ -182,14 +183,15 @@ class StepRunner:
         hidden: Tensor | None = None
         imports: dict[str, Tensor] = {}
         imports_at: dict[str, Place] = {}
-        if action.stage or action.chunk:
-            hidden = self._exchange.receive_hidden(module, shard, origin=-1)
-            hidden.requires_grad_(trains and self._workload.hidden_has_gradient(module))
-        else:
+        if self._view.modules[module].is_first(action.chunk):
             imports, imports_at = self._exchange.receive_imports(module, unit)
             for source, rows in imports.items():
                 imports[source] = rows.detach().requires_grad_(trains and source in self._workload.has_backward)
-        exports_at = self._exchange.export_places(module, unit) if self._is_last(action) else {}
+        else:
+            hidden = self._exchange.receive_hidden(module, shard, origin=-1)
+            hidden.requires_grad_(trains and self._workload.hidden_has_gradient(module))
+        is_last = self._view.modules[module].is_last(action.chunk)
+        exports_at = self._exchange.export_places(module, unit) if is_last else {}
         return StageInputs(
             shard=shard, tensors=tensors, hidden=hidden, imports=imports, imports_at=imports_at, exports_at=exports_at
         )
@@ -226,10 +228,6 @@ class StepRunner:
             self._exchange.send_hidden(module, gradient, towards=-1)
         return start_s, end_s
 
-    def _is_last(self, action: Action) -> bool:
-        layout = self.plan.modules[action.module].layout
-        return (action.stage, action.chunk) == (layout.pp - 1, layout.vpp - 1)
-
     def _metered(self, action: Action, *, trains: bool) -> contextlib.AbstractContextManager[None]:
         if self.meter is None or not trains:
             return contextlib.nullcontext()
@@ -242,9 +240,9 @@ class StepRunner:
         if output.loss is None:
             return None
         loss, num_tokens, report = loss_func(output)
-        if self._map.is_ghost(action.module, action.unit):
+        if self._map.stands_in(action.module, action.unit):
             return loss * 0.0
-        if self._of_plan.at[action.module].tp == 0:
+        if self._view.modules[action.module].at.tp == 0:
             self._totals[0] += float(num_tokens)
             self._totals[1] += loss.detach().double()
             for index, name in enumerate(self.definition.loss_names):
@@ -256,7 +254,7 @@ class StepRunner:
     def _note_unit(self, action: Action, shard: Shard) -> None:
         if self._forward_only or action.chunk:
             return
-        self.empty_units[action.module] += not shard.items or self._map.is_ghost(action.module, action.unit)
+        self.empty_units[action.module] += not shard.items or self._map.stands_in(action.module, action.unit)
         sums, found = self._imbalance[action.module], (*self._map.imbalance(action.module, action.unit), 1)
         self._imbalance[action.module] = [old + new for old, new in zip(sums, found, strict=True)]
 
@@ -284,7 +282,7 @@ class StepRunner:
         for index, name in enumerate(self.definition.loss_names):
             total, count = self._totals[2 + 2 * index : 4 + 2 * index].tolist()
             values[name] = total / count if count else 0.0
-            mine = (total, max(count, 1.0)) if self._grids.rank == 0 else (0.0, 0.0)
+            mine = (total, max(count, 1.0)) if self._view.rank == 0 else (0.0, 0.0)
             losses[name] = torch.tensor(mine, dtype=torch.float32, device=device())
         if not self._forward_only:
             self.on_losses(values)

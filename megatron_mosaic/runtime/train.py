@@ -33,13 +33,13 @@ from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import Batch, ModelDefinition
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, build_optimizer
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.guard import Guard
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_training
 from megatron_mosaic.parallel_state_ext.rng_states import RngStates
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.plan.layout import coordinates_of
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.checkpoint import Checkpoints
@@ -62,19 +62,18 @@ class Runtime:
         self.plan, self.definition, self._args = plan, definition, args
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         _initialize_distributed(args, timeout)
-        edges = definition.workload.edge_pairs
-        self.grids = Grids(plan, edges, timeout=timeout)
-        self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
+        self.view = RankView.of(plan, dist.get_rank(), definition.workload.edges)
+        self.grids = Grids(self.view, timeout=timeout)
+        self.scopes = Scopes(args.seed, self.view)
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
-        self.executor = Executor(plan, definition.workload, self.grids.rank)
+        self.executor = Executor(plan, definition.workload, self.view.rank)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         if args.mosaic_schedule:
             self.executor.accept(load_schedule(args.mosaic_schedule))
-        self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
-        names = tuple(plan.modules)
-        draw_rng_states = partial(Scopes, collections=self.grids.collections, names=names)
+        self.step = StepRunner(self.view, definition, self.grids, self.scopes, self.executor, args.params_dtype)
+        draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
-        self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
+        self._report = StepReport(args.mosaic_report, self.view.rank) if args.mosaic_report else None
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
     @property
@@ -113,12 +112,11 @@ class Runtime:
     def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
         """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
         stages = {}
-        for name, groups in self.grids.collections.items():
-            placed = self.plan.modules[name]
-            stage_idx = coordinates_of(placed, self.grids.rank).pp
-            for chunk in range(placed.layout.vpp):
+        for name, module in self.view.modules.items():
+            groups, build = self.grids.collections[name], self.definition.build_stage
+            for chunk in module.chunks:
                 with self.scopes.enter(name):
-                    stage = self.definition.build_stage(name, placed, stage_idx, groups, chunk)
+                    stage = build(name, module.placed, module.at.pp, groups, chunk)
                     stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                     initialize_by_name(stage, name, self._args.seed)
                     stage.to(device=cpu.device(), dtype=self._args.params_dtype)
@@ -129,7 +127,7 @@ class Runtime:
                 self.step.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
         model = MosaicModel(config, stages, ddp_config, self.grids.world_view())
-        model.rng_states = RngStates(self.scopes, self.grids.rank, self.plan.world_size)
+        model.rng_states = RngStates(self.scopes, self.view.rank, self.plan.world_size)
         return model
 
     @contextlib.contextmanager
@@ -180,7 +178,7 @@ class Runtime:
         optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
         if self._args.mosaic_dump_gradients:
             self.step.whole_gradients = True
-            optimizer.before_step.append(GradientDump(self._args.mosaic_dump_gradients, model, self.grids.rank))
+            optimizer.before_step.append(GradientDump(self._args.mosaic_dump_gradients, model, self.view.rank))
         if self._report is not None:
             self.step.on_losses = self._report.add_losses
             optimizer.after_step.append(lambda: self._report.add_spans(self.executor.spans))  # type: ignore[union-attr]

@@ -47,14 +47,15 @@ class UnitSlots:
         self.first = Side(placed, 0, *held)  # where rows arrive: the first stage
         self.last = Side(placed, placed.layout.pp - 1, *held)  # where they leave
 
-    def is_ghost(self, slot: int) -> bool:
+    def stands_in(self, slot: int) -> bool:
+        """Whether the slot, which has no items, computes the unit's first, so that experts hear from every slot."""
         layout = self._placed.layout
         return not len(self.slots[slot]) and len(self.tokens) > 0 and layout.ep * layout.etp > 1
 
     def shard(self, at: Coordinates) -> Shard:
         """What the ranks at these coordinates compute, on whatever stage."""
         if at not in self._shards:
-            items = [0] if self.is_ghost(at.dp) else self.slots[at.dp].tolist()
+            items = [0] if self.stands_in(at.dp) else self.slots[at.dp].tolist()
             self._shards[at] = shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
         return self._shards[at]
 
