@@ -20,7 +20,7 @@ from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import initialize_by_name, wrap_stage
-from megatron_mosaic.runtime.parameters import cut_of, is_spokesman, put_together, whole_name
+from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
 from tests.cases import make_plan
 from tests.forked import run_gloo
 
@@ -60,7 +60,7 @@ def check_shards(path) -> None:
         stage = build(definition, module, plan.modules[module], view.modules[module].at.pp, groups)
         for name, parameter in stage.named_parameters():
             cut = cut_of(stage, name, parameter)
-            if cut is not None or is_spokesman(stage, name, parameter):
+            if cut is not None or is_first_replica(stage, name, parameter):
                 mine[module, whole_name(stage, name), cut.rank if cut else 0] = cut, parameter.detach()
     gathered = [None] * 4
     dist.all_gather_object(gathered, mine)
