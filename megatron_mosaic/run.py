@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
         require_supported_megatron()
         cpu.install()
         _put_plan_into_arguments(plan)
-        sys.argv = [script, *arguments]
+        sys.argv[:] = [script, *arguments]
         sys.path.insert(0, str(Path(script).resolve().parent))
         runpy.run_path(script, run_name="__main__")
     except RankFailure:
