@@ -35,6 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, workload, planned.cluster)
     schedule = format_schedule(build_schedule(plan, workload))
     memory = estimate_memory(plan, workload, setup) if setup else {}
+    units = plan.units(workload.backbone.name)
     groups = _count_groups(plan, workload)
     for note in planned.notes:
         print_note(note)
@@ -47,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         said = yaml.safe_load(format_plan(plan))
         print_json(
             {
-                "modules": {name: _module(plan, name) for name in plan.modules},
+                "modules": {name: _module(plan, name, units[name]) for name in plan.modules},
                 "cluster": said.get("cluster"),
                 "training": said.get("training"),
                 "rank_map": {str(alike.ranks): _modules_of(alike) for alike in all_classes(plan)},
@@ -137,14 +138,14 @@ def print_memory(assumed: str, memory: Mapping[RankSet, Memory]) -> None:
     print_table(f"memory of a rank, at its peak ({assumed})", ("ranks", *columns, "total"), rows)
 
 
-def _module(plan: Plan, name: str) -> dict[str, Any]:
+def _module(plan: Plan, name: str, unit: int) -> dict[str, Any]:
     placed = plan.modules[name]
     layout = {axis: getattr(placed.layout, axis) for axis in AXES}
     return {
         "ranks": str(placed.ranks),
         "layout": layout,
         "quota": placed.quota.share,
-        "unit": placed.unit or 1,
+        "unit": unit,
         "sequence_parallel": placed.sequence_parallel,
         "recompute": placed.recompute.value,
     }
@@ -155,7 +156,7 @@ def _print_modules(plan: Plan, workload: Workload) -> None:
     layouts = [placed.layout for placed in plan.modules.values()]
     axes = [axis for axis in AXES if axis in _ALWAYS or any(getattr(layout, axis) > 1 for layout in layouts)]
     more = {
-        "unit": [str(placed.unit or 1) for placed in plan.modules.values()],
+        "unit": [str(unit) for unit in plan.units(workload.backbone.name).values()],
         "sp": ["yes" if placed.sequence_parallel else "no" for placed in plan.modules.values()],
     }
     more = {key: column for key, column in more.items() if set(column) - {"1", "no"}}

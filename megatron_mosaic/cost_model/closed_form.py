@@ -100,7 +100,7 @@ def _boundary_s(plan: Plan, model: CostModel) -> float:
     seconds = 0.0
     for edge in model.workload.edges:
         lane = edge.source if edge.source != model.workload.backbone.name else edge.target
-        units = plan.num_microbatches(model.workload.backbone.name) / (plan.modules[lane].unit or 1)
+        units = plan.num_microbatches(model.workload.backbone.name) / plan.units(model.workload.backbone.name)[lane]
         seconds += 2 * units * model.transfer_s(plan, (edge.source, 0), (edge.target, 0))
     return seconds
 

@@ -192,7 +192,9 @@ class CostModel:
         layout = placed.layout
         experts = 0.0 if config.frozen else stage_expert_parameters(config, placed)
         dense = trained_parameters(config, placed, stage) - experts
-        units = -(-plan.num_microbatches(self.workload.backbone.name) // (placed.unit or 1))
+        units = -(
+            -plan.num_microbatches(self.workload.backbone.name) // plan.units(self.workload.backbone.name)[module]
+        )
         ranks = stage_ranks(plan, module, stage)
         seconds = 0.0
         for parameters, group in (

@@ -14,8 +14,7 @@ from itertools import product
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.yaml_text import MAX_COUNT
-from megatron_mosaic.schedules.actions import FREES, Action, Kind
-from megatron_mosaic.schedules.needs import DEPENDENCIES, Dependency
+from megatron_mosaic.schedules.actions import DEPENDENCIES, FREES, Action, Dependency, Kind
 
 _KINDS = (frozenset({Kind.F}), frozenset({Kind.F, Kind.B}), frozenset({Kind.F, Kind.I, Kind.W}))
 

@@ -84,20 +84,33 @@ def take_turns(work: LaneWork, occupies: Mapping[str, frozenset[Hashable]]) -> t
             for sleeper in sleepers.pop(number):
                 look(sleeper)
     if len(order) < len(actions):
-        at = {lane: cursor[i] - numbers.first[i] for i, lane in enumerate(numbers.lanes)}
-        raise ScheduleError(
-            "schedule: lanes",
-            got=render_deadlock(work, at, set(order)),
-            expected="orders without a cycle",
-            fix="reorder those lanes",
-        )
+        raise _deadlock(work, [now - first for now, first in zip(cursor, numbers.first)], order)
     return tuple(order)
+
+
+def _deadlock(work: LaneWork, cursor: list[int], order: list[Action]) -> ScheduleError:
+    picture = render_deadlock(work, dict(zip(work.lanes, cursor)), set(order))
+    return ScheduleError("schedule: lanes", got=picture, expected="orders without a cycle", fix="reorder those lanes")
 
 
 def schedule_in_turns(name: str, graph: StageGraph, lanes: Mapping[str, tuple[Action, ...]]) -> Schedule:
     """The schedule of these lanes where those that share ranks take turns. ScheduleError if they deadlock."""
     work = LaneWork(num_microbatches=graph.num_microbatches, edges=graph.edges, units=graph.units, lanes=lanes)
     return Schedule(name=name, work=work, order=take_turns(work, graph.occupies))
+
+
+def schedule_in_order(name: str, graph: StageGraph, order: tuple[Action, ...]) -> Schedule:
+    """The schedule of one total order: each lane's own is what of it runs there."""
+    lanes: dict[str, list[Action]] = {lane: [] for lane in graph.lanes}
+    for action in order:
+        lanes[action.lane].append(action)
+    work = LaneWork(
+        num_microbatches=graph.num_microbatches,
+        edges=graph.edges,
+        units=graph.units,
+        lanes={lane: tuple(actions) for lane, actions in lanes.items()},
+    )
+    return Schedule(name=name, work=work, order=order)
 
 
 def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:

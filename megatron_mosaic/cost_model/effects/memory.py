@@ -239,7 +239,11 @@ def _kept_bytes(
 def items_of_action(plan: Plan, workload: Workload, module: str) -> int:
     """Items that the busiest DP lane of a module takes in one full unit, at the mean count. An item is not split."""
     placed = plan.modules[module]
-    samples = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp * (placed.unit or 1)
+    samples = (
+        plan.micro_batch_size
+        * plan.modules[workload.backbone.name].layout.dp
+        * plan.units(workload.backbone.name)[module]
+    )
     return math.ceil(samples * workload.by_name[module].items_per_sample / placed.layout.dp - 1e-9)
 
 
