@@ -7,7 +7,7 @@ Profile  --------- comm -----------+
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +17,11 @@ from megatron_mosaic.cost_model.effects.compute import AnalyticCompute, ComputeM
 from megatron_mosaic.cost_model.effects.kernels import core_s, layer_work, stream_s
 from megatron_mosaic.cost_model.effects.memory import (
     ANALYTIC,
-    BF16,
     FP32,
     LaneMemory,
     estimate_lane,
     items_of_action,
+    precision_of,
     shards_of,
     stage_expert_parameters,
     trained_parameters,
@@ -91,7 +91,7 @@ class CostModel:
             compute, comm, self.precision = (
                 AnalyticCompute(cluster.gpu, setup),
                 RingComm(cluster),
-                replace(BF16, fused_attention=setup.fused_attention),
+                precision_of(setup),
             )
         self.compute, self.comm = compute, comm
         self._actions: dict[tuple[object, ...], ActionCost] = {}

@@ -12,8 +12,9 @@ from megatron_mosaic.plan.yaml_text import StrictModel
 
 
 class Format(StrEnum):
-    """Number format of the matrix products."""
+    """Number format of the matrix products. fp32: what CPUs train in, parameters and all."""
 
+    fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
     fp8 = "fp8"
@@ -53,11 +54,17 @@ DEFAULT_SETUP = TrainingSetup()
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingSection(StrictModel):
-    """What users write of it: `workload.training` in overrides, `training` in a plan."""
+class TrainingOverrides(StrictModel):
+    """`workload.training` in overrides. `format` left out: what the cluster's kind trains in."""
 
-    format: Format = Format.bf16
+    format: Format | None = None
     sharding: Sharding = Sharding.none
     gradient_overlap_frac: Share = 0.0
     tp_overlap_frac: Share = 0.0
     expert_overlap_frac: Share = 0.0
+
+
+class TrainingSection(TrainingOverrides):
+    """`training` in a plan."""
+
+    format: Format = Format.bf16

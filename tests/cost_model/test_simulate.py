@@ -1,21 +1,22 @@
 """The simulator against closed forms, against an independent discrete-event simulation (simpy), and its own bounds."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.effects.memory import BF16, estimate_memory, precision_of
+from megatron_mosaic.cost_model.effects.memory import estimate_memory, precision_of
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Overheads
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import price_plan
 from megatron_mosaic.cost_model.simulate import estimate_step_s, prepare_program, simulate, simulate_program
-from megatron_mosaic.errors import ProfileError, ScheduleError
+from megatron_mosaic.errors import ConfigError, ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Plan, Quota, Recompute, ScheduleChoice
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.passes import rank_programs, stage_ranks
 from megatron_mosaic.schedules.timeline import render_text
@@ -317,16 +318,36 @@ def test_peak_without_a_clock_is_the_simulated_one():
     plan = make_plan(
         {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("2-3", Layout(dp=2))}
     )
-    memory = estimate_memory(plan, WORKLOAD, BF16)
+    memory = estimate_memory(plan, WORKLOAD, DEFAULT_SETUP)
     simulation = simulate(plan, _gpu_model())
     assert max(held.total for held in memory.values()) == pytest.approx(simulation.peak_bytes)
-    assert list(memory) == [0, 1, 2, 3]
+    assert list(map(str, memory)) == ["0-1", "2-3"]
     # by what holds it, and for ranks that do the same
     for peak, held in zip(simulation.priced.peak_bytes, simulation.memory(), strict=True):
         assert held.total == pytest.approx(peak)
-    for ranks, held in zip(simulation.ranks_alike().values(), simulation.memory(), strict=True):
-        assert all(memory[rank] == held for rank in ranks.ranks)
-    assert precision_of(plan).value_bytes == 4  # no prediction: the CPU runtime
+    assert memory == dict(zip(simulation.ranks_alike().values(), simulation.memory(), strict=True))
+
+
+def test_memory_follows_format_and_sharding():
+    plan = make_plan({"llm": ("0-3", Layout(dp=4))}, workload=BACKBONE_ONLY)
+    bytes_of = {}
+    for number_format, sharding in product((Format.fp32, Format.bf16), (Sharding.none, Sharding.optimizer)):
+        setup = TrainingSetup(format=number_format, sharding=sharding)
+        (bytes_of[number_format, sharding],) = estimate_memory(plan, BACKBONE_ONLY, setup).values()
+        assert precision_of(setup).name == number_format
+    simulated = simulate(plan, CostModel(BACKBONE_ONLY, make_cluster(4), setup=setup))
+    assert simulated.memory() == (bytes_of[Format.bf16, Sharding.optimizer],)
+    fp32, bf16 = (bytes_of[key, Sharding.none] for key in (Format.fp32, Format.bf16))
+    assert (fp32.parameters, fp32.gradients) == (2 * bf16.parameters, bf16.gradients)
+    assert fp32.optimizer == bf16.optimizer * 8 / 12  # two moments; and the fp32 copy of 16-bit parameters
+    for number_format in (Format.fp32, Format.bf16):
+        whole, shard = (bytes_of[number_format, each].optimizer for each in (Sharding.none, Sharding.optimizer))
+        assert shard == whole / 4
+
+
+def test_no_gpu_has_a_peak_of_fp32_products():
+    with pytest.raises(ConfigError, match="no source for the peak of fp32"):
+        CostModel(WORKLOAD, make_cluster(4), setup=TrainingSetup(format=Format.fp32))
 
 
 def test_pipeline_stages_hold_their_live_units():

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from megatron.training import get_args
 
 from megatron_mosaic.errors import RankFailure
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Layout, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload_file import format_workload
 from megatron_mosaic.runtime import checkpoint, model
 from tests.numerics import acceptance_cases as acceptance
@@ -139,6 +141,27 @@ def test_a_plan_saved_by_fewer_ranks_loads_on_more(tmp_path) -> None:
     for key, array in three.items():
         np.testing.assert_array_equal(four[key], array, err_msg=key)
     assert relative_loss_error(losses(tmp_path, "four"), losses(tmp_path, "whole")[3:]) <= 1e-5
+
+
+def test_a_plan_that_differs_in_cluster_training_or_schedule_loads(tmp_path) -> None:
+    """None of them says where a parameter lies. Another number format rounds anew: then losses agree as far as that."""
+    saved_by = replace(A, cluster="h100_1x8", training=TrainingSetup(format=Format.fp32, sharding=Sharding.optimizer))
+    elsewhere = {"kind": "local", "num_ranks": 4, "profile": "made up"}
+    overlapped = replace(saved_by.training, gradient_overlap_frac=0.9)
+    plans = {
+        "without": (replace(saved_by, cluster="", training=None), 0.0),
+        "cluster": (replace(saved_by, cluster=FrozenMap(elsewhere), training=overlapped), 0.0),
+        "schedule": (replace(saved_by, schedule=ScheduleChoice("nested")), 1e-6),
+        "format": (replace(saved_by, training=replace(overlapped, format=Format.bf16)), 1e-2),
+    }
+    runs = [Run(name="whole", plan=saved_by, arguments=saving(tmp_path))]
+    for name, (plan, _) in plans.items():
+        flags = () if plan.training else ("--use-distributed-optimizer",)
+        runs.append(Run(name=name, plan=plan, arguments=loading(tmp_path, *flags)))
+    run_all(runs, tmp_path)
+    for name, (_, tolerance) in plans.items():
+        error = relative_loss_error(losses(tmp_path, name), losses(tmp_path, "whole")[2:])
+        assert error <= tolerance, (name, error)
 
 
 def test_random_streams_return_to_the_same_layout_and_start_afresh_elsewhere(tmp_path) -> None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_mosaic.cost_model.effects.kernels import Gemm, Work, backward_s, core_s, forward_s, gemm_s, layer_work
+from megatron_mosaic.cost_model.effects.kernels import (
+    Gemm,
+    Work,
+    backward_s,
+    core_s,
+    flops_per_s,
+    forward_s,
+    gemm_s,
+    layer_work,
+)
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.plan import Recompute
@@ -65,6 +74,7 @@ class AnalyticCompute:
 
     def __init__(self, gpu: GpuType, setup: TrainingSetup = DEFAULT_SETUP) -> None:
         self.gpu, self.setup = gpu, setup
+        flops_per_s(gpu, setup.format)  # refuses a format whose peak nobody knows
 
     def threads(self, share: float) -> int:
         return 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, reduce
 
 from megatron_mosaic.cost_model.effects.counts import (
@@ -24,9 +24,10 @@ from megatron_mosaic.cost_model.effects.counts import (
 )
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.program import LaneMap, Program, map_lanes, planned_program
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, Recompute
-from megatron_mosaic.plan.training import DEFAULT_SETUP, Sharding, TrainingSetup
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
+from megatron_mosaic.schedules.rank_classes import rank_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,19 +279,21 @@ def add_up(parts: Iterable[Memory]) -> Memory:
     return reduce(Memory.__add__, parts, Memory())
 
 
-def estimate_memory(plan: Plan, workload: Workload, precision: Precision) -> dict[int, Memory]:
-    """Rank -> its peak, for ranks that have a lane. No clock: the order of work decides what is alive."""
-    lane_map = map_lanes(plan, workload)
+def estimate_memory(plan: Plan, workload: Workload, setup: TrainingSetup) -> dict[RankSet, Memory]:
+    """Ranks that have the same lanes -> the peak of each. No clock: the order of work decides what is alive."""
+    lane_map, precision = map_lanes(plan, workload), precision_of(setup)
     memory = [
         estimate_lane(
-            workload.by_name[module], plan.modules[module], stage, items_of_action(plan, workload, module), precision
+            workload.by_name[name], plan.modules[name], stage, items_of_action(plan, workload, name), precision, setup
         )
-        for module, stage in lane_map.lanes
+        for name, stage in lane_map.lanes
     ]
     peaks = memory_of_classes(planned_program(plan.schedule, lane_map), lane_map, memory)
-    return {rank: peaks[position] for rank, position in lane_map.class_of_rank(plan).items()}
+    return {alike.ranks: peak for alike, peak in zip(rank_classes(plan), peaks, strict=True)}
 
 
-def precision_of(plan: Plan) -> Precision:
-    """bf16 for a plan that was made for GPUs, else fp32: the CPU runtime's."""
-    return BF16 if plan.predicted and plan.predicted.cost_model.endswith(ANALYTIC) else FP32
+def precision_of(setup: TrainingSetup) -> Precision:
+    """What values weigh in this number format. The formats of 16 bits and below keep parameters in 16 bits."""
+    if setup.format is Format.fp32:
+        return FP32
+    return replace(BF16, name=setup.format.value, fused_attention=setup.fused_attention)
