@@ -28,8 +28,7 @@ Clock = Callable[[], float]
 class Executor:
     """Executor of one rank under one plan.
 
-    `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share; `step` counts
-    training steps.
+    `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share.
     """
 
     def __init__(

@@ -66,8 +66,8 @@ class CostModel:
     ) -> None:
         self.setup = setup
         self.workload, self.cluster, self.profile = workload, cluster, profile
-        compute: ComputeModel
-        comm: CommModel
+        self.compute: ComputeModel
+        self.comm: CommModel
         if cluster.shared_cores:
             if profile is None:
                 raise ProfileError(
@@ -81,19 +81,18 @@ class CostModel:
                     fix=f"{CALIBRATE} for this model",
                 )
             fitted = FittedProfile(profile)
-            compute, comm, self.precision = (
+            self.compute, self.comm, self.precision = (
                 MeasuredCompute(fitted, cluster.gpu.num_sms),
                 MeasuredComm(fitted),
                 FP32,
             )
             self._optimizer = fitted.optimizer()
         else:
-            compute, comm, self.precision = (
+            self.compute, self.comm, self.precision = (
                 AnalyticCompute(cluster.gpu, setup),
                 RingComm(cluster),
                 replace(BF16, fused_attention=setup.fused_attention),
             )
-        self.compute, self.comm = compute, comm
         self._actions: dict[tuple[object, ...], ActionCost] = {}
         self.lane_costs: dict[tuple[object, ...], Any] = {}  # memory of price.py
 
