@@ -66,8 +66,8 @@ class CostModel:
     ) -> None:
         self.setup = setup
         self.workload, self.cluster, self.profile = workload, cluster, profile
-        self.compute: ComputeModel
-        self.comm: CommModel
+        compute: ComputeModel
+        comm: CommModel
         if cluster.shared_cores:
             if profile is None:
                 raise ProfileError(
@@ -81,18 +81,19 @@ class CostModel:
                     fix=f"{CALIBRATE} for this model",
                 )
             fitted = FittedProfile(profile)
-            self.compute, self.comm, self.precision = (
+            compute, comm, self.precision = (
                 MeasuredCompute(fitted, cluster.gpu.num_sms),
                 MeasuredComm(fitted),
                 FP32,
             )
             self._optimizer = fitted.optimizer()
         else:
-            self.compute, self.comm, self.precision = (
+            compute, comm, self.precision = (
                 AnalyticCompute(cluster.gpu, setup),
                 RingComm(cluster),
                 precision_of(setup),
             )
+        self.compute, self.comm = compute, comm
         self._actions: dict[tuple[object, ...], ActionCost] = {}
         self.lane_costs: dict[tuple[object, ...], Any] = {}  # memory of price.py
 

@@ -165,7 +165,7 @@ class ActionNumbers:
                 missing = Action(module, stage, kind, block.index(-1), chunk)
                 raise _wrong_lane(lane, f"no {missing}", _whole_lane(num_units, kinds, len(chunks)), "add it")
             self._of_block[module, stage, kind, chunk] = block
-        self.actions += actions
+        self.actions.extend(actions)
 
     def _find_needs(self, work: LaneWork) -> list[tuple[int, ...]]:
         """By action, the numbers of the actions that it needs."""
