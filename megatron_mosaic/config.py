@@ -151,7 +151,7 @@ def _require_measured(setup: TrainingSetup) -> None:
             f"workload.training.{keys[0]}",
             got=f"{getattr(setup, keys[0])} with cluster=local",
             expected=f"{getattr(measured, keys[0])}: what `mosaic calibrate` measured",
-            fix="leave it out, or plan for GPUs",
+            fix=f"set workload.training.{keys[0]}={getattr(measured, keys[0])}, or plan for GPUs",
         )
 
 

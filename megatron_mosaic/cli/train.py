@@ -144,7 +144,7 @@ def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Sche
 
 
 def _is_local(plan: Plan) -> bool:
-    return plan.cluster == "local" or (isinstance(plan.cluster, Mapping) and plan.cluster["kind"] == "local")
+    return plan.cluster == "local" or (isinstance(plan.cluster, Mapping) and plan.cluster.get("kind") == "local")
 
 
 def _here(plan: Plan) -> list[str]:

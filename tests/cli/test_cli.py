@@ -190,11 +190,11 @@ def test_a_plan_for_another_model_is_refused(capsys, plan, profile):
 
 
 def test_unbuilt_schedule_is_refused_by_name(capsys, plan, profile):
-    plan.write_text(plan.read_text().replace("schedule: 1f1b", "schedule: nested"))
+    plan.write_text(plan.read_text().replace("schedule: 1f1b", "schedule: waves"))
     for command in ("show", "simulate"):
         status, _, err = run(capsys, command, plan)
         assert status == 2
-        assert "nested (a name of the plan format that is not built yet)" in err
+        assert "waves (a name of the plan format that is not built yet)" in err
 
 
 def test_a_failed_rank_is_an_answer(capsys, monkeypatch):
