@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
-from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> int:
         os.environ[PLAN_VARIABLE] = str(plan_path)
         require_supported_megatron()
         cpu.install()
+        checkpoint_io.install()
         _put_plan_into_arguments(plan)
         sys.argv[:] = [script, *arguments]
         sys.path.insert(0, str(Path(script).resolve().parent))
