@@ -12,8 +12,9 @@ from megatron_mosaic.plan.yaml_text import StrictModel
 
 
 class Format(StrEnum):
-    """Number format of the matrix products."""
+    """Number format of the matrix products. fp32: what CPUs train in, parameters and all."""
 
+    fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
     fp8 = "fp8"

@@ -137,7 +137,14 @@ def gemm_s(gpu: GpuType, gemm: Gemm, num_sms: int, setup_format: Format, output_
 
 
 def flops_per_s(gpu: GpuType, number_format: Format) -> float:
-    """Peak of the format. ConfigError where the GPU has none."""
+    """Peak of the format. ConfigError where the GPU has none, or none is known."""
+    if number_format is Format.fp32:
+        raise ConfigError(
+            f"GPU type {gpu.name!r}: {number_format}",
+            got="no source for the peak of fp32 matrix products, with TF32 or without",
+            expected="a format whose peak the GPU's datasheet was read for",
+            fix="set workload.training.format=bf16",
+        )
     peaks = {Format.fp8: gpu.fp8_flops_per_s, Format.mxfp8: gpu.fp8_flops_per_s, Format.nvfp4: gpu.fp4_flops_per_s}
     peak = peaks.get(number_format, gpu.flops_per_s)
     if not peak:
