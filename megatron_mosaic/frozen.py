@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 class FrozenMap[K, V](Mapping[K, V]):
-    """Keys in the order they came in; equal to any mapping of the same items. The hash, worked out once, ignores the
-    order, as equality does. Mappings among the values are frozen too."""
+    """Keys in the order they came in, which counts where two of these are compared (as with OrderedDict), and not
+    against a dict. The hash is worked out once. Dicts among the values are frozen too."""
 
     __slots__ = ("_hash", "_items")
 
@@ -24,9 +24,14 @@ class FrozenMap[K, V](Mapping[K, V]):
     def __len__(self) -> int:
         return len(self._items)
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FrozenMap):
+            return self is other or list(self._items.items()) == list(other._items.items())
+        return self._items == other
+
     def __hash__(self) -> int:
         """Counts on hashable values. Kept in `_hash`."""
-        self._hash = self._hash or hash(frozenset(self._items.items())) or 1
+        self._hash = self._hash or hash(tuple(self._items.items())) or 1
         return self._hash
 
     def __repr__(self) -> str:

@@ -25,10 +25,12 @@ def main(arguments: argparse.Namespace) -> int:
     from megatron_mosaic.parity.check import TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    require_checkable(plan, megatron_args)
+    require_checkable(plan, megatron_args, arguments.mosaic_schedule)
     import_runtime()
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
-    parity = check_plan(arguments.plan, steps=arguments.steps, megatron_args=megatron_args)
+    parity = check_plan(
+        arguments.plan, steps=arguments.steps, megatron_args=megatron_args, schedule=arguments.mosaic_schedule
+    )
     if arguments.json:
         print_json(parity.as_dict())
     else:

@@ -76,7 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, simulate, calibrate):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
-    train.add_argument("--mosaic-schedule", metavar="FILE", help="schedule text that must equal the plan's own")
+    for command in (simulate, check, train):
+        command.add_argument(
+            "--mosaic-schedule",
+            metavar="FILE",
+            help="text of the schedule of training steps",
+        )
     train.add_argument("--log", metavar="FILE", help="write Megatron's own output there instead of showing it")
     train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
     for command in (plan, compare, simulate, train):

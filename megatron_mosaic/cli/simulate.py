@@ -12,6 +12,7 @@ from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Timeline, render_text, to_chrome_trace
 from megatron_mosaic.units import format_bytes, format_seconds
 
@@ -21,7 +22,8 @@ def main(arguments: argparse.Namespace) -> int:
     plan = load_plan(arguments.plan)
     task = load_task(complete_overrides(plan, arguments.overrides), profile_path=arguments.profile)
     validate_plan(plan, task.workload, task.cluster)
-    simulation = simulate(plan, task.cost_model())
+    schedule = load_training_schedule(plan, task.workload, arguments.mosaic_schedule)
+    simulation = simulate(plan, task.cost_model(), schedule)
     timeline = simulation.timeline()
     if arguments.trace:
         write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))

@@ -15,7 +15,6 @@ from typing import IO, Any
 from megatron_mosaic.any2any.arguments import parse_known, workload_of_command_line
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.simulate import complete_overrides
-from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
@@ -24,8 +23,8 @@ from megatron_mosaic.launch.torchrun import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.schedules.text import load_schedule
+from megatron_mosaic.schedules import Schedule
+from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 
@@ -39,11 +38,8 @@ def main(arguments: argparse.Namespace) -> int:
     _validate_length(arguments.megatron_args)
     workload = workload_of_command_line(arguments.megatron_args)
     validate_plan(plan, workload)
-    build_schedule(plan, workload)  # refuses what the plan's schedule cannot order
-    if arguments.mosaic_schedule:
-        schedule = load_schedule(arguments.mosaic_schedule)
-        Executor(plan, workload, rank=0).accept(schedule)
-    predicted = _predict(plan, workload, arguments.profile)
+    schedule = load_training_schedule(plan, workload, arguments.mosaic_schedule)  # refuses what cannot be ordered
+    predicted = _predict(plan, workload, arguments.profile, schedule)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
         if arguments.mosaic_schedule:
@@ -122,7 +118,7 @@ def _validate_length(megatron_args: Sequence[str]) -> None:
         )
 
 
-def _predict(plan: Plan, workload: Workload, profile: str | None) -> Timeline | None:
+def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Schedule) -> Timeline | None:
     """The predicted timeline, if this machine has a profile of this model (or one is named: then it must be one)."""
     if profile is None and not default_profile_path().exists():
         return None
@@ -135,7 +131,7 @@ def _predict(plan: Plan, workload: Workload, profile: str | None) -> Timeline | 
                 expected=f"the sizes of model={plan.workload}, digest {task.workload.digest}",
                 fix="leave out the model arguments, or --profile",
             )
-        return simulate(plan, task.cost_model()).timeline()
+        return simulate(plan, task.cost_model(), schedule).timeline()
     except MosaicError as error:
         if profile is not None:
             raise

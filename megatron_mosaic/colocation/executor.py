@@ -1,6 +1,6 @@
 """Runs one rank's part of a Schedule, in its order, and records when each action ran.
 
-    Schedule --rank_programs--> program of this rank --perform(action), one at a time--> spans --> Timeline
+    Schedule --project--> program of this rank --perform(action), one at a time--> spans --> Timeline
 
 What an action does (tensors, collectives) is the caller's; the executor owns order, clock and the report of failures.
 """
@@ -16,9 +16,9 @@ from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import build_forward_only, build_schedule
-from megatron_mosaic.schedules.passes import rank_programs
-from megatron_mosaic.schedules.schedule import Action, Schedule
+from megatron_mosaic.schedules import Action, Schedule, build_forward_only
+from megatron_mosaic.schedules.passes import project
+from megatron_mosaic.schedules.rank_classes import rank_classes
 from megatron_mosaic.schedules.text import format_schedule
 from megatron_mosaic.schedules.timeline import Span
 
@@ -31,44 +31,48 @@ class Executor:
     `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share.
     """
 
-    def __init__(self, plan: Plan, workload: Workload, rank: int, *, clock: Clock = time.monotonic) -> None:
-        self.plan, self.workload, self.rank = plan, workload, rank
+    def __init__(
+        self, plan: Plan, workload: Workload, rank: int, training: Schedule, *, clock: Clock = time.monotonic
+    ) -> None:
+        """`training`: the schedule of training steps, the plan's own or another one of its work."""
+        self.plan, self.workload, self.rank, self.training = plan, workload, rank, training
+        self._lanes = {lane for alike in rank_classes(plan) if rank in alike.ranks for lane in alike.lanes}
         self.flight = Flight(rank)
         self.spans: list[Span] = []
         self.step = 0
         self._clock = clock
         self._programs: dict[tuple[int, bool], tuple[Action, ...]] = {}
 
-    def planned(self, num_microbatches: int, *, forward_only: bool = False) -> Schedule:
-        """The plan's own schedule for a step of this many microbatches."""
-        if forward_only:
-            return build_forward_only(self.plan, self.workload, num_microbatches)
-        return build_schedule(self.plan, self.workload, num_microbatches)
-
     def accept(self, schedule: Schedule) -> None:
-        """ScheduleError unless this is, to the letter, the plan's schedule of a training step.
-
-        The order of lanes counts too: it decides which of two lanes on a rank goes first.
-        """
-        planned = self.planned(self.plan.num_microbatches(self.workload.backbone.name))
-        got, expected = format_schedule(schedule).splitlines(), format_schedule(planned).splitlines()
-        for number, (ours, theirs) in enumerate(
+        """ScheduleError unless this schedule of a training step is, to the letter, the executor's own: all ranks run
+        one. Collectives of two ranks with different orders would wait for each other, or mix up."""
+        got, expected = format_schedule(schedule).splitlines(), format_schedule(self.training).splitlines()
+        for number, (theirs, ours) in enumerate(
             itertools.zip_longest(got, expected, fillvalue="no such line"), start=1
         ):
-            if ours != theirs:
+            if theirs != ours:
                 raise ScheduleError(
                     f"schedule of the run, line {number}",
-                    got=ours,
-                    expected=f"the plan's own: {theirs}",
-                    fix="run the schedule that the plan names, or make a plan with the one you want",
+                    got=theirs,
+                    expected=f"rank {self.rank}'s: {ours}",
+                    fix="give every rank the same plan and the same schedule file",
                 )
 
     def program(self, num_microbatches: int, *, forward_only: bool = False) -> tuple[Action, ...]:
-        """This rank's actions of a step, in order."""
+        """This rank's actions of a step, in order. Evaluation: the plan's forwards, of any number of microbatches."""
         key = (num_microbatches, forward_only)
         if key not in self._programs:
-            planned = self.planned(num_microbatches, forward_only=forward_only)
-            self._programs[key] = rank_programs(self.plan, planned)[self.rank]
+            schedule = self.training
+            if forward_only:
+                schedule = build_forward_only(self.plan, self.workload, num_microbatches)
+            elif num_microbatches != schedule.num_microbatches:
+                raise ScheduleError(
+                    "training step",
+                    got=f"{num_microbatches} microbatches",
+                    expected=f"{schedule.num_microbatches}, as in its schedule",
+                    fix="leave out arguments that change the batch: the plan decides",
+                )
+            self._programs[key] = project(schedule, self._lanes)
         return self._programs[key]
 
     def run(self, program: Iterable[Action], perform: Callable[[Action, Clock], tuple[float, float]]) -> None:

@@ -16,7 +16,7 @@ from megatron_mosaic.cost_model.source import ActionCost
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import TrainingSetup
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 
 class AnalyticCosts:

@@ -15,7 +15,7 @@ from megatron_mosaic.cost_model.source import ActionCost
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import Format, TrainingSetup
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 MEASURED = TrainingSetup(format=Format.fp32, fused_attention=False)  # what `mosaic calibrate` runs
 _CONSENSUS_BYTES = 64  # a handful of fp64 sums

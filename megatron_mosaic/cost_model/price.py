@@ -5,7 +5,7 @@ StepWork --CostSource--> StepPrice: a StageCost by lane; gradients, optimizer an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,9 @@ from megatron_mosaic.cost_model.effects.parameters import updated_parameters
 from megatron_mosaic.cost_model.hardware.profile import Operation
 from megatron_mosaic.cost_model.machine import Machine
 from megatron_mosaic.cost_model.source import CostSource
-from megatron_mosaic.cost_model.work import StageWork, StepWork, of_kind
+from megatron_mosaic.cost_model.work import Lane, StageWork, StepWork, of_kind
 from megatron_mosaic.plan.training import Sharding
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 _NEVER_HIDDEN_FRAC = 0.1  # of the gradients' traffic: the last bucket has no backward left beside it
 
@@ -117,9 +117,9 @@ class StepPrice:
             for lanes, gradients_s in zip(self.work.class_lanes, self.gradients_s)
         ]
         bounds.append(self.machine.least_s(busy_s))
-        before: list[float] = []
-        for i, sources in enumerate(self.work.lanes_before):
-            before.append(max((before[s] + self.costs[s].seconds(Kind.F) for s in sources), default=0.0))
+        before: list[float] = []  # by lane, the way to its first action
+        for i, sources in enumerate(self.work.sources):
+            before.append(max([before[s] + self.costs[s].seconds(Kind.F) for s in sources], default=0.0))
             bounds.append(before[i] + busy_s[i] + self.costs[i].gradients_s)
         tail_s = self.consensus_s + max(self.optimizer_s) + self.source.overheads.step_s
         return self.data_s + max(bounds) + tail_s
@@ -127,9 +127,7 @@ class StepPrice:
     @cached_property
     def lower_bound_bytes(self) -> float:
         """No schedule needs less on the fullest rank: its parameters, and the units of its hungriest lane."""
-        least = [
-            live * cost.memory.unit_bytes for live, cost in zip(self.work.min_live_units, self.costs)
-        ]
+        least = [live * cost.memory.unit_bytes for live, cost in zip(self.work.min_live_units, self.costs)]
         return max(
             sum(self.costs[i].memory.static_bytes for i in lanes)
             + max(least[i] for i in lanes)

@@ -1,148 +1,115 @@
-"""A schedule made ready for fast simulation: positions instead of names, ranks with the same lanes folded into one.
+"""A schedule made ready for the clock: numbers instead of names, ranks with the same lanes folded into one class.
 
-Ranks that run the same lanes do the same at the same time, so the cost of a simulation depends on the number of
-lanes and microbatches and not on the number of ranks. Programs are kept, since a search meets the same ones again.
+Ranks that run the same lanes do the same at the same time, so a simulation costs as much as there are lanes and
+microbatches, whatever the number of ranks. A lane occupies its classes, each on the lane's track: lanes of one track
+of a class take turns, tracks run at the same time. Needs inside a lane are left out: its own order implies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import SCHEDULES, validate_schedule_name
-from megatron_mosaic.schedules.passes import order_actions, rank_classes, stage_ranks
-from megatron_mosaic.schedules.schedule import Action, Kind
+from megatron_mosaic.plan import ScheduleChoice
+from megatron_mosaic.schedules import Kind, Schedule, build
+from megatron_mosaic.schedules.actions import FREES
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
-Lane = tuple[str, int]  # (module, stage)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneMap:
-    """Which lanes a plan has and which ranks they share. A class is named by its lowest rank."""
-
-    graph: StageGraph
-    lanes: tuple[Lane, ...]
-    classes: tuple[frozenset[int], ...]  # by lane
-    lanes_of_class: Mapping[int, tuple[int, ...]]  # class -> positions in `lanes`
-
-    def class_of_rank(self, plan: Plan) -> dict[int, int]:
-        """Rank -> position of its class, for ranks that have a lane."""
-        position = {lanes: index for index, lanes in enumerate(self.lanes_of_class.values())}
-        lanes_of: dict[int, list[int]] = {}
-        for lane, (module, stage) in enumerate(self.lanes):
-            for rank in stage_ranks(plan, module, stage):
-                lanes_of.setdefault(rank, []).append(lane)
-        return {rank: position[tuple(lanes)] for rank, lanes in sorted(lanes_of.items())}
+Need = tuple[int, int]  # (1 + position, number of the link that the result travels over); (0, 0): none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Actions in the one global order of `merge_lanes`; everything else refers to positions in it."""
+    """All actions in the schedule's order, as parallel tuples; lanes and classes by the numbers of the stage graph."""
 
-    actions: tuple[Action, ...]
-    lanes: tuple[Lane, ...]
-    lane_of: tuple[int, ...]  # position -> lane
-    backward: tuple[bool, ...]
-    needs: tuple[tuple[int, ...], ...]  # position -> positions
-    classes: tuple[frozenset[int], ...]  # lane -> classes of ranks
-    links: tuple[tuple[int, int], ...]  # (lane that needs, lane that is needed), of different lanes
-    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # class -> distinct counts of live units per lane
+    schedule: Schedule
+    lane: tuple[int, ...]  # by position
+    job: tuple[int, ...]  # by position, into `jobs`
+    jobs: tuple[tuple[int, Kind], ...]  # (lane, kind): actions of one job take the same time
+    need: tuple[int, ...]  # by position: 1 + position of an action of another lane; 0: none
+    link: tuple[int, ...]  # by position, into `links`: the way of that need's result
+    more_needs: tuple[tuple[Need, ...], ...]  # by position; mostly none
+    links: tuple[tuple[int, int], ...]  # (lane needed, lane that needs); the first is no link
+    resources: tuple[tuple[int, ...], ...]  # by lane, what it occupies: a track of a class
+    num_resources: int
+    last: tuple[int, ...]  # by lane, the position of its last action
+    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class, the combinations of live units of its lanes
 
-
-def map_lanes(plan: Plan, workload: Workload) -> LaneMap:
-    """Lanes of the plan's training step, and the classes of ranks they run on."""
-    graph = StageGraph.of(plan, workload, plan.num_microbatches(workload.backbone.name))
-    lanes = tuple((module.name, s) for module in workload.modules for s in range(graph.num_stages[module.name]))
-    by_name = rank_classes(plan)
-    classes = tuple(by_name[f"{module}.{stage}"] for module, stage in lanes)
-    names = sorted(frozenset().union(*classes))
-    return LaneMap(
-        graph=graph,
-        lanes=lanes,
-        classes=classes,
-        lanes_of_class={name: tuple(i for i, members in enumerate(classes) if name in members) for name in names},
-    )
-
-
-def build_program(schedule: str, lane_map: LaneMap) -> Program:
-    """The program of a training step. ScheduleError when the schedule is not built yet."""
-    validate_schedule_name(schedule)
-    names = {name: index for index, name in enumerate(lane_map.lanes_of_class)}
-    graph = lane_map.graph
-    return _build(
-        schedule,
-        lane_map.lanes,
-        graph.edges,
-        tuple(graph.units.items()),
-        graph.num_microbatches,
-        graph.has_backward,
-        tuple(graph.num_chunks.items()),
-        # classes 0, 1, ...: plans that differ only in the number of ranks share a program
-        tuple(frozenset(names[name] for name in members) for members in lane_map.classes),
-    )
+    @property
+    def in_turns(self) -> bool:
+        """Whether every class has one track."""
+        return not any(self.schedule.tracks.values())
 
 
 @lru_cache(maxsize=512)
-def _build(
-    name: str,
-    lanes: tuple[Lane, ...],
-    edges: tuple[tuple[str, str], ...],
-    units: tuple[tuple[str, int], ...],
-    num_microbatches: int,
-    has_backward: frozenset[str],
-    chunks: tuple[tuple[str, int], ...],
-    classes: tuple[frozenset[int], ...],
-) -> Program:
-    num_stages = {module: stage + 1 for module, stage in lanes}
-    graph = StageGraph(
-        num_stages=num_stages,
-        edges=edges,
-        units=dict(units),
-        num_microbatches=num_microbatches,
-        has_backward=has_backward,
-        num_chunks=dict(chunks),
-    )
-    schedule = SCHEDULES[name](graph)
-    order = order_actions(schedule, {f"{module}.{stage}": members for (module, stage), members in zip(lanes, classes)})
-    position = {action: index for index, action in enumerate(order)}
-    lane_index = {lane: index for index, lane in enumerate(lanes)}
-    lane_of = tuple(lane_index[action.module, action.stage] for action in order)
-    needs = tuple(tuple(position[need] for need in schedule.needs(action)) for action in order)
-    links = {(lane_of[p], lane_of[q]) for p, row in enumerate(needs) for q in row if lane_of[p] != lane_of[q]}
+def planned_program(choice: ScheduleChoice, graph: StageGraph) -> Program:
+    """The program of a schedule by name; kept, since a search meets the same graphs again."""
+    return fold(build(choice, graph), graph)
+
+
+def fold(schedule: Schedule, graph: StageGraph) -> Program:
+    """The program of a schedule of this graph. The schedule's lanes may stand in another order than the graph's."""
+    table, names = schedule.table, graph.lanes
+    number = {name: i for i, name in enumerate(names)}
+    renumber = [number[name] for name in table.lanes]
+    lane = [renumber[i] for i in table.lane]
+    jobs = {job: i for i, job in enumerate(dict.fromkeys(zip(lane, table.kind)))}
+    need, link, more, links = _needs_of_others(lane, table.needs)
+    holds = [sorted((name, schedule.tracks[each]) for name in graph.occupies[each]) for each in names]
+    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
+    classes = sorted(frozenset().union(*graph.occupies.values()))
+    positions: list[list[int]] = [[] for _ in names]
+    for position, each in enumerate(lane):
+        positions[each].append(position)
     return Program(
-        actions=order,
-        lanes=lanes,
-        lane_of=lane_of,
-        backward=tuple(action.kind is not Kind.F for action in order),
-        needs=needs,
-        classes=classes,
-        links=tuple(sorted(links)),
-        live_units=_live_units(order, lane_of, classes, has_backward),
+        schedule=schedule,
+        lane=tuple(lane),
+        job=tuple([jobs[job] for job in zip(lane, table.kind)]),
+        jobs=tuple(jobs),
+        need=need,
+        link=link,
+        more_needs=more,
+        links=links,
+        resources=tuple(tuple(resource[each] for each in held) for held in holds),
+        num_resources=len(resource),
+        last=tuple(found[-1] for found in positions),
+        live_units=tuple(
+            _live_units(table.kind, [positions[i] for i, each in enumerate(names) if name in graph.occupies[each]])
+            for name in classes
+        ),
     )
 
 
-def _live_units(
-    order: tuple[Action, ...],
-    lane_of: tuple[int, ...],
-    classes: tuple[frozenset[int], ...],
-    has_backward: frozenset[str],
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Per class, every combination of live units per lane that it meets: a forward adds one, a backward frees it.
+def _needs_of_others(
+    lane: Sequence[int], needs: Iterable[tuple[int, ...]]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[Need, ...], ...], tuple[tuple[int, int], ...]]:
+    """`need`, `link`, `more_needs` and `links` of a program."""
+    links: dict[tuple[int, int], int] = {(-1, -1): 0}
+    first, ways, more = [], [], []
+    for own, row in zip(lane, needs):
+        found = [(1 + at, links.setdefault((lane[at], own), len(links))) for at in row if lane[at] != own]
+        one, way = found[0] if found else (0, 0)
+        first.append(one)
+        ways.append(way)
+        more.append(tuple(found[1:]))
+    return tuple(first), tuple(ways), tuple(more), tuple(links)
 
-    Without a backward (a frozen module) nothing outlives its forward.
+
+def _live_units(kinds: Sequence[Kind], lanes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Every combination of live units that a class with these lanes (positions of their actions) meets.
+
+    A forward adds one, a backward frees it. In a lane without backwards nothing outlives its forward.
     """
-    seen: list[dict[tuple[int, ...], None]] = [{} for _ in frozenset().union(*classes)]
-    for name, combinations in enumerate(seen):
-        live = [0] * len(classes)
-        for action, lane in zip(order, lane_of):
-            if name in classes[lane]:
-                before = live[lane]
-                live[lane] += 1 if action.kind is Kind.F else -1
-                if live[lane] > before:
-                    combinations[tuple(live)] = None
-                    live[lane] -= action.module not in has_backward
-    return tuple(tuple(combinations) for combinations in seen)
+    lane_of = {at: i for i, positions in enumerate(lanes) for at in positions}
+    keeps = [any(kinds[at] in FREES for at in positions) for positions in lanes]
+    live, seen = [0] * len(lanes), dict[tuple[int, ...], None]()
+    for at in sorted(lane_of) if len(lanes) > 1 else lanes[0]:
+        own, kind = lane_of[at], kinds[at]
+        if kind is Kind.F:
+            live[own] += 1
+            seen[tuple(live)] = None
+            live[own] -= not keeps[own]
+        elif kind in FREES:
+            live[own] -= 1
+    return tuple(seen)

@@ -16,7 +16,7 @@ from megatron_mosaic.cost_model.hardware.profile import Overheads
 from megatron_mosaic.cost_model.machine import Machine
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan.training import TrainingSetup
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules import Kind, stage_graph
+from megatron_mosaic.schedules.rank_classes import RankClass, rank_classes
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 _FORWARD, _BOTH = (Kind.F,), (Kind.F, Kind.B)
@@ -106,11 +107,12 @@ class Lane:
         return f"{self.module}.{self.stage}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepWork:
     """The work of all lanes, and what they have in common."""
 
     lanes: tuple[Lane, ...]  # modules in topological order
+    classes: tuple[RankClass, ...]
     edges: tuple[Edge, ...]
     graph: StageGraph
     schedule: ScheduleChoice
@@ -118,25 +120,53 @@ class StepWork:
     num_samples: int
     gpus_per_node: int
 
+    @cached_property
+    def class_lanes(self) -> tuple[tuple[int, ...], ...]:
+        """By class, the numbers of its lanes."""
+        number = {lane.name: i for i, lane in enumerate(self.lanes)}
+        return tuple(tuple(sorted(number[name] for name in alike.lanes)) for alike in self.classes)
+
+    @property
+    def num_busy_ranks(self) -> int:
+        return sum(len(alike.ranks) for alike in self.classes)
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """By lane, the lanes whose forwards its own need: earlier ones."""
+        last = {lane.module: i for i, lane in enumerate(self.lanes)}
+        feeds = {name: [last[a] for a, b in self.graph.edges if b == name] for name in last}
+        return tuple((i - 1,) if lane.stage else tuple(feeds[lane.module]) for i, lane in enumerate(self.lanes))
+
+    @property
+    def min_live_units(self) -> tuple[int, ...]:
+        """By lane, units that are alive at some moment at least. 1F1B warms up with a unit for each stage behind it;
+        other schedules may keep fewer."""
+        if self.schedule.name != "1f1b":
+            return (1,) * len(self.lanes)
+        behind = [self.graph.stages_after(lane.module, lane.stage) for lane in self.lanes]
+        return tuple(min(lane.work.num_units, far + 1) for lane, far in zip(self.lanes, behind))
+
 
 def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepWork:
     """The work of a training step of the plan, on nodes of so many ranks."""
-    graph = StageGraph.of(plan, workload, plan.num_microbatches(workload.backbone.name))
+    graph = stage_graph(plan, workload)
     samples = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp
     lanes: list[Lane] = []
     for module in workload.modules:
-        placed, unit = plan.modules[module.name], graph.units[module.name]
+        placed, name = plan.modules[module.name], module.name
         lanes += _list_module(
             module,
             placed,
-            items=math.ceil(samples * unit * module.items_per_sample / placed.layout.dp - 1e-9),  # none is split
-            num_units=graph.num_units(module.name),
-            kinds=_BOTH if module.name in graph.has_backward else _FORWARD,
-            reaches_layers=workload.hidden_has_gradient(module.name),
+            # an item is not split
+            items=math.ceil(samples * graph.units[name] * module.items_per_sample / placed.layout.dp - 1e-9),
+            num_units=graph.num_units(name),
+            kinds=_BOTH if name in graph.has_backward else _FORWARD,
+            reaches_layers=workload.hidden_has_gradient(name),
             gpus_per_node=gpus_per_node,
         )
     return StepWork(
         lanes=tuple(lanes),
+        classes=rank_classes(plan),
         edges=workload.edges,
         graph=graph,
         schedule=plan.schedule,

@@ -21,7 +21,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
-from megatron_mosaic.schedules import build_schedule
+from megatron_mosaic.schedules.plan_match import load_training_schedule
 
 TOLERANCE = 1e-5  # relative, fp32
 # Where a gradient is a sum of terms that nearly cancel, fp32 itself leaves more than TOLERANCE open: the gradient of a
@@ -90,10 +90,15 @@ class Parity:
         }
 
 
-def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] = ()) -> Parity:
-    """Run plan and reference and compare them. RankFailure if a rank fails; PlanError if the plan cannot run."""
+def check_plan(
+    plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] = (), schedule: str | None = None
+) -> Parity:
+    """Run plan and reference and compare them. RankFailure if a rank fails; PlanError if the plan cannot run.
+
+    `schedule`: a file with the order of training steps; the reference has none.
+    """
     plan = load_plan(plan_path)
-    require_checkable(plan, megatron_args)
+    require_checkable(plan, megatron_args, schedule)
     from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
     from megatron_mosaic.parity import reference_run
@@ -107,6 +112,7 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
         ours = [*arguments, "--mosaic-plan", plan_path, "--mosaic-report", directory]
         ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
         ours += ["--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
+        ours += ["--mosaic-schedule", schedule] if schedule else []
         run_forked(plan.world_size, with_command_line, ours, pretrain.main)
         reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
         for measure_rounding in (False, True):  # takes six times as long, and few checks need it
@@ -118,11 +124,12 @@ def check_plan(plan_path: str, *, steps: int = 3, megatron_args: Sequence[str] =
         return parity
 
 
-def require_checkable(plan: Plan, megatron_args: Sequence[str] = ()) -> None:
-    """PlanError unless the reference model with these arguments can run under the plan. Needs no torch."""
+def require_checkable(plan: Plan, megatron_args: Sequence[str] = (), schedule: str | None = None) -> None:
+    """PlanError unless the reference model with these arguments can run under the plan (in the order of the file).
+    Needs no torch."""
     workload = workload_of_command_line(megatron_args)
     validate_plan(plan, workload)
-    build_schedule(plan, workload)  # refuses what the plan's schedule cannot order
+    load_training_schedule(plan, workload, schedule)  # refuses what cannot be ordered
     for flag in _WITHOUT_ORACLE:
         if flag in megatron_args:
             raise ConfigError(

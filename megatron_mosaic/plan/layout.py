@@ -95,11 +95,22 @@ class RankSet:
                     "ranks", got=repr(text), expected="ascending spans that do not overlap", fix="sort the spans"
                 )
             spans.append((first, last + 1))
-        return cls(_joined(spans))
+        return cls.joined(spans)
 
     @classmethod
     def of(cls, ranks: Iterable[int]) -> RankSet:
-        return cls(_joined((rank, rank + 1) for rank in sorted(set(ranks))))
+        return cls.joined((rank, rank + 1) for rank in sorted(set(ranks)))
+
+    @classmethod
+    def joined(cls, spans: Iterable[tuple[int, int]]) -> RankSet:
+        """Of ascending spans, some of which may touch."""
+        joined: list[tuple[int, int]] = []
+        for first, stop in spans:
+            if joined and joined[-1][1] == first:
+                joined[-1] = (joined[-1][0], stop)
+            else:
+                joined.append((first, stop))
+        return cls(tuple(joined))
 
     @classmethod
     def block(cls, first: int, size: int) -> RankSet:
@@ -144,17 +155,6 @@ class RankSet:
 
     def __str__(self) -> str:
         return ",".join(f"{first}-{stop - 1}" if stop - first > 1 else f"{first}" for first, stop in self.spans)
-
-
-def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Ascending spans with those that touch made one."""
-    joined: list[tuple[int, int]] = []
-    for first, stop in spans:
-        if joined and joined[-1][1] == first:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((first, stop))
-    return tuple(joined)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--mosaic-plan", metavar="FILE", help=f"plan file; default ${PLAN_VARIABLE}, else every module dp"
     )
-    group.add_argument("--mosaic-schedule", metavar="FILE", help="schedule text that must equal the plan's own")
+    group.add_argument("--mosaic-schedule", metavar="FILE", help="text of the schedule of training steps")
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
     group.add_argument(
         "--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)"

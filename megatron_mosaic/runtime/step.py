@@ -32,7 +32,7 @@ from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
-from megatron_mosaic.schedules.schedule import Action, Kind
+from megatron_mosaic.schedules.actions import Action, Kind
 
 ForwardStep = Callable[[Iterator[StageCall], MosaicModel], tuple[StageOutput, Callable[[StageOutput], Any]]]
 Samples = Sequence[Any]  # of one global microbatch, in order

@@ -46,7 +46,8 @@ from megatron_mosaic.runtime.checkpoint import Checkpoints
 from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
 from megatron_mosaic.runtime.report import GradientDump, StepReport
 from megatron_mosaic.runtime.step import Samples, StepRunner
-from megatron_mosaic.schedules.text import load_schedule
+from megatron_mosaic.schedules.plan_match import load_training_schedule
+from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from megatron_mosaic.units import format_seconds
 
 
@@ -66,10 +67,10 @@ class Runtime:
         self.grids = Grids(plan, edges, timeout=timeout)
         self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
-        self.executor = Executor(plan, definition.workload, self.grids.rank)
+        training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
+        self.executor = Executor(plan, definition.workload, self.grids.rank, training)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
-        if args.mosaic_schedule:
-            self.executor.accept(load_schedule(args.mosaic_schedule))
+        _agree_on_schedule(self.executor, self.grids.world)
         self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
         names = tuple(plan.modules)
         draw_rng_states = partial(Scopes, collections=self.grids.collections, names=names)
@@ -216,6 +217,15 @@ def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> Non
     dist.init_process_group(
         backend=args.distributed_backend, world_size=args.world_size, rank=args.rank, timeout=timeout
     )
+
+
+def _agree_on_schedule(executor: Executor, world: dist.ProcessGroup) -> None:
+    """Collective over the world. ScheduleError on every rank whose schedule is not rank 0's."""
+    text = [format_schedule(executor.training)]
+    own = text[0]
+    dist.broadcast_object_list(text, src=0, group=world)
+    if text[0] != own:
+        executor.accept(parse_schedule(text[0]))
 
 
 def _microbatches(dataset: Any, start: int, size: int) -> Iterator[Samples]:

@@ -1,13 +1,15 @@
 """In which order: schedules as data, their builders by name."""
 
+from megatron_mosaic.schedules.actions import Action, Kind
 from megatron_mosaic.schedules.builders import (
     PLANNED,
     SCHEDULES,
+    build,
     build_forward_only,
     build_schedule,
-    validate_schedule_name,
+    stage_graph,
 )
-from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.schedule import Schedule
 
 __all__ = [
     "PLANNED",
@@ -15,7 +17,8 @@ __all__ = [
     "Action",
     "Kind",
     "Schedule",
+    "build",
     "build_forward_only",
     "build_schedule",
-    "validate_schedule_name",
+    "stage_graph",
 ]

@@ -1,96 +1,113 @@
-"""Lanes that share a rank take turns: the merge of all lanes into one order, and each rank's part of it.
+"""From lanes to one order, and from one order to programs.
 
 Every rank runs its actions in the order of one global list, so collectives of different modules meet in the same
 order everywhere and sends never block: no deadlock, whatever overlaps, as long as messages of different modules have
-communicators of their own. Simulator and executor both call this.
+communicators of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+import heapq
+from collections.abc import Collection, Hashable, Mapping
 
+from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.actions import Action, Kind
+from megatron_mosaic.schedules.lane_work import LaneWork
+from megatron_mosaic.schedules.pictures import render_deadlock
+from megatron_mosaic.schedules.rank_classes import rank_classes
+from megatron_mosaic.schedules.schedule import Schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
 _WEIGHT = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
 
 
-def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:
-    """Global ranks of one pipeline stage, in layout order (pp is the slowest axis)."""
-    ranks = plan.modules[module].ranks.ranks
-    size = len(ranks) // plan.modules[module].layout.pp
-    return ranks[stage * size : (stage + 1) * size]
-
-
-def merge_lanes(plan: Plan, schedule: Schedule) -> tuple[Action, ...]:
-    """One global order: list scheduling in nominal time (F 1, B 2) where a rank runs one action at a time.
+def take_turns(work: LaneWork, occupies: Mapping[str, frozenset[Hashable]]) -> tuple[Action, ...]:
+    """One order of all lanes: list scheduling in nominal time (F 1, B 2) where a rank runs one action at a time.
 
     Picks the action that can start first; on ties a backward before a forward, then the lane listed first.
+    `occupies[lane]`: the classes of ranks that are busy while it runs. ScheduleError where lanes wait for each other.
+    O(actions x log lanes): a heap of lanes by the start of their next action. A lane whose ranks were taken meanwhile
+    is put back with its later start when it comes up; no start ever gets earlier.
     """
-    return order_actions(schedule, rank_classes(plan))
+    numbers = work.numbers
+    needs, actions, num_lanes = numbers.needs, numbers.actions, len(numbers.lanes)
+    resources = {name: i for i, name in enumerate(dict.fromkeys(r for lane in work.lanes for r in occupies[lane]))}
+    taken = [tuple(resources[name] for name in occupies[lane]) for lane in work.lanes]
+    free = [0] * len(resources)
+    end = [-1] * len(actions)  # -1: not in the order yet
+    cursor, last = numbers.first[:-1], numbers.first[1:]
+    ready_at = [0] * num_lanes
+    sleepers: dict[int, list[int]] = {}  # action -> lanes that look again when it is done
+    order: list[Action] = []
+    heap: list[tuple[int, bool, int]] = []
 
+    def look(lane: int) -> None:
+        """Put the lane's next action on the heap, or to sleep until a need of it is done."""
+        number = cursor[lane]
+        at = 0
+        for need in needs[number]:
+            if end[need] < 0:
+                sleepers.setdefault(need, []).append(lane)
+                return
+            if end[need] > at:
+                at = end[need]
+        ready_at[lane] = at
+        heapq.heappush(heap, (start_of(lane), actions[number][2] is Kind.F, lane))
 
-def rank_classes(plan: Plan) -> Mapping[str, frozenset[int]]:
-    """Lane -> the classes of ranks it runs on. Ranks with the same lanes are one class, named by its lowest rank."""
-    return _rank_classes(tuple((name, placed.ranks.ranks, placed.layout.pp) for name, placed in plan.modules.items()))
+    def start_of(lane: int) -> int:
+        return max(ready_at[lane], *[free[resource] for resource in taken[lane]])
 
-
-@lru_cache(maxsize=4096)
-def _rank_classes(modules: tuple[tuple[str, tuple[int, ...], int], ...]) -> Mapping[str, frozenset[int]]:
-    lanes_of: dict[int, tuple[str, ...]] = {}
-    for module, ranks, num_stages in modules:
-        size = len(ranks) // num_stages
-        for index, rank in enumerate(ranks):
-            lanes_of[rank] = (*lanes_of.get(rank, ()), f"{module}.{index // size}")
-    first: dict[tuple[str, ...], int] = {}
-    for rank in sorted(lanes_of):
-        first.setdefault(lanes_of[rank], rank)
-    classes: dict[str, set[int]] = {}
-    for lanes, rank in first.items():
-        for lane in lanes:
-            classes.setdefault(lane, set()).add(rank)
-    return {lane: frozenset(members) for lane, members in classes.items()}
-
-
-def order_actions(schedule: Schedule, classes: Mapping[str, frozenset[int]]) -> tuple[Action, ...]:
-    """The global order of `merge_lanes`; `classes[lane]` names what a lane occupies while it runs."""
-    free = dict.fromkeys((name for members in classes.values() for name in members), 0)
-    end: dict[Action, int] = {}
-    cursor = dict.fromkeys(schedule.lanes, 0)
-    index = {lane: i for i, lane in enumerate(schedule.lanes)}
-    waiting = {lane: schedule.needs(actions[0]) for lane, actions in schedule.lanes.items() if actions}
-    ready: dict[str, int] = {}  # lane -> when the needs of its next action are done
-    while waiting or ready:
-        for lane in [lane for lane, needs in waiting.items() if all(need in end for need in needs)]:
-            ready[lane] = max([end[need] for need in waiting.pop(lane)], default=0)
-        assert ready  # the Schedule's constructor refused deadlocks
-        (start, _, _), lane = min(
-            (
-                (
-                    max(ready_at, max([free[name] for name in classes[lane]])),
-                    schedule.lanes[lane][cursor[lane]].kind is Kind.F,
-                    index[lane],
-                ),
-                lane,
-            )
-            for lane, ready_at in ready.items()
+    for lane in range(num_lanes):
+        if cursor[lane] < last[lane]:
+            look(lane)
+    while heap:
+        start, is_forward, lane = heapq.heappop(heap)
+        if (later := start_of(lane)) > start:
+            heapq.heappush(heap, (later, is_forward, lane))
+            continue
+        number = cursor[lane]
+        action = actions[number]
+        end[number] = done_at = start + _WEIGHT[action[2]]
+        for resource in taken[lane]:
+            free[resource] = done_at
+        order.append(action)
+        cursor[lane] = number + 1
+        if cursor[lane] < last[lane]:
+            look(lane)
+        for sleeper in sleepers.pop(number, ()):
+            look(sleeper)
+    if len(order) < len(actions):
+        at = {lane: cursor[i] - numbers.first[i] for i, lane in enumerate(numbers.lanes)}
+        raise ScheduleError(
+            "schedule: lanes",
+            got=render_deadlock(work, at, set(order)),
+            expected="orders without a cycle",
+            fix="reorder those lanes",
         )
-        action = schedule.lanes[lane][cursor[lane]]
-        end[action] = start + _WEIGHT[action.kind]
-        for name in classes[lane]:
-            free[name] = end[action]
-        cursor[lane] += 1
-        del ready[lane]
-        if cursor[lane] < len(schedule.lanes[lane]):
-            waiting[lane] = schedule.needs(schedule.lanes[lane][cursor[lane]])
-    return tuple(end)
+    return tuple(order)
+
+
+def schedule_in_turns(name: str, graph: StageGraph, lanes: Mapping[str, tuple[Action, ...]]) -> Schedule:
+    """The schedule of these lanes where those that share ranks take turns. ScheduleError if they deadlock."""
+    work = LaneWork(num_microbatches=graph.num_microbatches, edges=graph.edges, units=graph.units, lanes=lanes)
+    return Schedule(name=name, work=work, order=take_turns(work, graph.occupies))
+
+
+def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:
+    """Global ranks of one pipeline stage, one by one."""
+    return plan.modules[module].stage_ranks(stage).ranks
+
+
+def project(schedule: Schedule, lanes: Collection[str]) -> tuple[Action, ...]:
+    """What these lanes do, in the schedule's order: the program of a rank that has them, or of one of its tracks."""
+    wanted = {(module, int(stage)) for module, _, stage in (lane.rpartition(".") for lane in lanes)}
+    return tuple([action for action in schedule.order if action[:2] in wanted])
 
 
 def rank_programs(plan: Plan, schedule: Schedule) -> dict[int, tuple[Action, ...]]:
-    """Rank -> its actions, in order. Ranks without a lane have an empty program."""
-    programs: dict[int, list[Action]] = {rank: [] for rank in range(plan.world_size)}
-    for action in merge_lanes(plan, schedule):
-        for rank in stage_ranks(plan, action.module, action.stage):
-            programs[rank].append(action)
-    return {rank: tuple(actions) for rank, actions in programs.items()}
+    """Rank -> its actions in order. Ranks without a lane have an empty program; alike ranks share one."""
+    programs: dict[int, tuple[Action, ...]] = dict.fromkeys(range(plan.world_size), ())
+    for alike in rank_classes(plan):
+        programs |= dict.fromkeys(alike.ranks, project(schedule, alike.lanes))
+    return programs

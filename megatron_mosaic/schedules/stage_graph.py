@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.schedules.rank_classes import classes_of_lanes, rank_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGraph:
-    """Stages per module (and virtual stages on each), edges, microbatches of a step, and which modules run backward."""
+    """Stages per module (and virtual stages on each), edges, microbatches of a step, which modules run backward, and
+    which lanes share ranks. Plans that differ only in the number of ranks have one graph: it is what schedules are
+    kept by."""
 
     num_stages: Mapping[str, int]
     edges: tuple[tuple[str, str], ...]
     units: Mapping[str, int]
     num_microbatches: int
     has_backward: frozenset[str]
-    num_chunks: Mapping[str, int] = field(default_factory=dict)  # left out: 1
+    num_chunks: Mapping[str, int] = FrozenMap()
+    occupies: Mapping[str, frozenset[int]] = FrozenMap()
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "units", "num_chunks"):
+            object.__setattr__(self, name, FrozenMap(getattr(self, name)))
+        own = {lane: frozenset({-1 - number}) for number, lane in enumerate(self.lanes)}
+        object.__setattr__(self, "occupies", FrozenMap(own | dict(self.occupies)))
 
     @classmethod
     def of(cls, plan: Plan, workload: Workload, num_microbatches: int) -> StageGraph:
-        """Only edges between modules of the plan count."""
+        """Modules in the workload's order. Only edges between modules of the plan count."""
+        placed = {module.name: plan.modules[module.name] for module in workload.modules if module.name in plan.modules}
         return cls(
-            num_stages={name: module.layout.pp for name, module in plan.modules.items()},
-            edges=tuple((a, b) for a, b in workload.edge_pairs if a in plan.modules and b in plan.modules),
-            units={name: module.unit or 1 for name, module in plan.modules.items()},
+            num_stages={name: module.layout.pp for name, module in placed.items()},
+            edges=tuple((a, b) for a, b in workload.edge_pairs if a in placed and b in placed),
+            units={name: module.unit or 1 for name, module in placed.items()},
             num_microbatches=num_microbatches,
             has_backward=workload.has_backward,
-            num_chunks={name: module.layout.vpp for name, module in plan.modules.items() if module.layout.vpp > 1},
+            num_chunks={name: module.layout.vpp for name, module in placed.items() if module.layout.vpp > 1},
+            occupies=classes_of_lanes(rank_classes(plan)),
         )
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        return tuple(f"{module}.{stage}" for module, count in self.num_stages.items() for stage in range(count))
 
     def chunks(self, module: str) -> int:
         return self.num_chunks.get(module, 1)

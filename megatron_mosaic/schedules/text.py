@@ -1,35 +1,48 @@
-"""The text form of a schedule, one line per lane after a header, parsed strictly (`parse(format(s)) == s`):
+"""The text form of a schedule, parsed strictly (`parse(format(s)) == s`): a line a lane, then the order of all.
 
-schedule 1f1b microbatches=3 edges=vision>llm units=vision:1,llm:1
-vision.0 | vision.0F0 vision.0F1 vision.0F2 vision.0B0 vision.0B1 vision.0B2
-llm.0    | llm.0F0 llm.0B0 llm.0F1 llm.0B1 llm.0F2 llm.0B2
+    schedule 1f1b microbatches=3 edges=vision>llm units=vision:1,llm:1
+    vision.0 | vision.0F0 vision.0F1 vision.0F2 vision.0B0 vision.0B1 vision.0B2
+    llm.0    | llm.0F0 llm.0B0 llm.0F1 llm.0B1 llm.0F2 llm.0B2
+    order    | vision.0F0 llm.0F0 vision.0F1 llm.0B0 vision.0B0 ...
+    tracks   | vision.0:1                                              (only where a lane is off track 0)
+
+Without its `order` line a file is read together with a stage graph, whose ranks decide which lanes take turns.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedules.schedule import NUMBER, Action, Schedule
+from megatron_mosaic.schedules.actions import NUMBER, Action
+from megatron_mosaic.schedules.lane_work import LaneWork
+from megatron_mosaic.schedules.passes import take_turns
+from megatron_mosaic.schedules.schedule import Schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
 
+ORDER, TRACKS = "order", "tracks"  # no lane has such a name: theirs end in a stage
 _HEADER = re.compile(rf"schedule (\S+) microbatches=({NUMBER}) edges=(\S*) units=(\S+)")
-_UNIT = re.compile(rf"([^:]+):({NUMBER})")
+_COUNT = re.compile(rf"([^:]+):({NUMBER})")
 
 
 def format_schedule(schedule: Schedule) -> str:
     """The text form."""
-    edges = ",".join(f"{source}>{target}" for source, target in schedule.edges)
-    units = ",".join(f"{module}:{size}" for module, size in schedule.units.items())
-    width = max(len(lane) for lane in schedule.lanes)
+    edges = ",".join(f"{source}>{target}" for source, target in schedule.work.edges)
+    units = ",".join(f"{module}:{size}" for module, size in schedule.work.units.items())
+    lines = {lane: " ".join(map(str, actions)) for lane, actions in schedule.lanes.items()}
+    lines[ORDER] = " ".join(map(str, schedule.order))
+    if any(schedule.tracks.values()):
+        lines[TRACKS] = " ".join(f"{lane}:{track}" for lane, track in schedule.tracks.items() if track)
+    width = max(map(len, lines))
     header = f"schedule {schedule.name} microbatches={schedule.num_microbatches} edges={edges} units={units}"
-    lines = [f"{lane:<{width}} | {' '.join(map(str, actions))}" for lane, actions in schedule.lanes.items()]
-    return "\n".join([header, *lines]) + "\n"
+    return "\n".join([header, *(f"{name:<{width}} | {text}" for name, text in lines.items())]) + "\n"
 
 
-def parse_schedule(text: str) -> Schedule:
-    """The schedule written in text form. ScheduleError on anything else."""
-    header, *lines = text.rstrip("\n").split("\n")
+def parse_schedule(text: str, graph: StageGraph | None = None) -> Schedule:
+    """The schedule written in text form. ScheduleError on anything else, and for a missing order without a graph."""
+    header, *rest = text.rstrip("\n").split("\n")
     match = _HEADER.fullmatch(header)
     if match is None:
         raise ScheduleError(
@@ -39,32 +52,26 @@ def parse_schedule(text: str) -> Schedule:
             fix="correct the header",
         )
     name, num_microbatches, edges, units = match.groups()
-    lanes: dict[str, tuple[Action, ...]] = {}
-    for number, line in enumerate(lines, start=2):
-        lane, bar, actions = line.partition("|")
-        if not bar or not lane.strip() or lane.strip() in lanes:
-            raise ScheduleError(
-                f"line {number}", got=repr(line), expected="LANE | ACTION ACTION ..., each lane once", fix="correct it"
-            )
-        lanes[lane.strip()] = tuple(Action.parse(part) for part in actions.split())
-    try:
-        return Schedule(
-            name=name,
-            num_microbatches=int(num_microbatches),
-            edges=tuple(_pair(part, ">") for part in edges.split(",") if part),
-            units=_parse_units(units),
-            lanes=lanes,
-        )
-    except KeyError as error:
-        raise ScheduleError(
-            "line 1", got=f"no lane for {error}", expected="lanes of every module", fix="add it"
-        ) from error
+    lines = _split_lines(rest)
+    order, tracks = lines.pop(ORDER, None), lines.pop(TRACKS, "")
+    work = LaneWork(
+        num_microbatches=int(num_microbatches),
+        edges=tuple(_pair(part, ">") for part in edges.split(",") if part),
+        units=_parse_counts("line 1: units", units.split(","), "module"),
+        lanes={lane: _parse_actions(actions) for lane, actions in lines.items()},
+    )
+    return Schedule(
+        name=name,
+        work=work,
+        order=_order_of(work, graph) if order is None else _parse_actions(order),
+        tracks=_parse_counts(TRACKS, tracks.split(), "lane"),
+    )
 
 
-def load_schedule(path: str | Path) -> Schedule:
+def load_schedule(path: str | Path, graph: StageGraph | None = None) -> Schedule:
     """The schedule in a text file. ScheduleError names the file."""
     try:
-        return parse_schedule(Path(path).read_text(encoding="utf-8"))
+        return parse_schedule(Path(path).read_text(encoding="utf-8"), graph)
     except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError(
             str(path), got=str(error), expected="a schedule as `mosaic show` prints it", fix="check the path"
@@ -73,16 +80,48 @@ def load_schedule(path: str | Path) -> Schedule:
         raise ScheduleError(f"{path}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
 
 
-def _parse_units(text: str) -> dict[str, int]:
-    units: dict[str, int] = {}
-    for part in text.split(","):
-        match = _UNIT.fullmatch(part)
-        if match is None or match[1] in units:
+def _order_of(work: LaneWork, graph: StageGraph | None) -> tuple[Action, ...]:
+    """Lanes that share ranks take turns."""
+    if graph is None:
+        raise ScheduleError(
+            "order", got="no such line", expected="all actions in one order", fix="add it, or name the plan it is for"
+        )
+    foreign = [lane for lane in work.lanes if lane not in graph.occupies]
+    if foreign:
+        raise ScheduleError(
+            f"lane {foreign[0]}", got="no such lane in the plan", expected=f"one of {[*graph.lanes]}", fix="remove it"
+        )
+    return take_turns(work, graph.occupies)
+
+
+def _split_lines(lines: list[str]) -> dict[str, str]:
+    """Name before the bar -> what stands behind it."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=2):
+        name, bar, text = line.partition("|")
+        if not bar or not name.strip() or name.strip() in found:
             raise ScheduleError(
-                "line 1", got=f"units {part!r}", expected="MODULE:COUNT, each module once", fix="correct the header"
+                f"line {number}", got=repr(line[:200]), expected="LANE | ACTION ACTION ..., each once", fix="correct it"
             )
-        units[match[1]] = int(match[2])
-    return units
+        found[name.strip()] = text
+    return found
+
+
+def _parse_actions(text: str) -> tuple[Action, ...]:
+    return tuple([Action.parse(part) for part in text.split()])
+
+
+def _parse_counts(where: str, parts: list[str], name: str) -> Mapping[str, int]:
+    """`NAME:COUNT` parts, each name once. `name`: of what."""
+    counts: dict[str, int] = {}
+    for part in parts:
+        match = _COUNT.fullmatch(part)
+        if match is None or match[1] in counts:
+            raise ScheduleError(
+                where, got=repr(part), expected=f"{name.upper()}:COUNT, each {name} once", fix="correct the line"
+            )
+        counts[match[1]] = int(match[2])
+    return counts
 
 
 def _pair(text: str, separator: str) -> tuple[str, str]:

@@ -1,12 +1,40 @@
-"""Rank programs: every rank's part of one order, which can always be run to its end."""
+"""Orders and programs: the naive list scheduling; every rank's part of one order can be run to its end."""
 
 from hypothesis import given
 
 from megatron_mosaic.plan import Layout
-from megatron_mosaic.schedules import build_schedule
-from megatron_mosaic.schedules.passes import merge_lanes, rank_classes, rank_programs, stage_ranks
+from megatron_mosaic.schedules import Kind, build_schedule, stage_graph
+from megatron_mosaic.schedules.passes import project, rank_programs, stage_ranks, take_turns
+from megatron_mosaic.schedules.rank_classes import classes_of_lanes, rank_classes
 from tests.cases import WORKLOAD, make_plan, plans
 from tests.goldens import assert_golden
+
+
+def merge_naively(schedule, occupies):
+    """The oracle: at every step look at every lane, and take the one whose next action can start first (F 1, B 2)."""
+    end, free = {}, dict.fromkeys((name for names in occupies.values() for name in names), 0)
+    left = {lane: list(actions) for lane, actions in schedule.lanes.items()}
+    while any(left.values()):
+        candidates = [
+            (max([end[n] for n in schedule.needs(a)] + [free[r] for r in occupies[lane]]), a.kind is Kind.F, i, a, lane)
+            for i, (lane, (a, *_)) in enumerate((lane, actions) for lane, actions in left.items() if actions)
+            if all(need in end for need in schedule.needs(a))
+        ]
+        start, _, _, action, lane = min(candidates)
+        end[action] = start + (1 if action.kind is Kind.F else 2)
+        for resource in occupies[lane]:
+            free[resource] = end[action]
+        left[lane].pop(0)
+    return tuple(end)
+
+
+@given(plans(world_size=8))
+def test_take_turns_is_naive_list_scheduling(plan):
+    schedule, occupies = build_schedule(plan, WORKLOAD), classes_of_lanes(rank_classes(plan))
+    numbered = {lane: i for i, lane in enumerate(schedule.lanes)}  # ties go to the lane listed first
+    assert [*numbered] == [*stage_graph(plan, WORKLOAD).lanes]
+    expected = merge_naively(schedule, occupies)
+    assert take_turns(schedule.work, occupies) == schedule.order == expected
 
 
 def _run_to_the_end(plan, schedule, programs):
@@ -43,30 +71,36 @@ def test_programs_never_deadlock(plan):
 @given(plans(world_size=8))
 def test_programs_hold_each_lane_in_its_order(plan):
     schedule = build_schedule(plan, WORKLOAD)
-    order = merge_lanes(plan, schedule)
     for rank, program in rank_programs(plan, schedule).items():
-        lanes = [
-            f"{m}.{s}"
-            for m in plan.modules
-            for s in range(plan.modules[m].layout.pp)
-            if rank in stage_ranks(plan, m, s)
-        ]
+        lanes = [f"{m}.{s}" for m, s in _lanes(plan, rank)]
         assert sorted({a.lane for a in program}) == sorted(lanes)
         for lane in lanes:
             assert tuple(a for a in program if a.lane == lane) == schedule.lanes[lane]
-        assert list(program) == [a for a in order if a.lane in lanes]
+        assert list(program) == [a for a in schedule.order if a.lane in lanes]
+        assert program == project(schedule, lanes)
 
 
 @given(plans(world_size=8))
 def test_classes_are_ranks_with_the_same_lanes(plan):
     classes = rank_classes(plan)
-    for lane, members in classes.items():
-        module, _, stage = lane.rpartition(".")
-        ranks = stage_ranks(plan, module, int(stage))
-        assert members <= set(ranks)
-        assert all(any(_lanes(plan, rank) == _lanes(plan, name) for name in members) for rank in ranks)
-    names = sorted(set().union(*classes.values()))
-    assert len({_lanes(plan, name) for name in names}) == len(names)
+    assert [each.ranks.first for each in classes] == sorted(each.ranks.first for each in classes)
+    by_rank = {rank: each.lanes for each in classes for rank in each.ranks}
+    assert len(by_rank) == sum(len(each.ranks) for each in classes)  # nobody is in two
+    for rank in range(plan.world_size):
+        assert by_rank.get(rank, ()) == tuple(f"{m}.{s}" for m, s in _lanes(plan, rank))
+    assert len({each.lanes for each in classes}) == len(classes)
+
+
+def test_a_hundred_thousand_ranks_are_few_classes():
+    plan = make_plan(
+        {"vision": ("0-51199", Layout(dp=51200)), "llm": ("0-102399", Layout(tp=8, pp=4, dp=3200))}, world_size=102400
+    )
+    assert [(str(each.ranks), each.lanes) for each in rank_classes(plan)] == [
+        ("0-25599", ("vision.0", "llm.0")),
+        ("25600-51199", ("vision.0", "llm.1")),
+        ("51200-76799", ("llm.2",)),
+        ("76800-102399", ("llm.3",)),
+    ]
 
 
 def _lanes(plan, rank):

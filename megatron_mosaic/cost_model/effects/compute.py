@@ -25,7 +25,7 @@ from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.quota import grant_quota
 from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 BF16_BYTES = 2
 

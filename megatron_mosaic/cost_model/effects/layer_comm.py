@@ -9,7 +9,7 @@ from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.training import TrainingSetup
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 
 class LayerComm:

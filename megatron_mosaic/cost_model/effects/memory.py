@@ -11,14 +11,13 @@ Adam in Megatron (core developer guide, "Distributed Optimizer", bytes per param
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, reduce
 
 from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_logits_bytes, count_parameters
 from megatron_mosaic.cost_model.effects.parameters import frozen_parameters, shards_of, trained_parameters
 from megatron_mosaic.cost_model.hardware.profile import Part
-from megatron_mosaic.cost_model.program import LaneMap, Program, build_program, map_lanes
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
@@ -179,27 +178,24 @@ def _kept_bytes(work: StageWork, part: Part, precision: Precision, setup: Traini
     return work.items * each / work.layout.cp
 
 
-def peak_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[float, ...]:
-    """Per class of ranks: what its lanes (`memory`) always hold, plus the worst moment of its live units, plus a
-    workspace."""
+def worst_moment(combinations: Sequence[Sequence[int]], memory: Sequence[LaneMemory]) -> Memory:
+    """A rank's peak, by what holds the bytes: what its lanes always hold, the worst of the combinations of live units
+    (one count for each lane) that it meets, and a workspace."""
     unit_bytes = [lane.unit_bytes for lane in memory]
-    return tuple(
-        sum(memory[lane].static_bytes for lane in lanes)
-        + max(_alive(live, unit_bytes) for live in program.live_units[name])
-        + max(memory[lane].workspace_bytes for lane in lanes)
-        for name, lanes in enumerate(lane_map.lanes_of_class.values())
+    worst = max(combinations, key=lambda live: _alive(live, unit_bytes))
+    alive = add_up(lane.unit.times(n) for n, lane in zip(worst, memory) if n)
+    workspace = Memory(workspace=max(lane.workspace_bytes for lane in memory))
+    return add_up(lane.static for lane in memory) + alive + workspace
+
+
+def peak_bytes(combinations: Sequence[Sequence[int]], memory: Sequence[LaneMemory]) -> float:
+    """The sum of `worst_moment`, and cheaper."""
+    unit_bytes = [lane.unit_bytes for lane in memory]
+    return (
+        sum(lane.static_bytes for lane in memory)
+        + max(_alive(live, unit_bytes) for live in combinations)
+        + max(lane.workspace_bytes for lane in memory)
     )
-
-
-def memory_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[Memory, ...]:
-    """`peak_of_classes` by what holds the bytes."""
-    unit_bytes, found = [lane.unit_bytes for lane in memory], []
-    for name, lanes in enumerate(lane_map.lanes_of_class.values()):
-        worst = max(program.live_units[name], key=lambda live: _alive(live, unit_bytes))
-        alive = add_up(lane.unit.times(n) for n, lane in zip(worst, memory) if n)
-        workspace = Memory(workspace=max(memory[lane].workspace_bytes for lane in lanes))
-        found.append(add_up(memory[lane].static for lane in lanes) + alive + workspace)
-    return tuple(found)
 
 
 def _alive(live_units: Sequence[int], unit_bytes: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from megatron_mosaic.cost_model.hardware.profile import (
     Profile,
 )
 from megatron_mosaic.errors import ProfileError
-from megatron_mosaic.schedules.schedule import Kind
+from megatron_mosaic.schedules.actions import Kind
 
 EXTRAPOLATION = 4.0
 _MEASURED = {Kind.F: "forward_s", Kind.B: "backward_s"}  # field of ModulePoint

@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.optimize import least_squares
 
-from megatron_mosaic.cost_model.closed_form import StepCost, estimate_step
+
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.published.rows import Case
 from megatron_mosaic.plan.cluster import GpuType

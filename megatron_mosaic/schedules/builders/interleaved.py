@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedules.builders.one_f_one_b import alternate, make_schedule, units_ahead
-from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.actions import Action, Kind
+from megatron_mosaic.schedules.builders.one_f_one_b import alternate, units_ahead
+from megatron_mosaic.schedules.passes import schedule_in_turns
+from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 
@@ -31,7 +33,7 @@ def interleaved(graph: StageGraph) -> Schedule:
     longest = graph.num_microbatches * max(graph.num_chunks.values())
     for extra in range(longest + 1):
         try:
-            return make_schedule("interleaved", graph, _lanes(graph, extra))
+            return schedule_in_turns("interleaved", graph, _lanes(graph, extra))
         except ScheduleError:
             if extra == longest:
                 raise

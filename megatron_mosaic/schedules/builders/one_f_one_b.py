@@ -10,7 +10,9 @@ A stage with d stages behind it warms up with d forwards, then alternates, then 
 from __future__ import annotations
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedules.schedule import Action, Kind, Schedule
+from megatron_mosaic.schedules.actions import Action, Kind
+from megatron_mosaic.schedules.passes import schedule_in_turns
+from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 
@@ -32,7 +34,7 @@ def one_f_one_b(graph: StageGraph) -> Schedule:
             forwards = [Action(module, stage, Kind.F, unit) for unit in units]
             backwards = [Action(module, stage, Kind.B, unit) for unit in units if module in graph.has_backward]
             lanes[f"{module}.{stage}"] = alternate(forwards, backwards, units_ahead(graph, module, stage))
-    return make_schedule("1f1b", graph, lanes)
+    return schedule_in_turns("1f1b", graph, lanes)
 
 
 def units_ahead(graph: StageGraph, module: str, stage: int) -> int:
@@ -62,11 +64,4 @@ def forward_only(graph: StageGraph) -> Schedule:
         for module, num_stages in graph.num_stages.items()
         for stage in range(num_stages)
     }
-    return make_schedule("forward_only", graph, lanes)
-
-
-def make_schedule(name: str, graph: StageGraph, lanes: dict[str, tuple[Action, ...]]) -> Schedule:
-    """The schedule of these lanes. ScheduleError if they deadlock."""
-    return Schedule(
-        name=name, num_microbatches=graph.num_microbatches, edges=graph.edges, units=dict(graph.units), lanes=lanes
-    )
+    return schedule_in_turns("forward_only", graph, lanes)
