@@ -142,13 +142,8 @@ class ActionNumbers:
             self._add_lane(work, lane, actions)
             self.lane += [lane_number] * len(actions)
         self.first.append(len(self.actions))
+        self.number_of = dict(zip(self.actions, range(len(self.actions))))
         self.needs = self._find_needs(work)
-
-    def of(self, action: Action) -> int:
-        """The action's number; KeyError or IndexError if there is no such action."""
-        if action.unit < 0:
-            raise IndexError(action)
-        return self._of_block[action.module, action.stage, action.kind, action.chunk][action.unit]
 
     def _add_lane(self, work: LaneWork, lane: str, actions: tuple[Action, ...]) -> None:
         module, _, stage_text = lane.rpartition(".")

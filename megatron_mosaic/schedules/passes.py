@@ -7,8 +7,8 @@ communicators of their own.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Hashable, Mapping
+from heapq import heappop, heappush
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan
@@ -41,6 +41,7 @@ def take_turns(work: LaneWork, occupies: Mapping[str, frozenset[Hashable]]) -> t
     sleepers: dict[int, list[int]] = {}  # action -> lanes that look again when it is done
     order: list[Action] = []
     heap: list[tuple[int, bool, int]] = []
+    weights = _WEIGHT
 
     def look(lane: int) -> None:
         """Put the lane's next action on the heap, or to sleep until a need of it is done."""
@@ -53,30 +54,35 @@ def take_turns(work: LaneWork, occupies: Mapping[str, frozenset[Hashable]]) -> t
             if end[need] > at:
                 at = end[need]
         ready_at[lane] = at
-        heapq.heappush(heap, (start_of(lane), actions[number][2] is Kind.F, lane))
-
-    def start_of(lane: int) -> int:
-        return max(ready_at[lane], *[free[resource] for resource in taken[lane]])
+        for resource in taken[lane]:
+            if free[resource] > at:
+                at = free[resource]
+        heappush(heap, (at, actions[number][2] is Kind.F, lane))
 
     for lane in range(num_lanes):
         if cursor[lane] < last[lane]:
             look(lane)
     while heap:
-        start, is_forward, lane = heapq.heappop(heap)
-        if (later := start_of(lane)) > start:
-            heapq.heappush(heap, (later, is_forward, lane))
+        start, is_forward, lane = heappop(heap)
+        later = ready_at[lane]
+        for resource in taken[lane]:
+            if free[resource] > later:
+                later = free[resource]
+        if later > start:
+            heappush(heap, (later, is_forward, lane))
             continue
         number = cursor[lane]
         action = actions[number]
-        end[number] = done_at = start + _WEIGHT[action[2]]
+        end[number] = done_at = start + (1 if is_forward else weights[action[2]])
         for resource in taken[lane]:
             free[resource] = done_at
         order.append(action)
         cursor[lane] = number + 1
         if cursor[lane] < last[lane]:
             look(lane)
-        for sleeper in sleepers.pop(number, ()):
-            look(sleeper)
+        if number in sleepers:
+            for sleeper in sleepers.pop(number):
+                look(sleeper)
     if len(order) < len(actions):
         at = {lane: cursor[i] - numbers.first[i] for i, lane in enumerate(numbers.lanes)}
         raise ScheduleError(

@@ -72,13 +72,12 @@ class Schedule:
         numbers = self.work.numbers
         position = [-1] * len(numbers.actions)
         due = numbers.first[:-1]  # by lane, the action that is next
-        lane_of, needs_of, number_of = numbers.lane, numbers.needs, numbers.of
+        lane_of, needs_of, number_of = numbers.lane, numbers.needs, numbers.number_of
         lanes, needs = [], []
         for place, action in enumerate(self.order):
-            try:
-                number = number_of(action)
-            except (KeyError, IndexError):
-                raise self._wrong(f"{action}, which no lane has", "the actions of the lanes") from None
+            if action not in number_of:
+                raise self._wrong(f"{action}, which no lane has", "the actions of the lanes")
+            number = number_of[action]
             lane = lane_of[number]
             found = tuple([position[need] for need in needs_of[number]])
             if number != due[lane] or -1 in found:
