@@ -9,10 +9,12 @@ from typing import Any
 
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.config import load_workload
-from megatron_mosaic.cost_model.effects.memory import Memory, estimate_memory, precision_of
+from megatron_mosaic.cost_model.effects.memory import Memory, precision_of
+from megatron_mosaic.cost_model.simulate import estimate_memory
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.schedules.passes import stage_ranks
@@ -29,8 +31,10 @@ def main(arguments: argparse.Namespace) -> int:
     workload = load_workload([f"model={plan.workload}", f"workload.global_batch_size={plan.global_batch_size}"])
     validate_plan(plan, workload)
     schedule = format_schedule(build_schedule(plan, workload))
-    precision = precision_of(plan)
-    memory = estimate_memory(plan, workload, precision)
+    setup = plan.training or _guess_setup(plan)
+    precision = precision_of(setup)
+    found = estimate_memory(plan, workload, setup)
+    memory = dict(sorted((rank, held) for ranks, held in found.items() for rank in ranks))
     peaks = {rank: held.total for rank, held in memory.items()}
     asked = list_groups(plan, workload.edge_pairs)
     groups = {"created": len(set(asked)), "asked": len(asked)}
@@ -55,6 +59,12 @@ def main(arguments: argparse.Namespace) -> int:
     print()
     print(schedule, end="")
     return 0
+
+
+def _guess_setup(plan: Plan) -> TrainingSetup:
+    """Of a plan that does not say it: bf16 if it was made for GPUs, else fp32, the CPU runtime's."""
+    on_gpus = plan.predicted is not None and plan.predicted.cost_model.endswith("analytic")
+    return DEFAULT_SETUP if on_gpus else TrainingSetup(format=Format.fp32)
 
 
 def ranks_of(memory: Mapping[int, Memory]) -> dict[RankSet, Memory]:

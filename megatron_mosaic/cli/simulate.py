@@ -29,8 +29,8 @@ def main(arguments: argparse.Namespace) -> int:
         write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))
     if arguments.html:
         write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
-    alike = simulation.ranks_alike()
-    memory = dict(zip(alike.values(), simulation.memory()))
+    memory = simulation.memory()
+    alike = {ranks.first: ranks for ranks in memory}
     if arguments.json:
         print_json(
             {
@@ -47,14 +47,14 @@ def main(arguments: argparse.Namespace) -> int:
         if len(ranks) > 1:
             print(f"ranks {ranks} do the same as rank {first}")
     print()
+    source = simulation.price.source
     print_table(
         f"step {format_seconds(simulation.step_s)}, bubbles {timeline.bubble_frac:.0%}, "
-        f"peak {format_bytes(simulation.peak_bytes)} a rank ({simulation.priced.price.model.name})",
+        f"peak {format_bytes(simulation.peak_bytes)} a rank ({source.name})",
         ("module", "busy, mean over its ranks"),
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
-    model = simulation.priced.price.model
-    print_memory(f"{model.precision.name}, sharding: {model.setup.sharding}", memory)
+    print_memory(f"{source.precision.name}, sharding: {source.setup.sharding}", memory)
     return 0
 
 

@@ -7,8 +7,9 @@ from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Profile
 from megatron_mosaic.cost_model.measured import MeasuredCosts
 from megatron_mosaic.cost_model.price import StageCost, StepPrice, price_stage
 from megatron_mosaic.cost_model.source import CostSource
-from megatron_mosaic.cost_model.work import StageWork, StepWork
+from megatron_mosaic.cost_model.work import StageWork, StepWork, list_stage_work
 from megatron_mosaic.errors import ProfileError
+from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
@@ -33,8 +34,12 @@ class CostModel:
         """For `predicted.cost_model`."""
         return self.source.name
 
-    def price(self, work: StepWork) -> StepPrice:
-        """Costs of all lanes. ProfileError where a measurement is missing."""
+    def price(self, plan: Plan) -> StepPrice:
+        """Costs of a plan's step. ProfileError where a measurement is missing."""
+        return self.price_work(list_stage_work(plan, self.workload, self.cluster.gpus_per_node))
+
+    def price_work(self, work: StepWork) -> StepPrice:
+        """Costs of all lanes."""
         return StepPrice(work=work, source=self.source, costs=tuple(self._cost(lane.work) for lane in work.lanes))
 
     def _cost(self, work: StageWork) -> StageCost:

@@ -6,6 +6,7 @@ over all modules), `~optimizer`. On this machine a step begins with `~data`: eve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost_model.clock import run_clock
@@ -91,9 +92,16 @@ class Simulation:
 
 def simulate(plan: Plan, model: CostModel, schedule: Schedule | None = None) -> Simulation:
     """The predicted step of a plan, in the order of this schedule (default: the plan's own)."""
-    work = list_stage_work(plan, model.workload, model.cluster.gpus_per_node)
-    program = fold(schedule, work.graph) if schedule else planned_program(work.schedule, work.graph)
-    return simulate_program(model.price(work), program)
+    price = model.price(plan)
+    return simulate_program(price, fold(schedule, price.work.graph)) if schedule else simulate_planned(price)
+
+
+def simulate_planned(price: StepPrice, num_microbatches: int = 0) -> Simulation:
+    """In the order of the plan's schedule; `num_microbatches` of a shorter or longer step, 0: the plan's own."""
+    graph = price.work.graph
+    if num_microbatches:
+        graph = replace(graph, num_microbatches=num_microbatches)
+    return simulate_program(price, planned_program(price.work.schedule, graph))
 
 
 def simulate_program(price: StepPrice, program: Program) -> Simulation:
@@ -104,19 +112,31 @@ def simulate_program(price: StepPrice, program: Program) -> Simulation:
     return Simulation(price=price, program=program, start_s=tuple(start_s), end_s=tuple(end_s))
 
 
-def estimate_step_s(price: StepPrice) -> float:
-    """The step from two short simulations: after the pipeline has filled, every microbatch adds the same.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEstimate:
+    """A step's seconds, and a simulation that is long enough to have met every rank's peak."""
 
-    Exact up to the irregularities of the merged order; for ranking plans, the simulator has the last word.
+    step_s: float
+    simulation: Simulation
+
+
+def estimate_step(price: StepPrice) -> StepEstimate:
+    """The step from two short simulations: after the pipeline has filled, every period of microbatches adds the same.
+
+    A period: whole units of every module, and as many microbatches as an interleaved pipeline takes in turns. Exact up
+    to the irregularities of the merged order; for ranking plans, the simulator has the last word.
     """
     graph = price.work.graph
     depth = max(graph.stages_after(module, 0) for module in graph.num_stages) + 1
-    short, long = depth + 4, depth + 12
+    period = math.lcm(*graph.units.values(), *(graph.num_stages[module] for module in graph.num_chunks))
+    short = depth + 4 + (graph.num_microbatches - depth - 4) % period
+    long = short + -(-8 // period) * period
     if graph.num_microbatches <= 2 * long:
-        return simulate_program(price, planned_program(price.work.schedule, graph)).step_s
-    programs = (planned_program(price.work.schedule, replace(graph, num_microbatches=n)) for n in (short, long))
-    short_s, long_s = (simulate_program(price, program).step_s for program in programs)
-    return long_s + (graph.num_microbatches - long) * (long_s - short_s) / (long - short)
+        simulation = simulate_planned(price)
+        return StepEstimate(step_s=simulation.step_s, simulation=simulation)
+    before, simulation = (simulate_planned(price, count) for count in (short, long))
+    added_s = (graph.num_microbatches - long) * (simulation.step_s - before.step_s) / (long - short)
+    return StepEstimate(step_s=simulation.step_s + added_s, simulation=simulation)
 
 
 def memory_of_classes(work: StepWork, program: Program, memory: list[LaneMemory]) -> dict[RankSet, Memory]:

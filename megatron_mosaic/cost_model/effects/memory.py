@@ -21,6 +21,7 @@ from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +131,10 @@ def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory
     """Activations and logits that one live unit keeps on one rank of a stage.
 
     Full recomputation keeps each layer's input only (Korthikanti et al. 2022: 2sbh); selective drops the attention
-    matrix.
+    matrix. Offloaded activations wait in the host's memory.
     """
+    if setup.offloads_encoders and work.module.role is Role.encoder:
+        return Memory()
     parts = work.parts()
     layers = (
         _hidden_bytes(work, precision)
