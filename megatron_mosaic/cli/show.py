@@ -36,12 +36,13 @@ def main(arguments: argparse.Namespace) -> int:
     found = estimate_memory(plan, workload, setup)
     memory = dict(sorted((rank, held) for ranks, held in found.items() for rank in ranks))
     peaks = {rank: held.total for rank, held in memory.items()}
+    units = plan.units(workload.backbone.name)
     asked = list_groups(plan, workload.edge_pairs)
     groups = {"created": len(set(asked)), "asked": len(asked)}
     if arguments.json:
         print_json(
             {
-                "modules": {name: _module(plan, name) for name in plan.modules},
+                "modules": {name: _module(plan, name, units[name]) for name in plan.modules},
                 "rank_map": {str(rank): list(lanes) for rank, lanes in lanes_of_ranks(plan).items()},
                 "schedule": schedule,
                 "peak_bytes": {str(rank): num_bytes for rank, num_bytes in peaks.items()},
@@ -95,14 +96,14 @@ def lanes_of_ranks(plan: Plan) -> dict[int, dict[str, str]]:
     return lanes
 
 
-def _module(plan: Plan, name: str) -> dict[str, Any]:
+def _module(plan: Plan, name: str, unit: int) -> dict[str, Any]:
     placed = plan.modules[name]
     layout = {axis: getattr(placed.layout, axis) for axis in AXES}
     return {
         "ranks": str(placed.ranks),
         "layout": layout,
         "quota": placed.quota.share,
-        "unit": placed.unit or 1,
+        "unit": unit,
         "sequence_parallel": placed.sequence_parallel,
         "recompute": placed.recompute.value,
     }
@@ -113,7 +114,7 @@ def _print_modules(plan: Plan, workload: Workload) -> None:
     layouts = [placed.layout for placed in plan.modules.values()]
     axes = [axis for axis in AXES if axis in _ALWAYS or any(getattr(layout, axis) > 1 for layout in layouts)]
     more = {
-        "unit": [str(placed.unit or 1) for placed in plan.modules.values()],
+        "unit": [str(unit) for unit in plan.units(workload.backbone.name).values()],
         "sp": ["yes" if placed.sequence_parallel else "no" for placed in plan.modules.values()],
     }
     more = {key: column for key, column in more.items() if set(column) - {"1", "no"}}

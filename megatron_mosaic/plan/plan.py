@@ -14,6 +14,8 @@ from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.layout import ModulePlan
 from megatron_mosaic.plan.training import TrainingSetup
 
+NESTING = frozenset({"three_phase", "nested"})  # schedules that lay whole units of other modules around the backbone
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduleChoice:
@@ -75,6 +77,15 @@ class Plan:
     def every_rank_runs_all(self) -> bool:
         """Whether no module leaves a rank out."""
         return all(len(module.ranks) == self.world_size for module in self.modules.values())
+
+    def units(self, backbone: str) -> FrozenMap[str, int]:
+        """Module -> backbone microbatches that one of its actions covers. Where the plan does not say, the schedule
+        decides: those that nest modules around the pipeline take as many as it has stages, so that no rank is left
+        without an item of a unit; the others one."""
+        default = self.modules[backbone].layout.pp if self.schedule.name in NESTING else 1
+        return FrozenMap(
+            {name: placed.unit or (1 if name == backbone else default) for name, placed in self.modules.items()}
+        )
 
     def num_microbatches(self, backbone: str) -> int:
         """Backbone microbatches per optimizer step."""

@@ -100,6 +100,20 @@ def schedule_in_turns(name: str, graph: StageGraph, lanes: Mapping[str, tuple[Ac
     return Schedule(name=name, work=work, order=take_turns(work, graph.occupies))
 
 
+def schedule_in_order(name: str, graph: StageGraph, order: tuple[Action, ...]) -> Schedule:
+    """The schedule of one total order: each lane's own is what of it runs there."""
+    lanes: dict[str, list[Action]] = {lane: [] for lane in graph.lanes}
+    for action in order:
+        lanes[action.lane].append(action)
+    work = LaneWork(
+        num_microbatches=graph.num_microbatches,
+        edges=graph.edges,
+        units=graph.units,
+        lanes={lane: tuple(actions) for lane, actions in lanes.items()},
+    )
+    return Schedule(name=name, work=work, order=order)
+
+
 def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:
     """Global ranks of one pipeline stage, one by one."""
     return plan.modules[module].stage_ranks(stage).ranks

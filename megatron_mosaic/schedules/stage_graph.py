@@ -23,6 +23,7 @@ class StageGraph:
     units: Mapping[str, int]
     num_microbatches: int
     has_backward: frozenset[str]
+    backbone: str = ""  # its microbatches are what units count; builders that nest others around it need it
     num_chunks: Mapping[str, int] = FrozenMap()
     occupies: Mapping[str, frozenset[int]] = FrozenMap()
 
@@ -39,9 +40,10 @@ class StageGraph:
         return cls(
             num_stages={name: module.layout.pp for name, module in placed.items()},
             edges=tuple((a, b) for a, b in workload.edge_pairs if a in placed and b in placed),
-            units={name: module.unit or 1 for name, module in placed.items()},
+            units={name: plan.units(workload.backbone.name)[name] for name in placed},
             num_microbatches=num_microbatches,
             has_backward=workload.has_backward,
+            backbone=workload.backbone.name,
             num_chunks={name: module.layout.vpp for name, module in placed.items() if module.layout.vpp > 1},
             occupies=classes_of_lanes(rank_classes(plan)),
         )
@@ -55,6 +57,23 @@ class StageGraph:
 
     def num_units(self, module: str) -> int:
         return -(-self.num_microbatches // self.units[module])
+
+    def consumers(self, module: str) -> tuple[str, ...]:
+        return tuple(target for source, target in self.edges if source == module)
+
+    def reaches(self, module: str, other: str) -> bool:
+        """Whether anything of the module flows into the other."""
+        return any(target == other or self.reaches(target, other) for target in self.consumers(module))
+
+    def microbatches_of(self, module: str, unit: int) -> range:
+        """The backbone microbatches that a unit covers."""
+        size = self.units[module]
+        return range(unit * size, min((unit + 1) * size, self.num_microbatches))
+
+    def units_covering(self, module: str, microbatches: range) -> range:
+        """The module's units that hold any of these microbatches."""
+        size = self.units[module]
+        return range(microbatches[0] // size, microbatches[-1] // size + 1)
 
     def require_no_chunks(self, schedule: str) -> None:
         """ScheduleError if a module has virtual stages."""

@@ -351,8 +351,8 @@ def test_local_needs_a_profile_of_the_workload():
 
 def test_unbuilt_schedule_is_refused():
     plan = make_plan({"llm": ("0-3", Layout(dp=4))}, workload=BACKBONE_ONLY)
-    with pytest.raises(ScheduleError, match="nested"):
-        simulate(replace(plan, schedule=ScheduleChoice("nested")), _gpu_model(BACKBONE_ONLY))
+    with pytest.raises(ScheduleError, match="waves"):
+        simulate(replace(plan, schedule=ScheduleChoice("waves")), _gpu_model(BACKBONE_ONLY))
 
 
 def test_timeline_golden():

@@ -99,6 +99,7 @@ class PlanMap:
         self.at: dict[str, Coordinates] = {
             name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
         }
+        self.unit_sizes = plan.units(self.backbone)
         self.rules = {name: SlotRule(plan, workload, name) for name in plan.modules}
         self.cache = RouteCache() if cache is None else cache
 
@@ -108,6 +109,7 @@ class StepMap:
 
     def __init__(self, of_plan: PlanMap, microbatches: Sequence[Metadata]) -> None:
         self._plan, self._rank, self._at = of_plan.plan, of_plan.rank, of_plan.at
+        self._unit_sizes = of_plan.unit_sizes
         self._backbone, self._rules, self._cache = of_plan.backbone, of_plan.rules, of_plan.cache
         self._microbatches = microbatches
         self._cache.trim()
@@ -117,7 +119,7 @@ class StepMap:
 
     def covered(self, module: str, unit: int) -> range:
         """The microbatches of a unit."""
-        size = self._plan.modules[module].unit or 1
+        size = self._unit_sizes[module]
         return range(unit * size, min((unit + 1) * size, len(self._microbatches)))
 
     def shard(self, module: str, unit: int) -> Shard:
@@ -144,7 +146,7 @@ class StepMap:
     def peers(self, edge: Edge, unit: int, *, at_source: bool) -> range:
         """The units on the other side that share microbatches with this one."""
         module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        covered, size = self.covered(module, unit), self._plan.modules[other].unit or 1
+        covered, size = self.covered(module, unit), self._unit_sizes[other]
         return range(covered[0] // size, covered[-1] // size + 1)
 
     def sends(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
@@ -229,7 +231,7 @@ class StepMap:
             link, within = expand(links.rows[near])
             rows = near[link]
             item, token = items[rows] + found.offsets[index], starts[rows] + within
-            far_unit = m // (self._plan.modules[other].unit or 1)
+            far_unit = m // self._unit_sizes[other]
             far_offset = self._unit(other, far_unit).offsets[m - self.covered(other, far_unit).start]
             far, far_token = far_items[rows] + far_offset, far_starts[rows] + within
             group, place = own.locate(item, token)

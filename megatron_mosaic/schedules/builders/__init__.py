@@ -10,7 +10,9 @@ from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan, ScheduleChoice
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules.builders.interleaved import interleaved
+from megatron_mosaic.schedules.builders.nested import nested
 from megatron_mosaic.schedules.builders.one_f_one_b import forward_only, one_f_one_b
+from megatron_mosaic.schedules.builders.three_phase import three_phase
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
@@ -23,8 +25,13 @@ class Builder:
     parameters: tuple[str, ...] = ()
 
 
-SCHEDULES = {"1f1b": Builder(one_f_one_b), "interleaved": Builder(interleaved)}
-PLANNED = ("three_phase", "nested", "overlap", "bubble_fill", "waves")
+SCHEDULES = {
+    "1f1b": Builder(one_f_one_b),
+    "interleaved": Builder(interleaved),
+    "three_phase": Builder(three_phase),
+    "nested": Builder(nested, ("warmup_units",)),
+}
+PLANNED = ("overlap", "bubble_fill", "waves")
 
 
 def build_schedule(plan: Plan, workload: Workload, num_microbatches: int = 0) -> Schedule:

@@ -44,17 +44,21 @@ def _lanes(graph: StageGraph, extra: int) -> dict[str, tuple[Action, ...]]:
     """Every lane, with `extra` forwards more before the first backward than the module alone would need."""
     lanes = {}
     for module, num_stages in graph.num_stages.items():
-        chunks = graph.chunks(module)
         for stage in range(num_stages):
-            warmup = units_ahead(graph, module, stage)
-            if chunks > 1:  # Narayanan et al. 2021: 2 (p - s - 1) + (v - 1) p within the module
-                warmup += num_stages - stage - 1 + (chunks - 1) * num_stages
-            order = list(_turns(graph.num_units(module), num_stages, chunks))
-            forwards = [Action(module, stage, Kind.F, unit, chunk) for unit, chunk in order]
-            backwards = [Action(module, stage, Kind.B, unit, chunks - 1 - chunk) for unit, chunk in order]
-            trained = backwards if module in graph.has_backward else []
-            lanes[f"{module}.{stage}"] = alternate(forwards, trained, warmup + extra)
+            lanes[f"{module}.{stage}"] = interleave(graph, module, stage, units_ahead(graph, module, stage) + extra)
     return lanes
+
+
+def interleave(graph: StageGraph, module: str, stage: int, ahead: int) -> tuple[Action, ...]:
+    """A lane whose units take turns on its chunks, with `ahead` forwards, and those that the chunks ask for, before the
+    first backward (Narayanan et al. 2021: 2 (p - s - 1) + (v - 1) p within the module)."""
+    num_stages, chunks = graph.num_stages[module], graph.chunks(module)
+    if chunks > 1:
+        ahead += num_stages - stage - 1 + (chunks - 1) * num_stages
+    order = list(_turns(graph.num_units(module), num_stages, chunks))
+    forwards = [Action(module, stage, Kind.F, unit, chunk) for unit, chunk in order]
+    backwards = [Action(module, stage, Kind.B, unit, chunks - 1 - chunk) for unit, chunk in order]
+    return alternate(forwards, backwards if module in graph.has_backward else [], ahead)
 
 
 def _turns(num_units: int, num_stages: int, num_chunks: int) -> Iterator[tuple[int, int]]:

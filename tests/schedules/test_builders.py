@@ -1,0 +1,131 @@
+"""Builders that nest modules around the backbone: legal on any graph, few live units, and the closed form of W."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Layout, ScheduleChoice
+from megatron_mosaic.schedules import SCHEDULES, build, build_schedule
+from megatron_mosaic.schedules.stage_graph import StageGraph
+from megatron_mosaic.schedules.text import format_schedule, parse_schedule
+from tests.cases import WORKLOAD, make_plan
+from tests.goldens import assert_golden
+
+NESTING = ("three_phase", "nested")
+
+
+@st.composite
+def graphs(draw) -> StageGraph:
+    """1-3 encoders (the first may feed the second, and a generator), 0-2 generators (in a chain or not), a module that
+    feeds a generator alone; any stages, units and chunks; some of them frozen."""
+    encoders = [f"encoder{i}" for i in range(draw(st.integers(1, 3)))]
+    generators = [f"generator{i}" for i in range(draw(st.integers(0, 2)))]
+    aside = ["aside"] if generators and draw(st.booleans()) else []
+    modules = [*encoders, *aside, "llm", *generators]
+    edges = [(encoder, "llm") for encoder in encoders] + [("llm", generator) for generator in generators]
+    if len(encoders) > 1 and draw(st.booleans()):
+        edges.append(("encoder0", "encoder1"))
+        if draw(st.booleans()):
+            edges.remove(("encoder0", "llm"))
+    if generators and draw(st.booleans()):
+        edges.append(("encoder0", "generator0"))
+    if len(generators) > 1 and draw(st.booleans()):
+        edges.append(("generator0", "generator1"))
+    edges += [("aside", "generator0")] if aside else []
+    trained: set[str] = set()
+    for module in modules:
+        behind = any(target == module and source in trained for source, target in edges)
+        if behind or draw(st.sampled_from([True, True, False])):
+            trained.add(module)
+    stages = {module: draw(st.sampled_from([1, 1, 2])) for module in modules} | {"llm": draw(st.integers(1, 4))}
+    chunked = stages["llm"] > 1 and draw(st.booleans())
+    return StageGraph(
+        num_stages=stages,
+        edges=tuple(edges),
+        units={module: draw(st.integers(1, 5)) for module in modules} | {"llm": 1},
+        num_microbatches=draw(st.integers(1, 16)),
+        has_backward=frozenset(trained),
+        backbone="llm",
+        num_chunks={"llm": 2} if chunked else {},
+    )
+
+
+@pytest.mark.parametrize("name", NESTING)
+@given(graph=graphs())
+def test_every_graph_has_one(name, graph):
+    schedule = SCHEDULES[name].build(graph)  # the constructor refuses an order against a need
+    assert parse_schedule(format_schedule(schedule)) == schedule
+    assert {m: schedule.work.has_backward(m) for m in graph.units} == {m: m in graph.has_backward for m in graph.units}
+
+
+@settings(max_examples=20)
+@given(graphs())
+def test_nested_holds_few_units_whatever_the_batch(graph):
+    """Of every module behind the backbone one unit at a time; of encoders no more at four times the batch."""
+    work = SCHEDULES["nested"].build(graph).work
+    longer = SCHEDULES["nested"].build(replace(graph, num_microbatches=48)).work
+    longest = SCHEDULES["nested"].build(replace(graph, num_microbatches=192)).work
+    for lane in graph.lanes:
+        assert longest.live_units(lane) == longer.live_units(lane) >= work.live_units(lane)
+    alone = [m for m in graph.units if graph.reaches("llm", m) and len(graph.edges) == 1 + len(graph.units) - 2]
+    for module in alone if len(alone) == 1 else ():
+        assert work.live_units(f"{module}.0") <= 1
+
+
+def one_of_each(*, p: int, encoder: int, generator: int, num_microbatches: int) -> StageGraph:
+    return StageGraph(
+        num_stages={"vision": 1, "llm": p, "generator": 1},
+        edges=(("vision", "llm"), ("llm", "generator")),
+        units={"vision": encoder, "llm": 1, "generator": generator},
+        num_microbatches=num_microbatches,
+        has_backward=frozenset({"vision", "llm", "generator"}),
+        backbone="llm",
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 7))
+def test_the_least_w_is_the_closed_form(p, unit, generator, more):
+    """D = p + G - 1 microbatches live on stage 0; W >= (U - 1 + D - 1) // U + 1. One less is refused by name."""
+    least = (unit - 1 + p + generator - 2) // unit + 1
+    graph = one_of_each(p=p, encoder=unit, generator=generator, num_microbatches=unit * (least + 2) + more)
+    work = SCHEDULES["nested"].build(graph, warmup_units=least).work
+    assert (work.live_units("vision.0"), work.live_units("generator.0")) == (least, 1)
+    assert work.live_units("llm.0") == min(p + generator - 1, graph.num_microbatches)
+    assert SCHEDULES["nested"].build(graph).work.live_units("vision.0") == least + 1
+    if least > 1:
+        with pytest.raises(ScheduleError, match=rf"warmup_units\n.*{least - 1}.*\n.*at least {least}"):
+            SCHEDULES["nested"].build(graph, warmup_units=least - 1)
+
+
+def test_more_than_a_module_has_units_is_clipped():
+    graph = one_of_each(p=2, encoder=2, generator=2, num_microbatches=8)
+    all_of_them, more = (ScheduleChoice("nested", FrozenMap({"warmup_units": w})) for w in (4, 99))
+    assert build(more, graph) == build(all_of_them, graph)
+
+
+def test_three_phase_is_three_phases():
+    order = SCHEDULES["three_phase"].build(one_of_each(p=2, encoder=2, generator=2, num_microbatches=8)).order
+    phases = [str(a.kind) for a in order if a.module == "vision"]
+    assert phases == ["F"] * 4 + ["B"] * 4
+    assert {a.module for a in order[:4]} == {a.module for a in order[-4:]} == {"vision"}
+
+
+@pytest.mark.parametrize("name", NESTING)
+def test_golden(name):
+    modules = {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("0-3", Layout(dp=4))}
+    plan = replace(make_plan(modules, global_batch_size=8), schedule=ScheduleChoice(name))
+    assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, WORKLOAD)))
+
+
+def test_units_default_to_the_pipeline_where_modules_are_nested():
+    modules = {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(pp=4)), "generator": ("0-3", Layout(dp=4))}
+    plan = make_plan(modules)
+    assert dict(plan.units("llm")) == {"vision": 1, "llm": 1, "generator": 1}
+    nested = replace(plan, schedule=ScheduleChoice("nested"))
+    assert dict(nested.units("llm")) == {"vision": 4, "llm": 1, "generator": 4}
+    vision = replace(plan.modules["vision"], unit=2)
+    assert replace(nested, modules={**plan.modules, "vision": vision}).units("llm")["vision"] == 2
