@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic
+from megatron_mosaic.cost_model.effects.boundary_traffic import Traffic
+from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic as traffic_of_lanes
+from megatron_mosaic.cost_model.work import list_stage_work
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
@@ -34,19 +36,27 @@ def one_image_a_sample() -> Metadata:
     )
 
 
-def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
-    """Most rows that a rank receives, and all rows that are sent."""
-    world_size = 1 + max(*source.ranks.ranks, *target.ranks.ranks)
-    plan = Plan(
+def make_plan(source: ModulePlan, target: ModulePlan) -> Plan:
+    return Plan(
         workload="random",
-        world_size=world_size,
+        world_size=1 + max(source.ranks.last, target.ranks.last),
         global_batch_size=SAMPLES,
         micro_batch_size=SAMPLES // target.layout.dp,
         schedule=ScheduleChoice("1f1b"),
         modules={"encoder0": source, BACKBONE: target},
     )
-    received = [0] * world_size
-    for rank in range(world_size):
+
+
+def boundary_traffic(source: ModulePlan, target: ModulePlan) -> Traffic:
+    lanes = list_stage_work(make_plan(source, target), WORKLOAD, 8).lanes
+    return traffic_of_lanes(lanes[source.layout.pp - 1], lanes[source.layout.pp])
+
+
+def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
+    """Most rows that a rank receives, and all rows that are sent."""
+    plan = make_plan(source, target)
+    received = [0] * plan.world_size
+    for rank in range(plan.world_size):
         if rank in target.ranks.ranks:
             size = len(target.ranks.ranks) // target.layout.pp
             if target.ranks.ranks.index(rank) < size:
