@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import compress, repeat
+from math import inf
+from operator import mul, sub, truediv
 
 from megatron_mosaic.cost_model.machine import Machine, OwnDevices
 from megatron_mosaic.cost_model.program import Program
@@ -23,7 +26,7 @@ _SOON_S = 1e-12  # what rounding leaves of work, or of a way, is none
 
 def run_clock(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: Machine) -> Times:
     """`job_s` by `program.jobs`, at rate 1; `lag_s` by `program.links`, of which the first is 0."""
-    if not isinstance(machine, OwnDevices) or not program.in_turns:
+    if not isinstance(machine, OwnDevices):
         return run_events(program, job_s, lag_s, machine)
     if max(map(len, program.resources)) == 1:
         return _run_lanes(program, job_s, lag_s)
@@ -93,27 +96,28 @@ class _Events:
 
     def run(self, job_s: Sequence[float], machine: Machine) -> Times:
         """Starts and ends. An event is an action's end or an input's arrival."""
-        lane_of, now = self.program.lane, 0.0
-        active: list[int] = []  # positions, and the seconds of work left of each, at rate 1
+        active: list[int] = []  # positions at work, with their lanes and the seconds of work left of each, at rate 1
+        lanes: list[int] = []
         left: list[float] = []
-        looking = [queue[-1] for queue in self.queues]
-        while looking or active or self.under_way:
-            for position in self._ready(looking, now):
+        lane_of, job_of, now = self.program.lane, self.program.job, 0.0
+        self._look([queue[-1] for queue in self.queues])
+        while active or self.under_way:
+            for position in self._arrived(now):
                 self.starts[position] = now
                 active.append(position)
-                left.append(job_s[self.program.job[position]])
-            rates = machine.rates([lane_of[position] for position in active])
-            step = min([work / rate for work, rate in zip(left, rates)], default=float("inf"))
+                lanes.append(lane_of[position])
+                left.append(job_s[job_of[position]])
+            rates = machine.rates(lanes)
+            step = min(map(truediv, left, rates), default=inf)
             if self.under_way:
                 step = min(step, self.under_way[0][0] - now)
             now += step
-            left = [work - step * rate for work, rate in zip(left, rates)]
-            looking = []
-            if min(left, default=1.0) <= _SOON_S:
+            left = list(map(sub, left, map(mul, rates, repeat(step))))
+            if left and min(left) <= _SOON_S:
                 done = [position for position, work in zip(active, left) if work <= _SOON_S]
-                running = [(position, work) for position, work in zip(active, left) if work > _SOON_S]
-                active, left = [position for position, _ in running], [work for _, work in running]
-                looking = self._finish(done, now)
+                keep = [work > _SOON_S for work in left]
+                active, lanes, left = (list(compress(each, keep)) for each in (active, lanes, left))
+                self._look(self._finish(done, now))
         return self.starts, self.ends[1:]
 
     def _finish(self, done: list[int], now: float) -> list[int]:
@@ -128,18 +132,22 @@ class _Events:
             found += self.sleepers.pop(1 + position, ())
         return found
 
-    def _ready(self, looking: list[int], now: float) -> list[int]:
-        """Of these, and of those whose inputs were under way, the actions that start now."""
-        for position in dict.fromkeys(looking):
-            held = self.program.resources[self.program.lane[position]]
-            if any(self.queues[each][-1] != position for each in held):
-                continue  # it looks again when it is the next one everywhere
-            needs = ((self.program.need[position], self.program.link[position]), *self.program.more_needs[position])
-            waits = next((need for need, _ in needs if self.ends[need] < 0), None)
-            if waits is not None:
-                self.sleepers.setdefault(waits, []).append(position)
-                continue
-            heapq.heappush(self.under_way, (max(self.ends[need] + self.lag_s[link] for need, link in needs), position))
+    def _look(self, positions: list[int]) -> None:
+        """Send the inputs of those on their way that are next everywhere and whose needs have ended."""
+        ends, lag_s, program = self.ends, self.lag_s, self.program
+        for position in dict.fromkeys(positions):
+            held = program.resources[program.lane[position]]
+            if any([self.queues[each][-1] != position for each in held]):
+                continue  # it looks again when it is the next one there
+            needs = ((program.need[position], program.link[position]), *program.more_needs[position])
+            waits = [need for need, _ in needs if ends[need] < 0]
+            if waits:
+                self.sleepers.setdefault(waits[0], []).append(position)
+            else:
+                heapq.heappush(self.under_way, (max([ends[need] + lag_s[link] for need, link in needs]), position))
+
+    def _arrived(self, now: float) -> list[int]:
+        """Actions whose inputs are there: they start."""
         found = []
         while self.under_way and self.under_way[0][0] <= now + _SOON_S:
             found.append(heapq.heappop(self.under_way)[1])

@@ -46,7 +46,7 @@ class SharedCores:
     threads: tuple[int, ...]  # of a lane's action, on all ranks of its stage together
 
     def rates(self, lanes: Sequence[int]) -> Sequence[float]:
-        at_work = sum([self.threads[lane] for lane in lanes])
+        at_work = sum(map(self.threads.__getitem__, lanes))
         return [min(1.0, self.cores / at_work)] * len(lanes) if at_work else [1.0] * len(lanes)
 
     def crowding(self, num_ranks: int) -> float:

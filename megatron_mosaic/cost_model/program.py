@@ -36,11 +36,6 @@ class Program:
     last: tuple[int, ...]  # by lane, the position of its last action
     live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class, the combinations of live units of its lanes
 
-    @property
-    def in_turns(self) -> bool:
-        """Whether every class has one track."""
-        return not any(self.schedule.tracks.values())
-
 
 @lru_cache(maxsize=512)
 def planned_program(choice: ScheduleChoice, graph: StageGraph) -> Program:
@@ -54,18 +49,24 @@ def fold(schedule: Schedule, graph: StageGraph) -> Program:
     number = {name: i for i, name in enumerate(names)}
     renumber = [number[name] for name in table.lanes]
     lane = [renumber[i] for i in table.lane]
-    jobs = {job: i for i, job in enumerate(dict.fromkeys(zip(lane, table.kind)))}
-    need, link, more, links = _needs_of_others(lane, table.needs)
-    holds = [sorted((name, schedule.tracks[each]) for name in graph.occupies[each]) for each in names]
-    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
-    classes = sorted(frozenset().union(*graph.occupies.values()))
     positions: list[list[int]] = [[] for _ in names]
     for position, each in enumerate(lane):
         positions[each].append(position)
+    jobs = [(i, kind) for i, found in enumerate(positions) for kind in sorted({table.kind[at] for at in found})]
+    job: list[dict[Kind, int]] = [{} for _ in names]
+    for j, (i, kind) in enumerate(jobs):
+        job[i][kind] = j
+    need, link, more, links = _needs_of_others(lane, table.needs)
+    holds = [sorted((name, schedule.tracks[each]) for name in graph.occupies[each]) for each in names]
+    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
+    lanes_of: dict[int, list[int]] = {}
+    for i, held in enumerate(holds):
+        for name, _ in held:
+            lanes_of.setdefault(name, []).append(i)
     return Program(
         schedule=schedule,
         lane=tuple(lane),
-        job=tuple([jobs[job] for job in zip(lane, table.kind)]),
+        job=tuple([job[i][kind] for i, kind in zip(lane, table.kind)]),
         jobs=tuple(jobs),
         need=need,
         link=link,
@@ -75,8 +76,7 @@ def fold(schedule: Schedule, graph: StageGraph) -> Program:
         num_resources=len(resource),
         last=tuple(found[-1] for found in positions),
         live_units=tuple(
-            _live_units(table.kind, [positions[i] for i, each in enumerate(names) if name in graph.occupies[each]])
-            for name in classes
+            _live_units(table.kind, [positions[i] for i in lanes]) for _, lanes in sorted(lanes_of.items())
         ),
     )
 
@@ -88,11 +88,17 @@ def _needs_of_others(
     links: dict[tuple[int, int], int] = {(-1, -1): 0}
     first, ways, more = [], [], []
     for own, row in zip(lane, needs):
-        found = [(1 + at, links.setdefault((lane[at], own), len(links))) for at in row if lane[at] != own]
-        one, way = found[0] if found else (0, 0)
+        one, way, rest = 0, 0, ()
+        for at in row:
+            if lane[at] != own:
+                link = links.setdefault((lane[at], own), len(links))
+                if one:
+                    rest += ((1 + at, link),)
+                else:
+                    one, way = 1 + at, link
         first.append(one)
         ways.append(way)
-        more.append(tuple(found[1:]))
+        more.append(rest)
     return tuple(first), tuple(ways), tuple(more), tuple(links)
 
 
@@ -101,11 +107,10 @@ def _live_units(kinds: Sequence[Kind], lanes: Sequence[Sequence[int]]) -> tuple[
 
     A forward adds one, a backward frees it. In a lane without backwards nothing outlives its forward.
     """
-    lane_of = {at: i for i, positions in enumerate(lanes) for at in positions}
     keeps = [any(kinds[at] in FREES for at in positions) for positions in lanes]
     live, seen = [0] * len(lanes), dict[tuple[int, ...], None]()
-    for at in sorted(lane_of) if len(lanes) > 1 else lanes[0]:
-        own, kind = lane_of[at], kinds[at]
+    for at, own in sorted([(at, i) for i, found in enumerate(lanes) for at in found]):
+        kind = kinds[at]
         if kind is Kind.F:
             live[own] += 1
             seen[tuple(live)] = None
