@@ -116,7 +116,8 @@ class _Events:
             if left and min(left) <= _SOON_S:
                 done = [position for position, work in zip(active, left) if work <= _SOON_S]
                 keep = [work > _SOON_S for work in left]
-                active, lanes, left = (list(compress(each, keep)) for each in (active, lanes, left))
+                active, lanes = list(compress(active, keep)), list(compress(lanes, keep))
+                left = list(compress(left, keep))
                 self._look(self._finish(done, now))
         return self.starts, self.ends[1:]
 

@@ -73,7 +73,9 @@ class StepPrice:
         """Seconds from the end of an action of one lane to the start of the one on another that needs its result."""
         source, target = self.work.lanes[since], self.work.lanes[to]
         message = self._message(source, target)
-        return self.source.comm.estimate(Operation.p2p, message.pair, message.values * self.source.precision.value_bytes)
+        return self.source.comm.estimate(
+            Operation.p2p, message.pair, message.values * self.source.precision.value_bytes
+        )
 
     def _message(self, source: Lane, target: Lane) -> Message:
         if source.module == target.module:
@@ -86,7 +88,9 @@ class StepPrice:
     @cached_property
     def gradients_s(self) -> tuple[float, ...]:
         """Per class: the collectives of its modules' gradients, one after the other, as far as nothing hides them."""
-        return tuple(exposed_gradients_s([self.costs[i] for i in lanes], self.source) for lanes in self.work.class_lanes)
+        return tuple(
+            exposed_gradients_s([self.costs[i] for i in lanes], self.source) for lanes in self.work.class_lanes
+        )
 
     @cached_property
     def optimizer_s(self) -> tuple[float, ...]:

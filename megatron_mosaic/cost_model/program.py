@@ -86,7 +86,9 @@ def _needs_of_others(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[Need, ...], ...], tuple[tuple[int, int], ...]]:
     """`need`, `link`, `more_needs` and `links` of a program."""
     links: dict[tuple[int, int], int] = {(-1, -1): 0}
-    first, ways, more = [], [], []
+    first, ways = list[int](), list[int]()
+    more: list[tuple[Need, ...]] = []
+    rest: tuple[Need, ...]
     for own, row in zip(lane, needs):
         one, way, rest = 0, 0, ()
         for at in row:

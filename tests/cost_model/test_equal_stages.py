@@ -53,7 +53,8 @@ def test_interleaved_closed_form(pp, vpp, m):
 
 
 def test_three_virtual_stages_leave_a_third_of_the_bubble():
-    # GPT-3 175B on 8 stages, the last of which has the loss and decides: (m + (p - 1) / v) x stage, Narayanan et al. 2021, section 2.2
+    # GPT-3 175B on 8 stages, the last of which has the loss and decides: (m + (p - 1) / v) x stage, Narayanan et al.
+    # 2021, section 2.2
     row = next(r for r in load_rows(PUBLISHED / "korthikanti2022_table5.csv") if r["row_id"].endswith("-0003"))
     bubble_s = {}
     for v in (1, 3):

@@ -70,7 +70,12 @@ class AnalyticCompute:
     def _parts(self, work: StageWork) -> list[tuple[Work, float]]:
         module, layout = work.module, work.layout
         parts = [
-            (layer_work(module, work.items, layout.tp, layout.cp, layout.ep, work.sequence_parallel, dense, self.setup), n)
+            (
+                layer_work(
+                    module, work.items, layout.tp, layout.cp, layout.ep, work.sequence_parallel, dense, self.setup
+                ),
+                n,
+            )
             for dense, n in work.layers_by_mlp
         ]
         tokens, h = work.tokens, module.hidden_size

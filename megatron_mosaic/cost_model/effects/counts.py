@@ -25,7 +25,9 @@ def _norm_size(module: ModuleConfig) -> int:
 def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> float:
     """Parameters of the routed experts of one layer on one rank, at the mean over dense and sparse layers."""
     wide = 3 if module.gated else 2
-    return (1 - module.dense_frac) * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
+    return (
+        (1 - module.dense_frac) * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
+    )
 
 
 def _count_wide(module: ModuleConfig, tp: int) -> float:

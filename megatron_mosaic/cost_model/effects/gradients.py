@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_mosaic.cost_model.effects.comm import CommModel
 from megatron_mosaic.cost_model.effects.memory import Precision
 from megatron_mosaic.cost_model.effects.parameters import trained_parameters

@@ -50,7 +50,14 @@ class LayerComm:
         num_bytes = layout.cp * work.tokens * width * self.value_bytes
         ring_s = self.comm.estimate(Operation.all_gather, work.groups.cp, num_bytes)
         kernels = layer_work(
-            config, work.items, layout.tp, layout.cp, layout.ep, work.sequence_parallel, not config.num_experts, self.setup
+            config,
+            work.items,
+            layout.tp,
+            layout.cp,
+            layout.ep,
+            work.sequence_parallel,
+            not config.num_experts,
+            self.setup,
         )
         hidden_s = core_s(self.gpu, kernels, self.gpu.num_sms)
         forward_s, backward_s = max(0.0, ring_s - hidden_s), max(0.0, 2 * ring_s - 2.5 * hidden_s)

@@ -18,7 +18,8 @@ def stage_parameters(work: StageWork) -> float:
     tied = module.vocab_size and not module.untied_output
     copy = module.vocab_size * module.hidden_size / layout.tp if tied and work.last and not work.first else 0.0
     return copy + sum(
-        count * count_parameters(module, part, layout.tp, layout.ep * layout.etp) for part, count in work.parts().items()
+        count * count_parameters(module, part, layout.tp, layout.ep * layout.etp)
+        for part, count in work.parts().items()
     )
 
 

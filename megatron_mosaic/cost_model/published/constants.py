@@ -14,7 +14,6 @@ from typing import Any
 
 from scipy.optimize import least_squares
 
-
 from megatron_mosaic.cost_model.published.prediction import estimate_case
 from megatron_mosaic.cost_model.published.rows import Case
 from megatron_mosaic.plan.cluster import GpuType

@@ -54,6 +54,4 @@ def _room_s(simulation: Simulation) -> float:
     """Of the ranks that have least: their bubbles, and the seconds in which they wait for their gradients."""
     price = simulation.price
     classes = zip(price.work.class_lanes, simulation.class_end_s, price.gradients_s)
-    return min(
-        end_s - sum(price.costs[i].busy_s for i in lanes) + gradients_s for lanes, end_s, gradients_s in classes
-    )
+    return min(end_s - sum(price.costs[i].busy_s for i in lanes) + gradients_s for lanes, end_s, gradients_s in classes)

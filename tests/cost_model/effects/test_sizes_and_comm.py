@@ -212,7 +212,9 @@ def test_all_reduce_is_a_reduce_scatter_and_an_all_gather():
 def test_all_to_all_across_nodes_sends_what_leaves_the_node():
     # two ranks on two nodes: half of what each sends crosses, through a port of 10 GB/s with 5 us
     cluster = make_cluster(2, gpus_per_node=1)
-    assert RingComm(cluster).estimate(Operation.all_to_all, Group(2, 2, 1), 1e6) == pytest.approx(2 * 5e-6 + 0.5e6 / 10e9)
+    assert RingComm(cluster).estimate(Operation.all_to_all, Group(2, 2, 1), 1e6) == pytest.approx(
+        2 * 5e-6 + 0.5e6 / 10e9
+    )
 
 
 def test_groups_with_the_same_ends_are_not_the_same():

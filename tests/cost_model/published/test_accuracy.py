@@ -190,7 +190,12 @@ TARGETS = {
 
 @pytest.mark.parametrize(
     ("file", "number"),
-    [("korthikanti2022_table5", "0003"), ("flagperf", "0018"), ("megatron_bridge_perf", "0231"), ("mimo_vlm_h100", "0010")],
+    [
+        ("korthikanti2022_table5", "0003"),
+        ("flagperf", "0018"),
+        ("megatron_bridge_perf", "0231"),
+        ("mimo_vlm_h100", "0010"),
+    ],
 )
 def test_what_is_validated_is_what_is_searched_with(file, number):
     # Steps of up to 1024 microbatches, of a virtual pipeline, of an encoder: long ones from two short simulations
