@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 class FrozenMap[K, V](Mapping[K, V]):
     """Keys in the order they came in, which counts where two of these are compared (as with OrderedDict), and not
-    against a dict. The hash is worked out once. Dicts among the values are frozen too."""
+    against a dict. The hash, kept in `_hash`, is worked out once. Dicts among the values are frozen too."""
 
     __slots__ = ("_hash", "_items")
 
@@ -30,7 +30,7 @@ class FrozenMap[K, V](Mapping[K, V]):
         return self._items == other
 
     def __hash__(self) -> int:
-        """Counts on hashable values. Kept in `_hash`."""
+        """Counts on hashable values."""
         self._hash = self._hash or hash(tuple(self._items.items())) or 1
         return self._hash
 

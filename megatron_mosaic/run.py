@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
 from megatron_mosaic.parallel_state_ext.rebound import cpu
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
         require_supported_megatron()
         cpu.install()
         _put_plan_into_arguments(plan)
-        sys.argv = [script, *arguments]
+        sys.argv[:] = [script, *arguments]
         sys.path.insert(0, str(Path(script).resolve().parent))
         runpy.run_path(script, run_name="__main__")
     except RankFailure:
@@ -91,8 +91,7 @@ def _put_plan_into_arguments(plan: Plan) -> None:
             apply_to_stock_script(args, plan)
         return stock_validate(args, defaults or {})
 
-    stock_add = rebind("megatron.training.arguments.add_megatron_arguments", add_arguments, must_accept=("parser",))
-    stock_validate = rebind("megatron.training.arguments.validate_args", validate, must_accept=("args", "defaults"))
+    stock_add, stock_validate = rebind_arguments(add=add_arguments, validate=validate)
 
 
 def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:

@@ -25,12 +25,12 @@ from typing import Any
 import bench_layouts as layouts
 import torch
 import torch.distributed as dist
-from bench_layouts import SOURCE, TARGET, WIDTH, Border
+from bench_layouts import WIDTH, Border
 
 from megatron_mosaic.launch.forked import run_forked
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
-from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, RouteCache, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 Rows = torch.Tensor | None  # none on a rank that is not at that end
@@ -40,62 +40,59 @@ class Ours:
     """StepMap and RowChannels."""
 
     def __init__(self, border: Border) -> None:
-        self._border, self._rank = border, dist.get_rank()
-        self._of_plan, self._metadata = PlanMap(border.plan, border.workload, self._rank), border.metadata()
-        self.route()
-        self._channels = [
-            RowChannel(
+        self._border, self._rank, self._metadata = border, dist.get_rank(), [border.metadata()]
+        self.source, self.target = EdgeEnd.source_of(border.edge), EdgeEnd.target_of(border.edge)
+        self._first = border.plan_map(self._rank, RouteCache(capacity=0))  # forgets all when a step begins
+        self._again = border.plan_map(self._rank)
+        self._map = StepMap(self._again, self._metadata)
+        self._channels = {
+            sender: RowChannel(
                 (dist.new_group(), dist.new_group()), width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
             )
-            for _ in range(2)
-        ]
+            for sender in (self.source, self.target)
+        }
 
     def route(self, *, cached: bool = False) -> None:
         """Everything that a step asks for, both directions."""
-        if not cached:
-            self._of_plan.cache = RouteCache()
-        self._map = StepMap(self._of_plan, [self._metadata])
-        for at_source in (True, False):
-            if self.holds(at_source=at_source):
-                self._map.rows(self._border.edge, 0, at_source=at_source)
-                self._map.sends(self._border.edge, 0, 0, at_source=at_source)
-                self._map.receives(self._border.edge, 0, 0, at_source=at_source)
+        step_map = StepMap(self._again if cached else self._first, self._metadata)
+        for end in (self.source, self.target):
+            if self.holds(end):
+                step_map.rows(end, 0)
+                step_map.sends(end, 0, 0)
+                step_map.receives(end, 0, 0)
 
-    def holds(self, *, at_source: bool) -> bool:
-        placed = self._border.source if at_source else self._border.target
-        stage = placed.layout.pp - 1 if at_source else 0
-        return self._rank in placed.ranks.ranks and coordinates_of(placed, self._rank).pp == stage
+    def holds(self, end: EdgeEnd) -> bool:
+        return self._rank in self._border.holders(end)
 
-    def example(self, *, at_source: bool) -> Rows:
+    def example(self, end: EdgeEnd) -> Rows:
         """Rows of this rank, numbered by item and token."""
-        if not self.holds(at_source=at_source):
+        if not self.holds(end):
             return None
-        shard = self._map.shard(SOURCE if at_source else TARGET, 0)
-        held = self._map.rows(self._border.edge, 0, at_source=at_source)
+        shard, held = self._map.shard(end.module, 0), self._map.rows(end, 0)
         items = torch.tensor(shard.items)[torch.as_tensor(held.items)]
         numbers = 1024 * items + torch.as_tensor(shard.tokens[held.tokens])
         return (numbers.float()[:, None] + torch.arange(WIDTH) / 1024).contiguous()
 
     def forward(self, rows: Rows) -> Rows:
-        return self._carry(rows, 0, at_source=True)
+        return self._carry(rows, self.source)
 
     def backward(self, rows: Rows) -> Rows:
-        return self._carry(rows, 1, at_source=False)
+        return self._carry(rows, self.target)
 
-    def _carry(self, rows: Rows, direction: int, *, at_source: bool) -> Rows:
-        channel, edge = self._channels[direction], self._border.edge
+    def _carry(self, rows: Rows, sender: EdgeEnd) -> Rows:
+        channel, receiver = self._channels[sender], sender.opposite
         if rows is not None:
-            channel.send(0, self._map.sends(edge, 0, 0, at_source=at_source), rows)
+            channel.send(0, self._map.sends(sender, 0, 0), rows)
         got = None
-        if self.holds(at_source=not at_source):
-            arrivals = [(0, self._map.receives(edge, 0, 0, at_source=not at_source))]
-            got = channel.receive(arrivals, len(self._map.rows(edge, 0, at_source=not at_source)))
+        if self.holds(receiver):
+            arrivals = [(0, self._map.receives(receiver, 0, 0))]
+            got = channel.receive(arrivals, len(self._map.rows(receiver, 0)))
         channel.drain()
         return got
 
     @property
     def sent_bytes(self) -> int:
-        return sum(channel.sent_bytes for channel in self._channels)
+        return sum(channel.sent_bytes for channel in self._channels.values())
 
 
 class Upstream:
@@ -223,10 +220,10 @@ def measure(border: Border, repeats: int) -> dict[str, Any]:
     turns = [(name, ways[name]) for name in (*ways, *ways)]
     for name, way in ways.items():
         before = way.sent_bytes
-        way.backward((way.forward(ours.example(at_source=True)), ours.example(at_source=False))[1])
+        way.backward((way.forward(ours.example(ours.source)), ours.example(ours.target))[1])
         result[f"{name}_bytes"] = total(way.sent_bytes - before)
     times: dict[str, list[list[float]]] = {f"{n}_{d}": [[], []] for n in ways for d in ("forward", "backward")}
-    x, gradient = ours.example(at_source=True), ours.example(at_source=False)
+    x, gradient = ours.example(ours.source), ours.example(ours.target)
     for _ in range(repeats):
         for number, (name, way) in enumerate(turns):
             half = number // len(ways)
@@ -255,12 +252,15 @@ def compare(border: Border, name: str, way: Ours | Upstream) -> str:
     """Empty if this rank got the rows that it asked for, bit by bit; else what is wrong with them."""
     known = Ours(border)
     wrong = ""
-    for forward, carry in ((True, way.forward), (False, way.backward)):
-        got, expected = carry(known.example(at_source=forward)), known.example(at_source=not forward)
+    for sender, carry in ((known.source, way.forward), (known.target, way.backward)):
+        got, expected = carry(known.example(sender)), known.example(sender.opposite)
         if expected is None or (got is not None and torch.equal(got, expected)):
             continue
         rows = "no" if got is None else len(got)
-        wrong = wrong or f"{'forward' if forward else 'backward'} gives {rows} rows instead of these {len(expected)}"
+        wrong = (
+            wrong
+            or f"{'forward' if sender.is_source else 'backward'} gives {rows} rows instead of these {len(expected)}"
+        )
     return wrong
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, integers
-from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, RouteCache, StepMap
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
@@ -41,8 +42,13 @@ class Border:
             return np.full(self.samples, 577)
         return np.random.default_rng(0).integers(257, 1025, self.samples)
 
-    def step_map(self, rank: int) -> StepMap:
-        return StepMap(PlanMap(self.plan, self.workload, rank), [self.metadata()])
+    def holders(self, end: EdgeEnd) -> tuple[int, ...]:
+        """The ranks that hold rows at one end of the border."""
+        placed = self.source if end.is_source else self.target
+        return placed.stage_ranks(placed.layout.pp - 1 if end.is_source else 0).ranks
+
+    def plan_map(self, rank: int, cache: RouteCache | None = None) -> PlanMap:
+        return PlanMap(RankView.of(self.plan, rank, self.workload.edges), self.workload, cache)
 
     def metadata(self) -> Metadata:
         tokens, samples = self.tokens(), np.arange(self.samples)
@@ -55,17 +61,17 @@ class Border:
         """Each row that a rank needs and does not hold itself, once."""
         total = 0
         for rank in range(WORLD_SIZE):
-            source, target = (self._held(rank, at_source=at_source) for at_source in (True, False))
+            ends = EdgeEnd.source_of(self.edge), EdgeEnd.target_of(self.edge)
+            source, target = (self._held(rank, end) for end in ends)
             total += len(target - source if forward else source - target)
         return total * ROW_BYTES
 
-    def _held(self, rank: int, *, at_source: bool) -> set[tuple[int, int]]:
-        """(item, token) of the rows that the rank holds on one side of the border."""
-        placed, name = (self.source, SOURCE) if at_source else (self.target, TARGET)
-        stage = placed.layout.pp - 1 if at_source else 0
-        if rank not in placed.ranks.ranks or coordinates_of(placed, rank).pp != stage:
+    def _held(self, rank: int, end: EdgeEnd) -> set[tuple[int, int]]:
+        """(item, token) of the rows that the rank holds at one end of the border."""
+        if rank not in self.holders(end):
             return set()
-        shard, rows = (found := self.step_map(rank)).shard(name, 0), found.rows(self.edge, 0, at_source=at_source)
+        step_map = StepMap(self.plan_map(rank), [self.metadata()])
+        shard, rows = step_map.shard(end.module, 0), step_map.rows(end, 0)
         items = np.array(shard.items, dtype=np.int64)[rows.items]
         return set(zip(items.tolist(), shard.tokens[rows.tokens].tolist(), strict=True))
 

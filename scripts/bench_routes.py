@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
@@ -76,29 +77,27 @@ def draw_microbatch(num_samples: int, rng: np.random.Generator) -> Metadata:
     return Metadata(items=items, links=links)
 
 
-def route(step: StepMap, plan: Plan, workload: Workload, rank: int) -> None:
+def route(step: StepMap, view: RankView) -> None:
     """All that a training step asks for."""
-    here = plan.modules_on(rank)
-    for name in here:
+    for name, module in view.modules.items():
         step.shard(name, 0)
-    for edge in workload.edges:
-        for at_source in (True, False):
-            if (edge.source if at_source else edge.target) in here:
-                step.rows(edge, 0, at_source=at_source)
-                step.sends(edge, 0, 0, at_source=at_source)
-                step.receives(edge, 0, 0, at_source=at_source)
+        for end in (*module.imports, *module.exports):
+            step.rows(end, 0)
+            step.sends(end, 0, 0)
+            step.receives(end, 0, 0)
 
 
 def measure_ms(plan: Plan, workload: Workload, microbatches: int) -> tuple[float, float]:
     """(once per plan, per microbatch)."""
     rng = np.random.default_rng(0)
     start_s = time.perf_counter()
-    of_plan = PlanMap(plan, workload, 0)
+    view = RankView.of(plan, 0, workload.edges)
+    of_plan = PlanMap(view, workload)
     once_s, taken = time.perf_counter() - start_s, []
     for _ in range(microbatches):
         microbatch = draw_microbatch(plan.global_batch_size, rng)
         start_s = time.perf_counter()
-        route(StepMap(of_plan, [microbatch]), plan, workload, 0)
+        route(StepMap(of_plan, [microbatch]), view)
         taken.append(time.perf_counter() - start_s)
     return 1e3 * once_s, 1e3 * statistics.median(taken)
 

@@ -6,8 +6,8 @@ tokens are split over cp ranks, and norms that work on a tp rank's share of the 
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,9 +48,12 @@ def build_block(
         spec: Any = layer
     else:
         layer = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization=config.normalization)
+        attention = layer.submodules.self_attention
         if config.context_parallel_size > 1:
-            layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = build_norm
+            parts = replace(attention.submodules, core_attention=ContextParallelAttention)
+            attention = replace(attention, submodules=parts)
+        norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), build_norm)
+        layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention, **norms))
         num_layers = get_num_layers_to_build(config, chunk_or_none, pg_collection.pp.rank())
         spec = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=build_norm)
     layer.submodules.self_attention.params["attn_mask_type"] = mask
@@ -62,14 +65,14 @@ def build_block(
 
 def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
     """torch's norm, its parameters marked where each tp rank sees its own tokens only."""
-    plain = copy.copy(config)
-    plain.sequence_parallel = False
+    plain = replace(config, sequence_parallel=False)
     norm: nn.Module = WrappedTorchNorm(plain, hidden_size, eps, **kwargs)
     return split_over_tp(norm, config)
 
 
 def split_over_tp[M: nn.Module](module: M, config: TransformerConfig) -> M:
     """The module, its parameters marked for a sum over tp: with sequence parallelism each rank sees its own tokens."""
+    parameter: nn.Parameter
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return module
@@ -82,8 +85,7 @@ class ContextParallelAttention(DotProductAttention):
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any):
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1
+        alone = replace(config, context_parallel_size=1)
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
         self._cp = pg_collection.cp
 
@@ -124,8 +126,7 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
     from megatron.training.arguments import core_transformer_config_from_args
 
     layout, full = placed.layout, placed.recompute is Recompute.full
-    resized = copy.copy(args)
-    for name, value in {
+    resized = {
         "num_layers": module.num_layers,
         "hidden_size": module.hidden_size,
         "num_attention_heads": module.num_heads,
@@ -162,6 +163,5 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": 1 if full else None,
         "recompute_modules": ["core_attn"],
-    }.items():
-        setattr(resized, name, value)
-    return core_transformer_config_from_args(resized)
+    }
+    return core_transformer_config_from_args(Namespace(**(vars(args) | resized)))

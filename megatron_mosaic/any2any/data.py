@@ -166,8 +166,8 @@ class SampleWriter:
         self._add([text.DRAWING] * NUM_PATCHES, is_caption=False)
 
     def _add(self, tokens: list[int], *, is_caption: bool) -> None:
-        self.tokens += tokens
-        self.is_caption += [is_caption] * len(tokens)
+        self.tokens.extend(tokens)
+        self.is_caption.extend([is_caption] * len(tokens))
 
     def finish(self) -> dict[str, Tensor]:
         """tokens, labels, loss_mask [seq_length]; images, gen_noisy, gen_target [n, 16, 4]; starts [n].

@@ -74,9 +74,9 @@ def main() -> int:
 
         from megatron_mosaic.runtime.train import Runtime
 
-        runtime = Runtime(args, plan, definition)
         workload = definition.workload
-        provider = runtime.data_provider(make_datasets(args, workload), make_collate(args, workload))
+        runtime = Runtime(args, plan, definition, make_collate(args, workload))
+        provider = runtime.data_provider(make_datasets(args, workload))
         with runtime.finishing():
             pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
     except RankFailure:

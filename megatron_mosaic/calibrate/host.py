@@ -75,7 +75,7 @@ def calibrate(
 
 def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     """Collective over all ranks. Rank 0 writes `measured.json`."""
-    sys.argv = [sys.argv[0], *command]
+    sys.argv[1:] = command
     args, _ = parse_and_validate_args(
         lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
     )

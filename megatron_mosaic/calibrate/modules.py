@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer import TransformerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_mosaic.any2any.definition import Any2Any
@@ -20,6 +21,8 @@ from megatron_mosaic.definition import StageInputs
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Shard, rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.group_list import FIELDS
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.runtime.model import empty_stage, initialize_by_name
@@ -50,6 +53,22 @@ def _place(items: Integers, starts: Integers, rows: Integers, num_items: int) ->
     return torch.from_numpy(tokens), torch.from_numpy(owners)
 
 
+def _build_stages(
+    args: Any, definition: Any2Any, name: str, tp: int, groups: ProcessGroupCollection
+) -> dict[str, DistributedDataParallel]:
+    """First, inner and last stage of a pipeline that is not there."""
+    placed = ModulePlan(ranks=RankSet.of(range(tp * _PIPELINE)), layout=Layout(tp=tp, pp=_PIPELINE))
+    stages = {}
+    for place, stage_idx in (("first", 0), ("inner", 1), ("last", _PIPELINE - 1)):
+        seen = {field: getattr(groups, field) for field in FIELDS} | {"pp": _PipelinePlace(stage_idx)}
+        stage: MegatronModule = definition.build_stage(name, placed, stage_idx, ProcessGroupCollection(**seen))
+        stage.pg_collection = groups
+        initialize_by_name(stage, name, args.seed)
+        config = DistributedDataParallelConfig()
+        stages[place] = DistributedDataParallel(stage.config, config, stage, pg_collection=groups)
+    return stages
+
+
 class ModuleBench:
     """First, inner and last stage of one module on ranks 0..tp-1, ready to be timed. Collective over all ranks."""
 
@@ -64,25 +83,12 @@ class ModuleBench:
             schedule=ScheduleChoice("1f1b"),
             modules={name: ModulePlan(ranks=RankSet.of(range(tp)), layout=Layout(tp=tp))},
         )
-        self._grids = Grids(plan, (), timeout=timedelta(minutes=2))
+        view = RankView.of(plan, dist.get_rank())
+        self._grids = Grids(view, timeout=timedelta(minutes=2))
+        self._scopes = Scopes(args.seed, view)
         self._takes_part = name in self._grids.collections
-        self._stages: dict[str, DistributedDataParallel] = {}
-        if not self._takes_part:
-            return
-        groups = self._grids.collections[name]
-        self._scopes = Scopes(args.seed, self._grids.collections, (name,))
-        own_pipeline = groups.pp
-        for place, stage_idx in (("first", 0), ("inner", 1), ("last", _PIPELINE - 1)):
-            groups.pp = _PipelinePlace(stage_idx)
-            ranks = RankSet.of(range(tp * _PIPELINE))
-            placed = ModulePlan(ranks=ranks, layout=Layout(tp=tp, pp=_PIPELINE))
-            stage = definition.build_stage(name, placed, stage_idx, groups)
-            groups.pp = own_pipeline
-            stage.pg_collection = groups
-            initialize_by_name(stage, name, args.seed)
-            self._stages[place] = DistributedDataParallel(
-                stage.config, DistributedDataParallelConfig(), stage, pg_collection=groups
-            )
+        groups = self._grids.collections.get(name)
+        self._stages = {} if groups is None else _build_stages(args, definition, name, tp, groups)
 
     def measure(self, batch: Any, threads: int) -> list[dict[str, Any]]:
         """Points of all parts, on rank 0 (others return what they saw too)."""

@@ -94,10 +94,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
     if arguments.command in ("train", "check"):
-        arguments.megatron_args = rest
-        return arguments
+        return argparse.Namespace(**vars(arguments), megatron_args=rest)
     if hasattr(arguments, "overrides"):
-        arguments.overrides += [word for word in rest if not word.startswith("-")]
+        arguments.overrides.extend(word for word in rest if not word.startswith("-"))
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unknown: {' '.join(rest)}")

@@ -75,7 +75,7 @@ def _output(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[
 
 
 class _Progress:
-    """Says on a terminal how far training is."""
+    """Says on a terminal how far training is. `_shown` steps were told already."""
 
     def __init__(self, losses: Path) -> None:
         self._losses, self._shown = losses, 0

@@ -17,7 +17,10 @@ def cores_per_rank() -> int:
 
 
 class CpuQuota:
-    """Grants each module its threads when its turn comes. Does nothing where CUDA exists."""
+    """Grants each module its threads when its turn comes. Does nothing where CUDA exists.
+
+    `_granted` are the threads of the module that ran last: setting them takes its time.
+    """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         cores = cores_per_rank()

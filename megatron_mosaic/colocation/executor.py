@@ -28,7 +28,8 @@ Clock = Callable[[], float]
 class Executor:
     """Executor of one rank under one plan.
 
-    `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share.
+    `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share; `step` counts
+    training steps.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ DIRECTORY_VARIABLE = "MOSAIC_FLIGHT_DIR"
 
 
 class Flight:
-    """One rank's line. Without a directory `note` does nothing."""
+    """One rank's line, also in `last`. Without a directory no file is written."""
 
     def __init__(self, rank: int, directory: str | None = None) -> None:
         self._rank, self._directory = rank, directory or os.environ.get(DIRECTORY_VARIABLE)

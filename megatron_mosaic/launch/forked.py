@@ -83,7 +83,7 @@ def run_forked(
 
 def with_command_line(arguments: Sequence[str], main: Callable[..., int], *args: Any) -> int:
     """`main(*args)` of a script that reads these arguments from `sys.argv`: a target for `run_forked`."""
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv[1:] = arguments
     return main(*args)
 
 
@@ -96,7 +96,9 @@ def _enter_rank(
     log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # a test runner may have replaced them
+    out, streams = os.fdopen(1, "w", buffering=1, closefd=False), contextlib.ExitStack()
+    streams.enter_context(contextlib.redirect_stdout(out))  # a test runner may have replaced them
+    streams.enter_context(contextlib.redirect_stderr(out))
     code = 1
     try:
         result = target(*args)

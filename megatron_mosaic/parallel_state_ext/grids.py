@@ -8,7 +8,6 @@ Every rank creates every group, in the same order; a rank keeps only those it is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,13 +17,11 @@ from megatron_mosaic.parallel_state_ext.group_list import (
     FIELDS,
     boundary_purpose,
     edge_members,
-    field_groups,
     list_groups,
     pipeline_purpose,
     pipeline_ways,
 )
-from megatron_mosaic.parallel_state_ext.ranks import axis_groups
-from megatron_mosaic.plan import ModulePlan, Plan
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 
 
 class Grids:
@@ -34,25 +31,26 @@ class Grids:
     group of their own per edge or pipeline and direction.
     """
 
-    def __init__(self, plan: Plan, edges: Iterable[tuple[str, str]], *, timeout: timedelta) -> None:
+    def __init__(self, view: RankView, *, timeout: timedelta) -> None:
         started = time.perf_counter()
-        self.rank = dist.get_rank()
-        pairs = tuple(edges)
-        asked = list_groups(plan, pairs)
+        plan, pairs = view.plan, tuple((edge.source, edge.target) for edge in view.edges)
+        self._rank = view.rank
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {
-            key: dist.new_group(list(key[1]), timeout=timeout) for key in dict.fromkeys(asked)
+            key: dist.new_group(list(key[1]), timeout=timeout) for key in dict.fromkeys(list_groups(plan, pairs))
         }
         self.world = self._groups["", tuple(range(plan.world_size))]
-        self.alone = self._groups["", (self.rank,)]
-        here = {name: placed for name, placed in plan.modules.items() if self.rank in placed.ranks.ranks}
-        self.collections = {name: self._collection(placed) for name, placed in here.items()}
+        self.alone = self._groups["", (view.rank,)]
+        self.collections = {
+            name: ProcessGroupCollection(**{field: self._groups["", ranks] for field, ranks in module.groups.items()})
+            for name, module in view.modules.items()
+        }
         # Messages between two ranks arrive in the order they were sent, per communicator. Senders and receivers of one
         # module and direction agree on an order; of two modules they may not, so nothing is shared between modules.
-        self._pipelines: dict[tuple[str, int, bool], dist.ProcessGroup] = {}
-        for name, placed in here.items():
-            (chain,) = [ranks for ranks in axis_groups(placed, ("pp",)) if self.rank in ranks]
-            for way in pipeline_ways(placed):
-                self._pipelines[name, *way] = self._groups[pipeline_purpose(name, *way), chain]
+        self._pipelines: dict[tuple[str, int, bool], dist.ProcessGroup] = {
+            (name, *way): self._groups[pipeline_purpose(name, *way), module.groups["pp"]]
+            for name, module in view.modules.items()
+            for way in pipeline_ways(module.placed)
+        }
         self._boundaries: dict[tuple[str, str], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         for source, target in pairs:
             members = edge_members(plan, source, target)
@@ -95,14 +93,6 @@ class Grids:
     def destroy(self) -> None:
         """Collective. Destroys every group this rank is in; the default group stays."""
         for (_, members), group in self._groups.items():
-            if self.rank in members and group is not dist.group.WORLD:
+            if self._rank in members and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self._groups.clear()
-
-    def _collection(self, module: ModulePlan) -> ProcessGroupCollection:
-        """The groups of a module that this rank runs."""
-        fields = {}
-        for field in FIELDS:
-            (members,) = [ranks for ranks in field_groups(module, field) if self.rank in ranks]
-            fields[field] = self._groups["", members]
-        return ProcessGroupCollection(**fields)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_mosaic.parallel_state_ext.ranks import axis_groups, expert_groups
+from megatron_mosaic.parallel_state_ext.ranks import axis_group_of, axis_groups, expert_group_of, expert_groups
 from megatron_mosaic.plan import ModulePlan, Plan
 
 GroupKey = tuple[str, tuple[int, ...]]  # purpose, ranks
@@ -33,15 +33,15 @@ _DENSE: dict[str, tuple[str, ...]] = {
     "gtp_remat": (),
     "expt_gtp_remat": (),
 }
-_EXPERT = {
-    "ep": "ep",
-    "expt_tp": "expt_tp",
-    "expt_dp": "expt_dp",
-    "intra_expt_dp": "expt_dp",
-    "expt_dp_gtp_remat": "expt_dp",
-    "tp_ep": "tp_ep",
-    "tp_ep_pp": "tp_ep_pp",
-    "tp_ep_pp_with_egtp_remat": "tp_ep_pp",
+_EXPERT: dict[str, tuple[str, ...]] = {
+    "ep": ("ep",),
+    "expt_tp": ("etp",),
+    "expt_dp": ("expt_dp",),
+    "intra_expt_dp": ("expt_dp",),
+    "expt_dp_gtp_remat": ("expt_dp",),
+    "tp_ep": ("etp", "ep"),
+    "tp_ep_pp": ("etp", "ep", "pp"),
+    "tp_ep_pp_with_egtp_remat": ("etp", "ep", "pp"),
 }
 FIELDS = (*_DENSE, *_EXPERT)
 
@@ -70,6 +70,12 @@ def field_groups(module: ModulePlan, field: str) -> list[tuple[int, ...]]:
     """The groups of one field of ProcessGroupCollection, ranks ascending; every rank of the module is in one."""
     groups = axis_groups(module, _DENSE[field]) if field in _DENSE else expert_groups(module, _EXPERT[field])
     return [tuple(sorted(members)) for members in groups]
+
+
+def own_groups(module: ModulePlan, rank: int) -> dict[str, tuple[int, ...]]:
+    """Field of ProcessGroupCollection -> the one of `field_groups` that this rank of the module is in."""
+    dense = {field: axis_group_of(module, axes, rank) for field, axes in _DENSE.items()}
+    return dense | {field: expert_group_of(module, axes, rank) for field, axes in _EXPERT.items()}
 
 
 def edge_members(plan: Plan, source: str, target: str) -> tuple[int, ...]:

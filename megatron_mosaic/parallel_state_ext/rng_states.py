@@ -18,27 +18,31 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 
+PROCESS = "~rng"  # stands among modules' names for the streams that belong to the process, not to a module
+
 
 class RngStates:
-    """`sharded` while saving gives every stream; inside `loading`, only those that have an owner again."""
+    """`sharded` while saving gives every stream; inside `only`, those that are asked for.
+
+    `_asked` names these: all but inside `only`.
+    """
 
     def __init__(self, scopes: Scopes, rank: int, world_size: int) -> None:
         self._scopes, self._rank, self._world_size = scopes, rank, world_size
-        self._modules: Collection[str] | None = None  # None: all
-        self._process = True  # with the streams that belong to the process, not to a module
+        self._asked: Collection[str] = frozenset({*scopes.states(), PROCESS})
 
     @contextlib.contextmanager
-    def loading(self, modules: Collection[str], process: bool) -> Iterator[None]:
-        """Within the body only these modules' streams are asked for, and the process's own if `process`."""
-        self._modules, self._process = modules, process
+    def only(self, names: Collection[str]) -> Iterator[None]:
+        """Within the body only the streams of these modules (and of PROCESS, if it is among them) are asked for."""
+        before, self._asked = self._asked, names
         try:
             yield
         finally:
-            self._modules, self._process = None, True
+            self._asked = before
 
     def sharded(self, module: str, groups: ProcessGroupCollection) -> dict[str, ShardedObject]:
         """{"<module>.rng": its streams on this rank}, or nothing."""
-        if self._modules is not None and module not in self._modules:
+        if module not in self._asked:
             return {}
         place = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
         shape = (groups.pp.size(), groups.tp.size(), groups.dp_cp.size())
@@ -47,10 +51,10 @@ class RngStates:
 
     def sharded_process(self) -> dict[str, ShardedObject]:
         """{"~rng": the streams outside any module}, or nothing."""
-        if not self._process:
+        if PROCESS not in self._asked:
             return {}
         states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-        return {"~rng": ShardedObject("~rng", states, (self._world_size,), (self._rank,))}
+        return {PROCESS: ShardedObject(PROCESS, states, (self._world_size,), (self._rank,))}
 
     def restore(self, module: str, streams: Any) -> None:
         """Put back what `sharded` held."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import is_cpu
 
 _SEED_BITS = 62  # so that Megatron's own offsets still fit into 63
@@ -34,24 +34,26 @@ def stream_seed(seed: int, module: str, *, pp: int, dp: int, cp: int) -> int:
 
 
 class Scopes:
-    """RNG streams of each module on this rank: `with scopes.enter("vision"): ...`."""
+    """RNG streams of each module on this rank: `with scopes.enter("vision"): ...`.
 
-    def __init__(self, seed: int, collections: Mapping[str, ProcessGroupCollection], names: tuple[str, ...]) -> None:
-        """`collections`: of the modules this rank runs; `names`: all modules of the plan."""
+    `active` is the module whose code runs, None between modules.
+    """
+
+    def __init__(self, seed: int, view: RankView) -> None:
         assert not parallel_state.model_parallel_is_initialized(), "a plan's modules never share global groups"
         parallel_state._set_global_memory_buffer() if parallel_state._GLOBAL_MEMORY_BUFFER is None else None
         self._default: dict[str, torch.Tensor] = {}
         self._tracked: dict[str, dict[str, torch.Tensor]] = {}
         self.active: str | None = None
-        for name, groups in collections.items():
-            assert name in names, f"{name} is not in the plan"
+        for name, module in view.modules.items():
+            at = module.at
             model_parallel_cuda_manual_seed(
-                stream_seed(seed, name, pp=groups.pp.rank(), dp=groups.dp.rank(), cp=groups.cp.rank()),
-                tp_rank=groups.tp.rank(),
-                ep_rank=groups.ep.rank(),
+                stream_seed(seed, name, pp=at.pp, dp=at.dp, cp=at.cp),
+                tp_rank=at.tp,
+                ep_rank=module.expert_rank,
                 # Not the expert-tp rank: with whole experts on every tp rank (etp = 1) that is 0 on all of them, and
                 # they would drop the same places of different tokens.
-                etp_rank=groups.tp.rank(),
+                etp_rank=at.tp,
                 force_reset_rng=True,
             )
             self._default[name] = _get_rng_state()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs
@@ -67,7 +68,7 @@ class Reference:
             parallel_state._set_global_memory_buffer()
         self.modules = nn.ModuleDict()
         for module in definition.workload.modules:
-            stage = definition.build_stage(module.name, ALONE, 0, groups)
+            stage: MegatronModule = definition.build_stage(module.name, ALONE, 0, groups)
             stage.pg_collection = groups
             initialize_by_name(stage, module.name, args.seed)
             self.modules[module.name] = stage
@@ -114,6 +115,7 @@ class Reference:
         if loss.requires_grad:  # not where this batch brings nothing to what is trained
             (loss / num_tokens).backward()
         gradients = {}
+        parameter: nn.Parameter
         for module, stage in self.modules.items():
             for name, parameter in stage.named_parameters():
                 if not parameter.requires_grad:

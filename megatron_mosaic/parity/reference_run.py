@@ -12,6 +12,7 @@ from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arg
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.pretrain import make_collate, make_datasets
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parity.reference import Reference
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 
@@ -21,7 +22,7 @@ def main(directory: str, measure_rounding: bool) -> int:
     args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     dist.init_process_group("gloo", world_size=1, rank=0)
     model_parallel_cuda_manual_seed(args.seed, tp_rank=0, ep_rank=0, etp_rank=0)
-    groups = Grids(plan, (), timeout=timedelta(minutes=1)).alone_view()
+    groups = Grids(RankView.of(plan, 0), timeout=timedelta(minutes=1)).alone_view()
     definition = Any2Any.from_args(args, workload_from_args(args))
     reference = Reference(definition, groups, args)
     samples = make_datasets(args, definition.workload)((args.train_iters * args.global_batch_size, 1, 1))[0]

@@ -13,6 +13,11 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan.quota import Quota
 from megatron_mosaic.plan.yaml_text import MAX_COUNT
 
+# The axes along which a module's ranks are laid out, fastest first: as its dense layers see them, and as experts do.
+AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "expt_dp", "pp")
+type Four = tuple[int, int, int, int]  # one number for each of these axes
+
 _SPAN = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _MAX_RANK_DIGITS = len(str(MAX_COUNT))
 
@@ -56,6 +61,16 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def degrees(self) -> Four:
+        """Of AXES."""
+        return self.tp, self.cp, self.dp, self.pp
+
+    @property
+    def expert_degrees(self) -> Four:
+        """Of EXPERT_AXES: the same ranks, a stage's seen as expert-tp, ep, and expert-dp for the rest."""
+        return self.etp, self.ep, self.num_ranks // (self.pp * self.ep * self.etp), self.pp
 
     def __str__(self) -> str:
         degrees = [f"{a.name}{getattr(self, a.name)}" for a in fields(self) if getattr(self, a.name) != 1]
@@ -187,3 +202,37 @@ class ModulePlan:
         """The ranks of one pipeline stage (pp is the slowest axis)."""
         size = self.layout.num_ranks // self.layout.pp
         return self.ranks.part(stage * size, (stage + 1) * size)
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands in a module's layout."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+def position_at(degrees: Four, place: Four) -> int:
+    """Number of a place among all places of these degrees. The one formula of a layout; `place_at` is its inverse."""
+    first, second, third, _ = degrees
+    return place[0] + first * (place[1] + second * (place[2] + third * place[3]))
+
+
+def place_at(degrees: Four, position: int) -> Four:
+    """The place with this number."""
+    rest, first = divmod(position, degrees[0])
+    rest, second = divmod(rest, degrees[1])
+    fourth, third = divmod(rest, degrees[2])
+    return first, second, third, fourth
+
+
+def coordinates_of(module: ModulePlan, rank: int) -> Coordinates:
+    """The rank's place in the module's layout. ValueError if the rank is not in it."""
+    return Coordinates(*place_at(module.layout.degrees, module.ranks.ranks.index(rank)))
+
+
+def rank_at(module: ModulePlan, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    """The global rank at these coordinates."""
+    return module.ranks.ranks[position_at(module.layout.degrees, (tp, cp, dp, pp))]

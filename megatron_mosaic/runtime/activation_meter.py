@@ -22,7 +22,7 @@ class ActivationMeter:
 
     def ignore(self, module: torch.nn.Module) -> None:
         """Do not count this module's parameters."""
-        self._parameters |= {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self._parameters.update(parameter.untyped_storage().data_ptr() for parameter in module.parameters())
 
     @contextlib.contextmanager
     def forward(self, module: str, unit: Hashable) -> Iterator[None]:

@@ -14,21 +14,20 @@ import contextlib
 import json
 import os
 import pickle
-import queue
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training import checkpointing
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosaic.errors import ConfigError, MosaicError
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_checkpointing, rebound_sharded_save
+from megatron_mosaic.parallel_state_ext.rng_states import PROCESS
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
@@ -83,15 +82,10 @@ class Checkpoints:
             )
         if args.use_distributed_optimizer:
             args.dist_ckpt_optim_fully_reshardable = True  # the form that any layout can read
-        # Files are written by threads of this process (async saving is refused). Megatron's queue for their results is
-        # another process, started anew from the script: seconds on every rank, and a hang if that has no main guard.
-        rebind("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue", queue.Queue())
-        rebind("megatron.training.training.save_checkpoint", self.save, must_accept=("iteration", "model"))
-        rebind("megatron.training.training.load_checkpoint", self.load, must_accept=("ddp_model", "optimizer"))
+        rebind_checkpointing(save=self.save, load=self.load)
 
     def save(self, iteration: int, model: list[MosaicModel], *args: Any, **kwargs: Any) -> None:
         """Megatron's save, and our two files in its directory before the tracker file names it."""
-        stock_save = dist_checkpointing.save
 
         def save_and_sign(state: Any, directory: Any, *rest: Any, **named: Any) -> Any:
             if dist.get_rank() == 0:  # a checkpoint that is written over is not whole until it is signed again
@@ -102,14 +96,9 @@ class Checkpoints:
                 self._sign(Path(directory), iteration)
             return result
 
-        rng_states, model[0].rng_states = model[0].rng_states, model[0].rng_states if self._saves_rng_states else None
-        dist_checkpointing.save = save_and_sign
-        try:
-            with _without_megatron_rng_states(self._args):
-                checkpointing.save_checkpoint(iteration, model, *args, **kwargs)
-        finally:
-            dist_checkpointing.save = stock_save
-            model[0].rng_states = rng_states
+        asked = contextlib.nullcontext() if self._saves_rng_states else model[0].rng_states.only(())
+        with rebound_sharded_save(save_and_sign) as stock_save, asked, _without_megatron_rng_states(self._args):
+            checkpointing.save_checkpoint(iteration, model, *args, **kwargs)
 
     def load(self, ddp_model: list[MosaicModel], optimizer: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(iteration, floating-point operations so far). ConfigError on every rank if the checkpoint cannot be used."""
@@ -122,13 +111,9 @@ class Checkpoints:
         resumes = not (self._args.finetune or self._args.no_load_rng)
         keeps = _modules_that_keep_rng_states(saved, self._plan) if resumes else frozenset()
         in_place = bool(keeps) and saved.plan is not None and _places(saved.plan) == _places(self._plan)
-        model = ddp_model[0]
-        rng_states = model.rng_states
+        rng_states = ddp_model[0].rng_states
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_without_megatron_rng_states(self._args))
-                if rng_states is not None:
-                    stack.enter_context(rng_states.loading(keeps, in_place))
+            with _without_megatron_rng_states(self._args), rng_states.only({*keeps, PROCESS} if in_place else keeps):
                 iteration, flops = checkpointing.load_checkpoint(ddp_model, optimizer, *args, **kwargs)
         except _UNREADABLE as error:
             raise ConfigError(
@@ -138,7 +123,7 @@ class Checkpoints:
                 fix=_other_iterations(Path(load_dir or ""), Path(saved.directory)),
             ) from error
         others = [name for name in self._plan.modules if name not in keeps]
-        if rng_states is not None and resumes and others:
+        if resumes and others:
             rng_states.renew(others, self._draw_rng_states(self._args.seed + iteration))
             print_rank_0(
                 f"> mosaic: RNG streams of {', '.join(others)} start afresh from seed {self._args.seed} + iteration "

@@ -18,7 +18,7 @@ from torch import nn
 
 from megatron_mosaic.definition import StageInputs, StageOutput
 from megatron_mosaic.parallel_state_ext.optimizers.gradient_sums import JoinedBuckets, join_buckets
-from megatron_mosaic.parallel_state_ext.rng_states import RngStates
+from megatron_mosaic.parallel_state_ext.rng_states import PROCESS, RngStates
 from megatron_mosaic.runtime.parameters import cut_of, whole_name
 
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")  # outputs of residual branches
@@ -56,12 +56,14 @@ class MosaicModel(MegatronModule):
         stages: Mapping[str, DistributedDataParallel],
         ddp_config: DistributedDataParallelConfig,
         world_view: ProcessGroupCollection,
+        rng_states: RngStates,
     ) -> None:
+        """`rng_states`: RNG streams that are saved and restored with the model."""
         super().__init__(config)
         self.stages = nn.ModuleDict(stages)
         self.ddp_config = ddp_config
         self.pg_collection = world_view
-        self.rng_states: RngStates | None = None  # RNG streams to be saved and restored with the model
+        self.rng_states = rng_states
         self._joined: dict[tuple[str, ...], list[JoinedBuckets]] = {}  # by the modules that are summed together
 
     def forward(self, call: StageCall) -> StageOutput:
@@ -107,22 +109,20 @@ class MosaicModel(MegatronModule):
             part = stage.sharded_state_dict(f"{prefix}{key}.", sharded_offsets, own)
             replace_prefix_for_sharding(part, f"{prefix}{key}.", f"{prefix}{module}.")  # layers know their number
             state |= part
-            if self.rng_states is not None and key == module:
+            if key == module:
                 state |= self.rng_states.sharded(module, groups)
-        if self.rng_states is not None:
-            state |= self.rng_states.sharded_process()
-        return state
+        return state | self.rng_states.sharded_process()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
         """Always strict: Megatron's loader tries again without, and would go on with parameters that stayed behind."""
         for name, wrapped in self.stages.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-            rng_states = own.pop("rng", None)
-            if rng_states is not None and self.rng_states is not None:
-                self.rng_states.restore(name, rng_states)
+            streams = own.pop("rng", None)
+            if streams is not None:
+                self.rng_states.restore(name, streams)
             wrapped.module.load_state_dict(own, strict=True)
-        if self.rng_states is not None and "~rng" in state_dict:
-            self.rng_states.restore_process(state_dict["~rng"])
+        if PROCESS in state_dict:
+            self.rng_states.restore_process(state_dict[PROCESS])
 
 
 def wrap_stage(

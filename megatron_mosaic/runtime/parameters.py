@@ -79,8 +79,8 @@ def cut_of(stage: MegatronModule, name: str, parameter: nn.Parameter) -> Cut | N
     return Cut(parameter.partition_dim, group.rank(), group.size(), 2 if gated else 1)
 
 
-def is_spokesman(stage: MegatronModule, name: str, parameter: nn.Parameter) -> bool:
-    """Whether this rank, of all that hold the same slice, is the one that speaks for it."""
+def is_first_replica(stage: MegatronModule, name: str, parameter: nn.Parameter) -> bool:
+    """Whether this rank is the first of all that hold the same slice."""
     groups = groups_of(stage)
     copies = groups.expt_dp if is_expert(name) else groups.dp_cp
     replicated = not is_expert(name) and cut_of(stage, name, parameter) is None

@@ -1,18 +1,24 @@
-"""What a run leaves behind: losses per step, the measured timeline, and (for parity checks) gradients."""
+"""Who looks on while a rank trains, and what they leave behind: losses, timeline, measures, gradients.
+
+Nothing here changes what is computed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.model import MosaicModel, module_of
-from megatron_mosaic.runtime.parameters import cut_of, is_spokesman, put_together, whole_name
+from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
 from megatron_mosaic.schedules.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"
@@ -31,13 +37,13 @@ class StepReport:
         if rank == 0:
             (self._directory / LOSSES_FILE).write_text("")
 
-    def add_losses(self, losses: dict[str, float]) -> None:
+    def add_losses(self, losses: Mapping[str, float]) -> None:
         """Append one step's losses."""
         if self._rank == 0:
             with (self._directory / LOSSES_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(losses) + "\n")
+                file.write(json.dumps(dict(losses)) + "\n")
 
-    def add_spans(self, spans: list[Span]) -> None:
+    def add_spans(self, spans: Sequence[Span]) -> None:
         """Keep one step's spans of this rank."""
         self._steps.append(list(spans))
 
@@ -79,20 +85,21 @@ class StepReport:
 class GradientDump:
     """Writes the finished gradients of every step: one .npz per step and rank, keyed by module and whole-module name.
 
-    A slice of a tensor carries `|dim|pieces|rank` behind its name: see parameters.Cut.
+    A slice of a tensor carries `|dim|pieces|rank` behind its name: see parameters.Cut. `_step` is the next to write.
     """
 
-    def __init__(self, directory: str, model: MosaicModel, rank: int) -> None:
-        self._directory, self._model, self._rank = Path(directory), model, rank
+    def __init__(self, directory: str, rank: int) -> None:
+        self._directory, self._rank = Path(directory), rank
         self._directory.mkdir(parents=True, exist_ok=True)
         self._step = 0
 
-    def __call__(self) -> None:
+    def write(self, model: MosaicModel) -> None:
+        """The gradients as they stand."""
         arrays = {}
-        for key, wrapped in self._model.stages.items():
+        for key, wrapped in model.stages.items():
             stage = wrapped.module
             for name, parameter in stage.named_parameters():
-                if not parameter.requires_grad or not is_spokesman(stage, name, parameter):
+                if not parameter.requires_grad or not is_first_replica(stage, name, parameter):
                     continue
                 cut = cut_of(stage, name, parameter)
                 place = f"|{cut.dim}|{cut.pieces}|{cut.rank}" if cut else ""
@@ -100,6 +107,74 @@ class GradientDump:
                 arrays[whole] = parameter.main_grad.float().cpu().numpy()
         np.savez(self._directory / f"step-{self._step:04d}-rank-{self._rank:05d}.npz", **arrays)
         self._step += 1
+
+
+class UnitStatistics:
+    """How units fell onto this rank's dp slots: which were empty, and how far the busiest slot was above the mean."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._empty = dict.fromkeys(modules, 0)
+        self._imbalance = {name: [0.0, 0.0, 0.0] for name in self._empty}  # sums by owner and as it was, units
+
+    def note(self, module: str, *, num_empty: int, imbalance: tuple[float, float]) -> None:
+        """Count one unit. `imbalance`: as the samples' owners would have it, and as it was."""
+        self._empty[module] += num_empty
+        sums, found = self._imbalance[module], (*imbalance, 1)
+        self._imbalance[module] = [old + new for old, new in zip(sums, found, strict=True)]
+
+    def measures(self) -> dict[str, Mapping[str, float]]:
+        """Empty units, and mean imbalance over all units so far, by module."""
+        names = ("imbalance_by_owner", "imbalance_by_module")
+        means = {
+            key: {module: sums[i] / sums[2] for module, sums in self._imbalance.items() if sums[2]}
+            for i, key in enumerate(names)
+        }
+        return {"empty_units_by_module": self._empty, **means}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observers:
+    """All that look on at a rank's steps; without any, nobody does (evaluation)."""
+
+    units: UnitStatistics | None = None
+    meter: ActivationMeter | None = None
+    report: StepReport | None = None
+    gradients: GradientDump | None = None
+
+    @property
+    def need_whole_gradients(self) -> bool:
+        """Whether every rank has to sum all gradients, even if a distributed optimizer needs only its shard."""
+        return self.gradients is not None
+
+    def forward(self, module: str, unit: Hashable) -> contextlib.AbstractContextManager[None]:
+        """Around a forward whose backward follows."""
+        return contextlib.nullcontext() if self.meter is None else self.meter.forward(module, unit)
+
+    def backward(self, module: str, unit: Hashable) -> None:
+        """The backward of such a forward has run."""
+        if self.meter is not None:
+            self.meter.backward(module, unit)
+
+    def losses(self, losses: Mapping[str, float]) -> None:
+        """A training step came to these."""
+        if self.report is not None:
+            self.report.add_losses(losses)
+
+    def finished_gradients(self, model: MosaicModel) -> None:
+        """The optimizer is about to use them."""
+        if self.gradients is not None:
+            self.gradients.write(model)
+
+    def finished_step(self, spans: Sequence[Span]) -> None:
+        """A training step and its optimizer's took these spans on this rank."""
+        if self.report is not None:
+            self.report.add_spans(spans)
+
+    def measures(self, modules: Iterable[str]) -> dict[str, Mapping[str, float]]:
+        """What meter and statistics have found so far, by module."""
+        peaks = dict.fromkeys(modules, 0) | (self.meter.peak_bytes if self.meter else {})
+        found = self.units.measures() if self.units else {}
+        return {"peak_activation_bytes_by_module": peaks, **found}
 
 
 def read_gradients(directory: str | Path, step: int) -> dict[str, np.ndarray]:

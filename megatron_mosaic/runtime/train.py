@@ -2,8 +2,8 @@
 
 A script parses its arguments with `arguments.parse_and_validate_args`, describes its model as a ModelDefinition, and
 
-    runtime = Runtime(args, plan, definition)
-    provider = runtime.data_provider(make_datasets, collate)
+    runtime = Runtime(args, plan, definition, collate)
+    provider = runtime.data_provider(make_datasets)
     with runtime.finishing():
         pretrain(runtime.container, provider, model_type, forward_step, **runtime.seams)
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
 from megatron.training import get_args
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
@@ -30,10 +31,10 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.colocation.executor import Executor
-from megatron_mosaic.definition import Batch, ModelDefinition
+from megatron_mosaic.definition import ModelDefinition
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, build_optimizer
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, NotFinite, build_optimizer
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.guard import Guard
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_training
@@ -44,11 +45,13 @@ from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.checkpoint import Checkpoints
 from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
-from megatron_mosaic.runtime.report import GradientDump, StepReport
-from megatron_mosaic.runtime.step import Samples, StepRunner
+from megatron_mosaic.runtime.report import GradientDump, Observers, StepReport, UnitStatistics
+from megatron_mosaic.runtime.step import Collate, Samples, StepRunner
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from megatron_mosaic.units import format_seconds
+
+MakeDatasets = Callable[[Sequence[int]], Sequence[Any]]  # numbers of samples -> (train, valid, test), map-style
 
 
 class Runtime:
@@ -58,24 +61,33 @@ class Runtime:
     training loop.
     """
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition) -> None:
+    def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition, collate: Collate) -> None:
+        """`collate` makes a batch of samples."""
         validate_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         _initialize_distributed(args, timeout)
-        edges = definition.workload.edge_pairs
-        self.grids = Grids(plan, edges, timeout=timeout)
-        self.scopes = Scopes(args.seed, self.grids.collections, tuple(plan.modules))
+        self.view = RankView.of(plan, dist.get_rank(), definition.workload.edges)
+        self.grids = Grids(self.view, timeout=timeout)
+        self.scopes = Scopes(args.seed, self.view)
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
         training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
-        self.executor = Executor(plan, definition.workload, self.grids.rank, training)
+        self.executor = Executor(plan, definition.workload, self.view.rank, training)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         _agree_on_schedule(self.executor, self.grids.world)
-        self.step = StepRunner(plan, definition, self.grids, self.scopes, self.executor, args.params_dtype)
-        names = tuple(plan.modules)
-        draw_rng_states = partial(Scopes, collections=self.grids.collections, names=names)
+        self.observers = _observers_from_args(args, self.view)
+        self.step = StepRunner(
+            self.view,
+            definition,
+            collate,
+            self.grids,
+            self.scopes,
+            self.executor,
+            args.params_dtype,
+            self.observers,
+        )
+        draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
-        self._report = StepReport(args.mosaic_report, self.grids.rank) if args.mosaic_report else None
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
 
     @property
@@ -88,50 +100,29 @@ class Runtime:
         """Megatron's configuration container, with our model in it."""
         return pretrain_cfg_container_from_args(self._args, MosaicModelConfig(_runtime=self))
 
-    def data_provider(
-        self,
-        make_datasets: Callable[[Sequence[int]], Sequence[Any]],
-        collate: Callable[[Sequence[Any]], Batch],
-    ) -> Callable[[Sequence[int]], Sequence[Iterator[Samples] | None]]:
-        """A provider for `pretrain()`: every rank gets the same global microbatches, in dataset order.
-
-        `make_datasets` is the script's own provider of (train, valid, test) map-style datasets.
-        """
-
-        def provider(num_samples: Sequence[int]) -> Sequence[Iterator[Samples] | None]:
-            args = get_args()
-            size = self.plan.micro_batch_size * self.plan.modules[self.definition.workload.backbone.name].layout.dp
-            starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
-            return tuple(
-                None if dataset is None else _microbatches(dataset, start, size)
-                for dataset, start in zip(make_datasets(num_samples), starts, strict=True)
-            )
-
-        self.step.collate = collate
-        provider.is_distributed = True  # type: ignore[attr-defined]
-        return provider
+    def data_provider(self, make_datasets: MakeDatasets) -> DataProvider:
+        """A provider for `pretrain()`. `make_datasets` is the script's own, of (train, valid, test) datasets."""
+        slots = self.plan.modules[self.definition.workload.backbone.name].layout.dp
+        return DataProvider(make_datasets=make_datasets, samples_per_microbatch=self.plan.micro_batch_size * slots)
 
     def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
         """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
         stages = {}
-        for name, groups in self.grids.collections.items():
-            placed = self.plan.modules[name]
-            stage_idx = coordinates_of(placed, self.grids.rank).pp
-            for chunk in range(placed.layout.vpp):
+        for name, module in self.view.modules.items():
+            groups, build = self.grids.collections[name], self.definition.build_stage
+            for chunk in module.chunks:
                 with self.scopes.enter(name):
-                    stage = self.definition.build_stage(name, placed, stage_idx, groups, chunk)
+                    stage: MegatronModule = build(name, module.placed, module.at.pp, groups, chunk)
                     stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                     initialize_by_name(stage, name, self._args.seed)
                     stage.to(device=cpu.device(), dtype=self._args.params_dtype)
                     stages[stage_key(name, chunk)] = wrap_stage(stage, ddp_config, groups)
-        if self._args.mosaic_measure_activations:
-            self.step.meter = ActivationMeter()
+        if self.observers.meter is not None:
             for wrapped in stages.values():
-                self.step.meter.ignore(wrapped)
+                self.observers.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
-        model = MosaicModel(config, stages, ddp_config, self.grids.world_view())
-        model.rng_states = RngStates(self.scopes, self.grids.rank, self.plan.world_size)
-        return model
+        rng_states = RngStates(self.scopes, self.view.rank, self.plan.world_size)
+        return MosaicModel(config, stages, ddp_config, self.grids.world_view(), rng_states)
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
@@ -146,15 +137,9 @@ class Runtime:
 
     def _finish(self) -> None:
         """Collective. Writes the reports and destroys the process groups."""
-        if self._report is not None:
-            meter = self.step.meter
-            peaks = dict.fromkeys(self.plan.modules, 0) | (meter.peak_bytes if meter else {})
-            measures: dict[str, Mapping[str, float]] = {
-                "peak_activation_bytes_by_module": peaks,
-                "empty_units_by_module": self.step.empty_units,
-                **self.step.imbalance,
-            }
-            self._report.write(self.grids.world, measures, self.grids.creation_s)
+        if self.observers.report is not None:
+            measures = self.observers.measures(self.plan.modules)
+            self.observers.report.write(self.grids.world, measures, self.grids.creation_s)
         if self.guard is not None:
             self.guard.remove()
         self.grids.destroy()
@@ -172,20 +157,43 @@ class Runtime:
             None if self.plan.every_rank_runs_all else self.grids.world,
             config,
             config_overrides,
+            not_finite=NotFinite.refuse if model.ddp_config.check_for_nan_in_grad else NotFinite.skip,
+            around=partial(self._around_optimizer, model),
         )
         for name, factor in lr_mults_from_args(self._args, self.plan.modules).items():
             if name in optimizer.by_module and factor != 1:
                 for group in optimizer.by_module[name].param_groups:
                     group["max_lr"], group["min_lr"] = factor * config.lr, factor * config.min_lr
-        optimizer.refuses_nan = model.ddp_config.check_for_nan_in_grad
-        optimizer.run_step = lambda work: self.executor.record("~optimizer", work)
-        if self._args.mosaic_dump_gradients:
-            self.step.whole_gradients = True
-            optimizer.before_step.append(GradientDump(self._args.mosaic_dump_gradients, model, self.grids.rank))
-        if self._report is not None:
-            self.step.on_losses = self._report.add_losses
-            optimizer.after_step.append(lambda: self._report.add_spans(self.executor.spans))  # type: ignore[union-attr]
         return optimizer
+
+    def _around_optimizer(self, model: MosaicModel, step: Callable[[], object]) -> object:
+        """The optimizer's step as a span of its own, between what observers want to see."""
+
+        def work() -> object:
+            self.observers.finished_gradients(model)
+            return step()
+
+        result = self.executor.record("~optimizer", work)
+        self.observers.finished_step(self.executor.spans)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataProvider:
+    """Datasets as iterators over global microbatches, in dataset order, the same on every rank."""
+
+    make_datasets: MakeDatasets
+    samples_per_microbatch: int
+    is_distributed: ClassVar[bool] = True  # asked for by Megatron: to be called on every rank
+
+    def __call__(self, num_samples: Sequence[int]) -> Sequence[Iterator[Samples] | None]:
+        """Iterators over (train, valid, test). `num_samples`: how many of each the run will take."""
+        args = get_args()
+        starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+        return tuple(
+            None if dataset is None else _microbatches(dataset, start, self.samples_per_microbatch)
+            for dataset, start in zip(self.make_datasets(num_samples), starts, strict=True)
+        )
 
 
 @dataclass(kw_only=True)
@@ -206,6 +214,15 @@ class MosaicModelBuilder(ModelBuilder[MosaicModel, MosaicModelConfig]):
         self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **_: Any
     ) -> list[MosaicModel]:
         return [self._model_config._runtime.build_model(ddp_config)]
+
+
+def _observers_from_args(args: argparse.Namespace, view: RankView) -> Observers:
+    return Observers(
+        units=UnitStatistics(view.plan.modules),
+        meter=ActivationMeter() if args.mosaic_measure_activations else None,
+        report=StepReport(args.mosaic_report, view.rank) if args.mosaic_report else None,
+        gradients=GradientDump(args.mosaic_dump_gradients, view.rank) if args.mosaic_dump_gradients else None,
+    )
 
 
 def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> None:

@@ -14,8 +14,7 @@ from itertools import product
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.yaml_text import MAX_COUNT
-from megatron_mosaic.schedules.actions import FREES, Action, Kind
-from megatron_mosaic.schedules.needs import DEPENDENCIES, Dependency
+from megatron_mosaic.schedules.actions import DEPENDENCIES, FREES, Action, Dependency, Kind
 
 _KINDS = (frozenset({Kind.F}), frozenset({Kind.F, Kind.B}), frozenset({Kind.F, Kind.I, Kind.W}))
 
@@ -166,7 +165,7 @@ class ActionNumbers:
                 missing = Action(module, stage, kind, block.index(-1), chunk)
                 raise _wrong_lane(lane, f"no {missing}", _whole_lane(num_units, kinds, len(chunks)), "add it")
             self._of_block[module, stage, kind, chunk] = block
-        self.actions += actions
+        self.actions.extend(actions)
 
     def _find_needs(self, work: LaneWork) -> list[tuple[int, ...]]:
         """By action, the numbers of the actions that it needs."""

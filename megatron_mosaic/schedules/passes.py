@@ -84,14 +84,13 @@ def take_turns(work: LaneWork, occupies: Mapping[str, frozenset[Hashable]]) -> t
             for sleeper in sleepers.pop(number):
                 look(sleeper)
     if len(order) < len(actions):
-        at = {lane: cursor[i] - numbers.first[i] for i, lane in enumerate(numbers.lanes)}
-        raise ScheduleError(
-            "schedule: lanes",
-            got=render_deadlock(work, at, set(order)),
-            expected="orders without a cycle",
-            fix="reorder those lanes",
-        )
+        raise _deadlock(work, [now - first for now, first in zip(cursor, numbers.first)], order)
     return tuple(order)
+
+
+def _deadlock(work: LaneWork, cursor: list[int], order: list[Action]) -> ScheduleError:
+    picture = render_deadlock(work, dict(zip(work.lanes, cursor)), set(order))
+    return ScheduleError("schedule: lanes", got=picture, expected="orders without a cycle", fix="reorder those lanes")
 
 
 def schedule_in_turns(name: str, graph: StageGraph, lanes: Mapping[str, tuple[Action, ...]]) -> Schedule:

@@ -28,13 +28,17 @@ class Verdict(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
-    """Asks the cost model about plans and remembers the answers. `counts` says what became of how many plans."""
+    """Asks the cost model about plans and remembers the answers. `counts` says what became of how many plans.
+
+    `unmeasured` is the first error of a plan that the profile has no point for; `smallest_bytes`, what the smallest of
+    the plans that were too large would need.
+    """
 
     model: CostModel
     memory_frac: float
     counts: Counter[Verdict] = field(default_factory=Counter)
-    unmeasured: ProfileError | None = None  # the first one, for the message when nothing is left
-    smallest_bytes: float = math.inf  # of the plans that were too large
+    unmeasured: ProfileError | None = None
+    smallest_bytes: float = math.inf
     _estimate_s: dict[Plan, float] = field(default_factory=dict)
     _step_s: dict[Plan, float] = field(default_factory=dict)
     _bound_s: dict[Plan, float] = field(default_factory=dict)

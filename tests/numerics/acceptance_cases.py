@@ -244,13 +244,7 @@ OURS = [
     case("frozen", "backbone", frozen(ANY, BACKBONE), image="0-1 dp2", llm="0-3 pp2 dp2", generator="2-3 tp2"),
     case("frozen", "all but the generator", frozen(ANY, A, BACKBONE), image="0", llm="0-1 pp2", generator="1-2 dp2"),
     pair("virtual stages", "0-3 dp4", "0-3 pp2 vpp2 dp2", schedule="interleaved", microbatches=4),
-    pair(
-        "virtual stages",
-        "0-3 pp2 vpp2 tp2",
-        "0-3 tp2 pp2 vpp2 sp",
-        schedule=ScheduleChoice("interleaved"),
-        microbatches=3,
-    ),
+    pair("virtual stages", "0-3 pp2 vpp2 tp2", "0-3 tp2 pp2 vpp2 sp", schedule="interleaved", microbatches=3),
     pair("sequence parallel", "0-3 tp2 cp2 sp", "0-3 tp4 sp"),
     case("experts", "tp2 ep1 etp1", MOE, image="0-3 tp2 dp2 sp", llm="0-3 tp2 dp2 sp"),
     case("experts", "cp2 pp2 ep2", MOE, image="0-3 cp2 dp2 ep2", llm="0-3 cp2 pp2 ep2"),
@@ -283,4 +277,18 @@ OURS = [
     ),
     pair("scattered ranks", "0,2,5,7 tp2 dp2", "1,3,4,6 cp2 pp2"),
 ]
-CASES = [*COLOCATED, *DISJOINT, *GRAPHS, *BRIDGE, *OURS]
+# Units of several microbatches nested around the pipeline: the encoder's forwards run ahead, a generator's turn back
+_AROUND: list[tuple[str, Workload, int, dict[str, str]]] = [
+    ("pp1", ANY, 4, {A: "0-1 dp2", BACKBONE: "0-1 tp2", G: "1"}),
+    ("pp2", ANY, 8, {A: "0-3 dp4", BACKBONE: "0-3 pp2 dp2", G: "0-3 tp2 dp2"}),
+    ("pp4, a ragged end", ONE, 7, {A: "0-3 tp2 dp2 unit2", BACKBONE: "0-3 pp4"}),
+    ("virtual stages", ANY, 4, {A: "0-1 dp2", BACKBONE: "0-3 pp2 vpp2 dp2", G: "2-3 dp2"}),
+    ("chains, three consumers", WEB, 4, {A: "0-1 dp2", B: "2 unit3", BACKBONE: "0-1 pp2", G: "2-3 dp2", H: "0"}),
+    ("frozen encoder, apart", frozen(ANY, A), 5, {A: "0", BACKBONE: "1-2 pp2", G: "2-3 dp2 unit3"}),
+]
+NESTED = [
+    case(schedule, name, model, schedule=schedule, microbatches=count, **modules)
+    for schedule in ("nested", "three_phase")
+    for name, model, count, modules in _AROUND
+]
+CASES = [*COLOCATED, *DISJOINT, *GRAPHS, *BRIDGE, *OURS, *NESTED]

@@ -4,6 +4,7 @@ The oracle is the run that saved and went on: its state before step 3, and its l
 is the same, losses are equal to the bit too; under another plan sums are taken in another order.
 """
 
+import functools
 import json
 import os
 import signal
@@ -227,6 +228,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(saved, tmp_pa
 
     stock = dist_checkpointing.save
 
+    @functools.wraps(stock)
     def killed(state, directory, *args, **kwargs):
         if dist.get_rank() == 1 and directory.endswith("3"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -252,6 +254,7 @@ def test_a_rank_killed_while_it_writes_over_a_checkpoint_leaves_none_that_looks_
 
     stock = dist_checkpointing.save
 
+    @functools.wraps(stock)
     def killed(state, directory, *args, **kwargs):
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -7,9 +7,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.parity.check import check_plan
-from megatron_mosaic.runtime.step import StepRunner
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written
 
@@ -23,15 +23,17 @@ def in_action(monkeypatch):
     """in_action(rank, step, action, fail): run `fail` on that rank when it comes to that action."""
 
     def patch(rank: int, step: int, wanted: str, fail) -> None:
-        for method in ("_run_forward", "_run_backward"):
-            sound = getattr(StepRunner, method)
+        sound = Executor.run
 
-            def run(self, action, *args, sound=sound):
-                if (dist.get_rank(), self.executor.step, str(action)) == (rank, step, wanted):
+        def run(self, program, perform):
+            def perform_or_fail(action, clock):
+                if (dist.get_rank(), self.step, str(action)) == (rank, step, wanted):
                     fail()
-                return sound(self, action, *args)
+                return perform(action, clock)
 
-            monkeypatch.setattr(StepRunner, method, run)
+            sound(self, program, perform_or_fail)
+
+        monkeypatch.setattr(Executor, "run", run)
 
     return patch
 

@@ -79,9 +79,9 @@ def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> No
     """The llm reads the wrong picture: its loss is another one, and so are the gradients of both ends."""
     sends = StepMap.sends
 
-    def swapped(self, edge, unit, peer, *, at_source):
-        found = sends(self, edge, unit, peer, at_source=at_source)
-        numbers = np.arange(len(self.rows(edge, unit, at_source=at_source)))
+    def swapped(self, end, unit, peer):
+        found = sends(self, end, unit, peer)
+        numbers = np.arange(len(self.rows(end, unit)))
         return tuple(replace(part, rows=numbers[part.rows][::-1].copy()) for part in found)
 
     monkeypatch.setattr(StepMap, "sends", swapped)

@@ -5,7 +5,6 @@ module; rank 0 compares them by the modules' coordinates. The oracle is Megatron
 """
 
 import itertools
-from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
-from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.scope import Scopes
 from megatron_mosaic.plan import Layout
@@ -50,15 +49,14 @@ def masks_of(scopes: Scopes, module: str) -> dict[str, list[float]]:
 
 def drawn(plan) -> list[dict]:
     """For each rank: (module, coordinates) -> its masks."""
-    grids = Grids(plan, (), timeout=timedelta(seconds=30))
-    scopes = Scopes(7, grids.collections, tuple(plan.modules))
+    view = RankView.of(plan, dist.get_rank())
+    scopes = Scopes(7, view)
     mine = {}
-    for name, groups in grids.collections.items():
-        place = (name, groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank())
+    for name, module in view.modules.items():
+        place = (name, module.at.pp, module.at.dp, module.at.cp, module.at.tp)
         mine[place] = masks_of(scopes, name)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    grids.destroy()
     return gathered
 
 
@@ -94,8 +92,7 @@ def test_masks_depend_on_the_place_in_the_module_not_on_ranks_or_neighbours() ->
 
 def check_recomputation() -> None:
     """x is 1, so output and derivative are the mask: a backward with another mask would show."""
-    grids = Grids(PLAN, (), timeout=timedelta(seconds=30))
-    scopes = Scopes(7, grids.collections, tuple(PLAN.modules))
+    scopes = Scopes(7, RankView.of(PLAN, dist.get_rank()))
 
     def layer(x):
         x = torch.nn.functional.dropout(x, 0.5)
@@ -112,7 +109,6 @@ def check_recomputation() -> None:
             outputs[name].sum().backward()
     for name, x in inputs.items():
         assert torch.equal(x.grad, outputs[name].detach()), name
-    grids.destroy()
 
 
 def test_recomputation_inside_a_modules_scope_draws_its_masks_again() -> None:

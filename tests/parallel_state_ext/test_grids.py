@@ -14,9 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout
-from tests.cases import make_plan
+from tests.cases import EDGES, make_plan
 from tests.forked import run_gloo
 
 pytestmark = pytest.mark.dist
@@ -25,7 +26,7 @@ PLAN = make_plan(
     {"vision": ("0-2", Layout(dp=3)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("1,3", Layout(tp=2))},
     world_size=5,
 )
-EDGES = (("vision", "llm"), ("llm", "generator"))
+PAIRS = (("vision", "llm"), ("llm", "generator"))
 
 # Field of ProcessGroupCollection -> the axes along which its members differ (0 pp, 1 dp, 2 cp, 3 tp).
 # Without experts (ep = etp = 1) the expert data-parallel group is everybody of a stage.
@@ -72,12 +73,16 @@ def ranks_in(group) -> list[int]:
 
 def check_members() -> None:
     rank = dist.get_rank()
-    grids = Grids(PLAN, EDGES, timeout=timedelta(seconds=30))
+    view = RankView.of(PLAN, rank, EDGES)
+    grids = Grids(view, timeout=timedelta(seconds=30))
     assert set(grids.collections) == set(PLAN.modules_on(rank))
     for module, collection in grids.collections.items():
         for field, axes in FIELD_AXES.items():
             assert ranks_in(getattr(collection, field)) == peers_of(module, rank, axes), (module, field)
-    for source, target in (*EDGES, *((b, a) for a, b in EDGES)):
+        for axis in ("tp", "cp", "dp", "pp"):
+            assert getattr(collection, axis).rank() == getattr(view.modules[module].at, axis), (module, axis)
+        assert collection.ep.rank() == view.modules[module].expert_rank
+    for source, target in (*PAIRS, *((b, a) for a, b in PAIRS)):
         ends = {*PLAN.modules[source].ranks.ranks, *PLAN.modules[target].ranks.ranks}
         if rank in ends:
             groups = (*grids.boundary_groups(source, target), *grids.boundary_groups(target, source))
@@ -99,14 +104,14 @@ def test_collections_have_the_right_members() -> None:
 
 
 def check_deduplication() -> None:
-    grids = Grids(PLAN, EDGES, timeout=timedelta(seconds=30))
+    grids = Grids(RankView.of(PLAN, dist.get_rank(), EDGES), timeout=timedelta(seconds=30))
     tuples = {tuple(range(5)), *((rank,) for rank in range(5))}
     for module, placed in PLAN.modules.items():
         tuples |= {tuple(peers_of(module, rank, axes)) for rank in placed.ranks.ranks for axes in FIELD_AXES.values()}
     chains = sum(
         placed.layout.num_ranks // placed.layout.pp for placed in PLAN.modules.values() if placed.layout.pp > 1
     )
-    assert grids.num_groups == len(tuples) + 4 * len(EDGES) + 2 * chains  # four for each edge, a pair for each pipeline
+    assert grids.num_groups == len(tuples) + 4 * len(PAIRS) + 2 * chains  # four for each edge, a pair for each pipeline
     for collection in grids.collections.values():
         assert collection.dp is collection.dp_cp is collection.intra_dp_cp
         assert collection.cp is collection.embd is grids.alone
@@ -127,7 +132,7 @@ def check_destroy() -> None:
 
     before = sizes()
     for _ in range(2):
-        grids = Grids(PLAN, EDGES, timeout=timedelta(seconds=30))
+        grids = Grids(RankView.of(PLAN, dist.get_rank(), EDGES), timeout=timedelta(seconds=30))
         assert sizes()[0] > before[0]
         grids.destroy()
         assert sizes() == before

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.parallel_state_ext.ranks import AXES, axis_groups, coordinates_of, expert_groups, rank_at
+from megatron_mosaic.parallel_state_ext.ranks import axis_groups, expert_groups
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.plan.layout import AXES, coordinates_of, rank_at
 
 SCATTERED = RankSet.parse("0,2-3,5,8-11")
-EXPERT_NAMES = ("expt_tp", "ep", "expt_dp", "tp_ep", "tp_ep_pp")
+# Axes of experts' groups -> Megatron's name for them.
+EXPERT_GROUPS = {
+    ("etp",): "tp",
+    ("ep",): "ep",
+    ("expt_dp",): "dp",
+    ("etp", "ep"): "tp-ep",
+    ("etp", "ep", "pp"): "tp-ep-pp",
+}
 
 
 @st.composite
@@ -59,22 +67,22 @@ def test_table_of_cp2_dp2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ep", "etp", "name", "expected"),
+    ("ep", "etp", "axes", "expected"),
     [
-        (2, 1, "ep", {(0, 2), (3, 5), (8, 9), (10, 11)}),
-        (2, 1, "expt_dp", {(0, 3), (2, 5), (8, 10), (9, 11)}),
-        (2, 1, "expt_tp", {(0,), (2,), (3,), (5,), (8,), (9,), (10,), (11,)}),
-        (2, 1, "tp_ep_pp", {(0, 2, 8, 9), (3, 5, 10, 11)}),
-        (2, 2, "expt_tp", {(0, 2), (3, 5), (8, 9), (10, 11)}),
-        (2, 2, "ep", {(0, 3), (2, 5), (8, 10), (9, 11)}),
-        (2, 2, "tp_ep", {(0, 2, 3, 5), (8, 9, 10, 11)}),
-        (4, 1, "ep", {(0, 2, 3, 5), (8, 9, 10, 11)}),
-        (4, 1, "expt_dp", {(0,), (2,), (3,), (5,), (8,), (9,), (10,), (11,)}),
+        (2, 1, ("ep",), {(0, 2), (3, 5), (8, 9), (10, 11)}),
+        (2, 1, ("expt_dp",), {(0, 3), (2, 5), (8, 10), (9, 11)}),
+        (2, 1, ("etp",), {(0,), (2,), (3,), (5,), (8,), (9,), (10,), (11,)}),
+        (2, 1, ("etp", "ep", "pp"), {(0, 2, 8, 9), (3, 5, 10, 11)}),
+        (2, 2, ("etp",), {(0, 2), (3, 5), (8, 9), (10, 11)}),
+        (2, 2, ("ep",), {(0, 3), (2, 5), (8, 10), (9, 11)}),
+        (2, 2, ("etp", "ep"), {(0, 2, 3, 5), (8, 9, 10, 11)}),
+        (4, 1, ("ep",), {(0, 2, 3, 5), (8, 9, 10, 11)}),
+        (4, 1, ("expt_dp",), {(0,), (2,), (3,), (5,), (8,), (9,), (10,), (11,)}),
     ],
 )
-def test_table_of_expert_groups(ep, etp, name, expected) -> None:
+def test_table_of_expert_groups(ep, etp, axes, expected) -> None:
     module = ModulePlan(ranks=SCATTERED, layout=Layout(tp=2, dp=2, pp=2, ep=ep, etp=etp))
-    assert members(expert_groups(module, name)) == expected
+    assert members(expert_groups(module, axes)) == expected
 
 
 @given(modules())
@@ -108,20 +116,25 @@ def test_coordinates_and_ranks_are_inverse(module) -> None:
 
 
 @given(modules())
+def test_a_stages_ranks_are_those_whose_coordinates_say_so(module) -> None:
+    for stage in range(module.layout.pp):
+        by_place = tuple(rank for rank in module.ranks.ranks if coordinates_of(module, rank).pp == stage)
+        assert module.stage_ranks(stage).ranks == by_place
+
+
+@given(modules())
 def test_every_rank_is_in_exactly_one_expert_group_of_each_kind(module) -> None:
     layout = module.layout
-    expt_dp = layout.num_ranks // layout.pp // layout.ep // layout.etp
-    sizes = {
-        "expt_tp": layout.etp,
+    degrees = {
+        "etp": layout.etp,
         "ep": layout.ep,
-        "expt_dp": expt_dp,
-        "tp_ep": layout.etp * layout.ep,
-        "tp_ep_pp": layout.etp * layout.ep * layout.pp,
+        "expt_dp": layout.num_ranks // layout.pp // layout.ep // layout.etp,
+        "pp": layout.pp,
     }
-    for name in EXPERT_NAMES:
-        groups = expert_groups(module, name)
+    for axes in EXPERT_GROUPS:
+        groups = expert_groups(module, axes)
         assert sorted(itertools.chain(*groups)) == list(module.ranks.ranks)
-        assert {len(group) for group in groups} == {sizes[name]}
+        assert {len(group) for group in groups} == {math.prod(degrees[axis] for axis in axes)}
 
 
 @given(modules())
@@ -139,5 +152,5 @@ def test_groups_are_megatrons_own(module) -> None:
 
     for axes in (("tp",), ("cp",), ("dp",), ("pp",), ("tp", "pp"), ("cp", "dp"), ("tp", "cp", "dp")):
         assert members(axis_groups(module, axes)) == theirs(dense, "-".join(axes)), axes
-    for name, token in zip(EXPERT_NAMES, ("tp", "ep", "dp", "tp-ep", "tp-ep-pp"), strict=True):
-        assert members(expert_groups(module, name)) == theirs(expert, token), name
+    for axes, token in EXPERT_GROUPS.items():
+        assert members(expert_groups(module, axes)) == theirs(expert, token), axes

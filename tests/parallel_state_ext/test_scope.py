@@ -1,10 +1,6 @@
-"""RNG streams of modules that share a process: nobody's draws depend on anybody else's.
-
-Groups are stand-ins that only know this rank's place, so one process can play every rank.
-"""
+"""RNG streams of modules that share a process: no draw depends on another module. One process plays every rank."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,18 +9,21 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.scope import Scopes, stream_seed
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.layout import rank_at
+from tests.cases import make_plan
 
 NAMES = ("vision", "llm")
+WIDE = ("0-31", Layout(tp=4, cp=2, dp=2, pp=2))
 
 
-def at(rank: int) -> SimpleNamespace:
-    return SimpleNamespace(rank=lambda: rank)
-
-
-def groups(*, tp: int = 0, pp: int = 0, dp: int = 0, cp: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(tp=at(tp), pp=at(pp), dp=at(dp), cp=at(cp), ep=at(0), expt_tp=at(tp))
+def of_llm(seed: int = 7, **place: int) -> Scopes:
+    """Streams of the llm alone, at this place of a wide layout."""
+    plan = make_plan({"llm": WIDE}, world_size=32)
+    return Scopes(seed, RankView.of(plan, rank_at(plan.modules["llm"], **place)))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,8 @@ def draw(scopes: Scopes, module: str) -> tuple[list[float], list[float]]:
 
 
 def both() -> Scopes:
-    return Scopes(7, {"vision": groups(), "llm": groups()}, NAMES)
+    """Streams of two modules whose first rank this is."""
+    return Scopes(7, RankView.of(make_plan({"vision": ("0", Layout()), "llm": WIDE}, world_size=32), 0))
 
 
 def test_a_modules_draws_do_not_depend_on_the_others() -> None:
@@ -70,19 +70,18 @@ def test_modules_do_not_share_a_stream() -> None:
 
 
 def test_a_modules_draws_do_not_depend_on_which_modules_its_rank_runs() -> None:
-    without = Scopes(7, {"llm": groups()}, NAMES)
-    assert draw(without, "llm") == draw(both(), "llm")
+    assert draw(of_llm(), "llm") == draw(both(), "llm")
 
 
 def test_tp_ranks_agree_by_default_and_differ_in_the_model_parallel_stream() -> None:
-    default, sharded = zip(*(draw(Scopes(7, {"llm": groups(tp=tp)}, NAMES), "llm") for tp in range(4)), strict=True)
+    default, sharded = zip(*(draw(of_llm(tp=tp), "llm") for tp in range(4)), strict=True)
     assert len(set(map(str, default))) == 1
     assert len(set(map(str, sharded))) == 4
 
 
 def test_stages_slots_cp_ranks_and_seeds_differ() -> None:
     places = [(seed, pp, dp, cp) for seed in (7, 8) for pp, dp, cp in itertools.product(range(2), repeat=3)]
-    scopes = [Scopes(seed, {"llm": groups(pp=pp, dp=dp, cp=cp)}, NAMES) for seed, pp, dp, cp in places]
+    scopes = [of_llm(seed, pp=pp, dp=dp, cp=cp) for seed, pp, dp, cp in places]
     default, sharded = zip(*(draw(scope, "llm") for scope in scopes), strict=True)
     assert len({*map(str, default), *map(str, sharded)}) == 2 * len(places)
 

@@ -14,13 +14,13 @@ from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import initialize_by_name, wrap_stage
-from megatron_mosaic.runtime.parameters import cut_of, is_spokesman, put_together, whole_name
+from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
 from tests.cases import make_plan
 from tests.forked import run_gloo
 
@@ -52,15 +52,15 @@ def build(definition, module, placed, stage, groups, seed=5) -> torch.nn.Module:
 
 def check_shards(path) -> None:
     definition, plan = parse(path)
-    grids = Grids(plan, (), timeout=timedelta(seconds=30))
+    view = RankView.of(plan, dist.get_rank())
+    grids = Grids(view, timeout=timedelta(seconds=30))
     whole = {module: build(definition, module, WHOLE, 0, grids.alone_view()) for module in plan.modules}
     mine = {}  # (module, name in the whole module, number of the slice) -> (where it is cut, values)
     for module, groups in grids.collections.items():
-        place = coordinates_of(plan.modules[module], grids.rank)
-        stage = build(definition, module, plan.modules[module], place.pp, groups)
+        stage = build(definition, module, plan.modules[module], view.modules[module].at.pp, groups)
         for name, parameter in stage.named_parameters():
             cut = cut_of(stage, name, parameter)
-            if cut is not None or is_spokesman(stage, name, parameter):
+            if cut is not None or is_first_replica(stage, name, parameter):
                 mine[module, whole_name(stage, name), cut.rank if cut else 0] = cut, parameter.detach()
     gathered = [None] * 4
     dist.all_gather_object(gathered, mine)
@@ -92,7 +92,7 @@ def test_shards_together_are_the_undivided_module(tmp_path) -> None:
 def check_streams(path) -> None:
     """Every matrix has its own stream, of Megatron's standard deviation; another seed gives other weights."""
     definition, plan = parse(path)
-    groups = Grids(plan, (), timeout=timedelta(seconds=30)).alone_view()
+    groups = Grids(RankView.of(plan, dist.get_rank()), timeout=timedelta(seconds=30)).alone_view()
     stages = {module: build(definition, module, WHOLE, 0, groups) for module in plan.modules}
     other = build(definition, "vision", WHOLE, 0, groups, seed=6)
     first = set()
@@ -122,7 +122,7 @@ def test_streams_are_separate_and_of_megatrons_scale(tmp_path) -> None:
 
 def check_wrapping(path) -> None:
     definition, plan = parse(path)
-    groups = Grids(plan, (), timeout=timedelta(seconds=30)).alone_view()
+    groups = Grids(RankView.of(plan, dist.get_rank()), timeout=timedelta(seconds=30)).alone_view()
     config = DistributedDataParallelConfig()
     wrapped = wrap_stage(build(definition, "vision", WHOLE, 0, groups), config, groups)
     assert wrapped.ddp_config.bucket_size is not None, "this is what must not reach the next module"

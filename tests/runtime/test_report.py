@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_mosaic.runtime.report import LOSSES_FILE, MEASURES_FILE, TIMELINE_FILE, StepReport, read_gradients
+from megatron_mosaic.runtime.activation_meter import ActivationMeter
+from megatron_mosaic.runtime.report import (
+    LOSSES_FILE,
+    MEASURES_FILE,
+    TIMELINE_FILE,
+    GradientDump,
+    Observers,
+    StepReport,
+    UnitStatistics,
+    read_gradients,
+)
 from megatron_mosaic.schedules.timeline import Span
 
 
@@ -78,3 +88,32 @@ def test_report_of_the_median_step(tmp_path, two_ranks) -> None:
 def test_only_rank_0_writes_losses(tmp_path) -> None:
     StepReport(str(tmp_path), rank=1).add_losses({"lm loss": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unit_statistics_by_hand() -> None:
+    """Of three vision units one was empty; owners would have had 2 and 1 times the mean on the busiest slot."""
+    units = UnitStatistics(("vision", "llm"))
+    units.note("vision", num_empty=0, imbalance=(2.0, 1.5))
+    units.note("vision", num_empty=0, imbalance=(1.0, 1.0))
+    units.note("vision", num_empty=1, imbalance=(1.5, 1.25))
+    assert units.measures() == {
+        "empty_units_by_module": {"vision": 1, "llm": 0},
+        "imbalance_by_owner": {"vision": 1.5},
+        "imbalance_by_module": {"vision": 1.25},
+    }
+
+
+def test_nobody_looks_on_without_observers(tmp_path) -> None:
+    nobody, meter = Observers(), ActivationMeter()
+    with nobody.forward("llm", 0):
+        pass
+    nobody.backward("llm", 0)
+    nobody.losses({"lm loss": 1.0})
+    nobody.finished_step([])
+    assert nobody.measures(["llm"]) == {"peak_activation_bytes_by_module": {"llm": 0}}
+    assert not nobody.need_whole_gradients
+    somebody = Observers(meter=meter, gradients=GradientDump(str(tmp_path), 0))
+    with somebody.forward("llm", 0):
+        pass
+    somebody.backward("llm", 0)
+    assert meter.peak_bytes == {"llm": 0} and somebody.need_whole_gradients

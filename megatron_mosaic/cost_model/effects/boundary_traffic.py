@@ -102,8 +102,7 @@ class _Side:
 
 
 def _side(ranks: RankSet, layout: Layout, sequence_parallel: bool) -> _Side:
-    position = np.arange(len(ranks))
-    tp, cp, dp = position % layout.tp, position // layout.tp % layout.cp, position // (layout.tp * layout.cp)
+    dp, cp, tp = np.indices(layout.degrees[2::-1]).reshape(3, -1)  # of the ranks of a stage, tp fastest
     split = layout.tp if sequence_parallel else 1
     each = np.concatenate([np.arange(*span) for span in ranks.spans])
     return _Side(each, dp, cp * split + tp % split, layout.dp, (layout.cp, split))

@@ -76,10 +76,9 @@ def load_table(path: Path) -> tuple[list[str], list[Row]]:
     """Column names and rows of a CSV file; a byte order mark is no part of them. ConfigError if it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = names
-            rows: list[Row] = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+            names = [name.strip() for name in next(csv.reader(file), ())]
+            table = csv.DictReader(file, names)
+            rows: list[Row] = [{key: (value or "").strip() for key, value in row.items() if key} for row in table]
     except (OSError, UnicodeError, csv.Error) as error:
         raise ConfigError(
             str(path), got=str(error), expected="a CSV table in UTF-8", fix="correct the file, or move it away"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, rank_at
 from megatron_mosaic.plan import ModulePlan
+from megatron_mosaic.plan.layout import Coordinates, rank_at
 
 Rows = slice | Integers  # positions in a rank's rows; a slice wherever they are consecutive
 

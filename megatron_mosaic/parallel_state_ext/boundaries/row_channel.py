@@ -24,7 +24,7 @@ Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index 
 
 
 class RowChannel:
-    """Rows of one edge in one direction, `width` values each."""
+    """Rows of one edge in one direction, `width` values each. `sent_bytes` counts what left for other ranks."""
 
     def __init__(
         self,
@@ -99,7 +99,8 @@ class RowChannel:
 
     def _collect(self, *, wait: bool = False) -> None:
         """Forget messages that have left; their staging buffers are free again."""
-        posted, self._outbox = self._outbox, []
+        posted = self._outbox[:]
+        self._outbox.clear()
         for work, buffer, staged in posted:
             if wait:
                 work.wait()

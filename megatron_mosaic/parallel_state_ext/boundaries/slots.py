@@ -15,8 +15,9 @@ from megatron_mosaic.parallel_state_ext.boundaries.balance import (
 )
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Shard, padded_length, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Side
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, near_slots
+from megatron_mosaic.parallel_state_ext.ranks import near_slots
 from megatron_mosaic.plan import ModulePlan, Plan
+from megatron_mosaic.plan.layout import Coordinates
 from megatron_mosaic.plan.workload import Workload
 
 MIN_GAIN_FRAC = 0.05  # of a rank's computation: an image that moves to save less costs more in messages
@@ -46,14 +47,15 @@ class UnitSlots:
         self.first = Side(placed, 0, *held)  # where rows arrive: the first stage
         self.last = Side(placed, placed.layout.pp - 1, *held)  # where they leave
 
-    def is_ghost(self, slot: int) -> bool:
+    def stands_in(self, slot: int) -> bool:
+        """Whether the slot, which has no items, computes the unit's first, so that experts hear from every slot."""
         layout = self._placed.layout
         return not len(self.slots[slot]) and len(self.tokens) > 0 and layout.ep * layout.etp > 1
 
     def shard(self, at: Coordinates) -> Shard:
         """What the ranks at these coordinates compute, on whatever stage."""
         if at not in self._shards:
-            items = [0] if self.is_ghost(at.dp) else self.slots[at.dp].tolist()
+            items = [0] if self.stands_in(at.dp) else self.slots[at.dp].tolist()
             self._shards[at] = shard_of(self._placed, items, self.tokens, cp=at.cp, tp=at.tp)
         return self._shards[at]
 

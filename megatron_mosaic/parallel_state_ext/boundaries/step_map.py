@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links, Shard, expand
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.parallel_state_ext.boundaries.slots import SlotRule, UnitSlots
-from megatron_mosaic.parallel_state_ext.ranks import Coordinates, coordinates_of
-from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan.workload import Edge, Workload
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
+from megatron_mosaic.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Metadata:
 class RouteCache:
     """What follows from microbatches' metadata alone, kept for steps that bring the same shapes. One per rank and plan.
 
-    Oldest entries beyond `capacity` go when a step begins, never within one.
+    Oldest entries beyond `capacity` go when a step begins, never within one. `misses` counts what had to be computed.
     """
 
     def __init__(self, capacity: int = 512) -> None:
@@ -77,14 +77,14 @@ class RouteCache:
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
-    """Rows of an edge that this rank holds on one side of a unit: where they stand, and who holds them opposite.
+    """Rows of a unit that this rank holds at one end of an edge: where they stand, and who holds them opposite.
 
     `first[i]` is the row number at which the i-th microbatch of the unit begins.
     """
 
     tokens: Integers
     items: Integers
-    opposite: Integers  # group on the other side
+    opposite: Integers  # group at the other end
     first: Integers
 
     def __len__(self) -> int:
@@ -92,15 +92,12 @@ class HeldRows:
 
 
 class PlanMap:
-    """What all steps of a plan share on one rank: its places, how items find their slots, routes of earlier steps."""
+    """What all steps of a plan share on one rank: its view, how items find their slots, routes of earlier steps."""
 
-    def __init__(self, plan: Plan, workload: Workload, rank: int, cache: RouteCache | None = None) -> None:
-        self.plan, self.rank, self.backbone = plan, rank, workload.backbone.name
-        self.at: dict[str, Coordinates] = {
-            name: coordinates_of(plan.modules[name], rank) for name in plan.modules_on(rank)
-        }
-        self.unit_sizes = plan.units(self.backbone)
-        self.rules = {name: SlotRule(plan, workload, name) for name in plan.modules}
+    def __init__(self, view: RankView, workload: Workload, cache: RouteCache | None = None) -> None:
+        self.view, self.backbone = view, workload.backbone.name
+        self.unit_sizes = view.plan.units(self.backbone)
+        self.rules = {name: SlotRule(view.plan, workload, name) for name in view.plan.modules}
         self.cache = RouteCache() if cache is None else cache
 
 
@@ -108,14 +105,13 @@ class StepMap:
     """One step as a rank sees it. Every rank computes its own from the same metadata."""
 
     def __init__(self, of_plan: PlanMap, microbatches: Sequence[Metadata]) -> None:
-        self._plan, self._rank, self._at = of_plan.plan, of_plan.rank, of_plan.at
-        self._unit_sizes = of_plan.unit_sizes
+        self._rank, self._modules, self._unit_sizes = of_plan.view.rank, of_plan.view.modules, of_plan.unit_sizes
         self._backbone, self._rules, self._cache = of_plan.backbone, of_plan.rules, of_plan.cache
         self._microbatches = microbatches
         self._cache.trim()
         self._digests: dict[tuple[str | tuple[str, str], int], bytes] = {}  # by part and microbatch
         self._units: dict[tuple[str, int], UnitSlots] = {}  # of this step
-        self._keys: dict[tuple[str, str, int, bool], tuple[Hashable, ...]] = {}
+        self._keys: dict[tuple[EdgeEnd, int], tuple[Hashable, ...]] = {}
 
     def covered(self, module: str, unit: int) -> range:
         """The microbatches of a unit."""
@@ -124,54 +120,50 @@ class StepMap:
 
     def shard(self, module: str, unit: int) -> Shard:
         """What this rank computes. No items: the unit is empty here."""
-        return self._unit(module, unit).shard(self._at[module])
+        return self._unit(module, unit).shard(self._modules[module].at)
 
-    def is_ghost(self, module: str, unit: int) -> bool:
+    def stands_in(self, module: str, unit: int) -> bool:
         """Whether this rank computes an item that counts for nothing.
 
         Experts on other ranks wait for every slot: a slot without items sends them those of the unit's first.
         """
-        found = self._unit(module, unit)
-        return found.is_ghost(self._at[module].dp)
+        return self._unit(module, unit).stands_in(self._modules[module].at.dp)
 
     def imbalance(self, module: str, unit: int) -> tuple[float, float]:
         """Load of the busiest slot over the mean: if owners computed their items themselves, and as it is."""
         return self._unit(module, unit).imbalance
 
-    def rows(self, edge: Edge, unit: int, *, at_source: bool) -> HeldRows:
-        """The edge's rows that this rank holds in a unit of its source (or target)."""
-        key = ("rows", *self._key(edge, unit, at_source))
-        return self._cache.find(key, lambda: self._find_rows(edge, unit, at_source))
+    def rows(self, end: EdgeEnd, unit: int) -> HeldRows:
+        """The edge's rows that this rank holds in a unit of the end's module."""
+        return self._cache.find(("rows", *self._key(end, unit)), lambda: self._find_rows(end, unit))
 
-    def peers(self, edge: Edge, unit: int, *, at_source: bool) -> range:
-        """The units on the other side that share microbatches with this one."""
-        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        covered, size = self.covered(module, unit), self._unit_sizes[other]
+    def peers(self, end: EdgeEnd, unit: int) -> range:
+        """The units at the other end that share microbatches with this one."""
+        covered, size = self.covered(end.module, unit), self._unit_sizes[end.opposite.module]
         return range(covered[0] // size, covered[-1] // size + 1)
 
-    def sends(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
-        """This rank's rows of `unit` that go to other ranks for their unit `peer`; forward if `at_source`."""
-        return self._parts(edge, unit, peer, at_source)[0]
+    def sends(self, end: EdgeEnd, unit: int, peer: int) -> tuple[Part, ...]:
+        """This rank's rows of `unit` that go to the other end's unit `peer`: rows at the source, else gradients."""
+        return self._parts(end, unit, peer)[0]
 
-    def receives(self, edge: Edge, unit: int, peer: int, *, at_source: bool) -> tuple[Part, ...]:
-        """This rank's rows of `unit` that come from the other side's unit `peer`; backward if `at_source`."""
-        return self._parts(edge, unit, peer, at_source)[1]
+    def receives(self, end: EdgeEnd, unit: int, peer: int) -> tuple[Part, ...]:
+        """This rank's rows of `unit` that come from the other end's unit `peer`: gradients at the source, else rows."""
+        return self._parts(end, unit, peer)[1]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _key(self, edge: Edge, unit: int, at_source: bool) -> tuple[Hashable, ...]:
+    def _key(self, end: EdgeEnd, unit: int) -> tuple[Hashable, ...]:
         """All that rows and messages of a unit depend on, in its microbatches and all others of the units opposite."""
-        asked = (edge.source, edge.target, unit, at_source)
-        if asked in self._keys:
-            return self._keys[asked]
-        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        own, peers = self.covered(module, unit), self.peers(edge, unit, at_source=at_source)
+        if (end, unit) in self._keys:
+            return self._keys[end, unit]
+        other, edge = end.opposite.module, end.edge
+        own, peers = self.covered(end.module, unit), self.peers(end, unit)
         start, stop = self.covered(other, peers[0]).start, self.covered(other, peers[-1]).stop
         start, stop = min(start, own.start), max(stop, own.stop)
         place = (own.start - start, len(own), self.covered(other, peers[0]).start - start)
         seen = self._seen(range(start, stop), (edge.source, edge.target), edge.source, edge.target, self._backbone)
-        self._keys[asked] = (edge.source, edge.target, at_source, place, *seen)
-        return self._keys[asked]
+        self._keys[end, unit] = (end, place, *seen)
+        return self._keys[end, unit]
 
     def _seen(self, microbatches: range, *parts: str | tuple[str, str]) -> Iterator[bytes]:
         """Digests of these parts of the microbatches."""
@@ -181,24 +173,19 @@ class StepMap:
                     self._digests[part, m] = self._microbatches[m].digest(part)
                 yield self._digests[part, m]
 
-    def _parts(self, edge: Edge, unit: int, peer: int, at_source: bool) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    def _parts(self, end: EdgeEnd, unit: int, peer: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         """What this rank sends and receives for `unit`, to and from units `peer`."""
-        offset = peer - self.peers(edge, unit, at_source=at_source)[0]
-        key = ("parts", offset, *self._key(edge, unit, at_source))
-        return self._cache.find(key, lambda: self._find_parts(edge, unit, peer, at_source))
+        key = ("parts", peer - self.peers(end, unit)[0], *self._key(end, unit))
+        return self._cache.find(key, lambda: self._find_parts(end, unit, peer))
 
-    def _find_parts(
-        self, edge: Edge, unit: int, peer: int, at_source: bool
-    ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-        module, opposite = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        held, covered = self.rows(edge, unit, at_source=at_source), self.covered(module, unit)
-        shared = self.covered(opposite, peer)
+    def _find_parts(self, end: EdgeEnd, unit: int, peer: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        held, covered = self.rows(end, unit), self.covered(end.module, unit)
+        shared = self.covered(end.opposite.module, peer)
         low, high = max(covered.start, shared.start), min(covered.stop, shared.stop)
-        first, end = held.first[[low - covered.start, high - covered.start]].tolist()
-        blocks = blocks_of(held.opposite[first:end], first)
-        own = self._side(edge, unit, at_source=at_source)
-        other = self._side(edge, peer, at_source=not at_source)
-        group, replica = own.group_of(self._at[module])
+        first, stop = held.first[[low - covered.start, high - covered.start]].tolist()
+        blocks = blocks_of(held.opposite[first:stop], first)
+        own, other = self._side(end, unit), self._side(end.opposite, peer)
+        group, replica = own.group_of(self._modules[end.module].at)
         sent = outgoing(self._rank, own.ranks_of(group), other, blocks)
         return sent, incoming(self._rank, group, replica, other, blocks)
 
@@ -211,22 +198,20 @@ class StepMap:
             self._units[module, unit] = found
         return self._units[module, unit]
 
-    def _side(self, edge: Edge, unit: int, *, at_source: bool) -> Side:
-        found = self._unit(edge.source if at_source else edge.target, unit)
-        return found.last if at_source else found.first
+    def _side(self, end: EdgeEnd, unit: int) -> Side:
+        found = self._unit(end.module, unit)
+        return found.last if end.is_source else found.first
 
-    def _find_rows(self, edge: Edge, unit: int, at_source: bool) -> HeldRows:
-        module, other = (edge.source, edge.target) if at_source else (edge.target, edge.source)
-        at = self._at[module]
-        found = self._unit(module, unit)
-        own = self._side(edge, unit, at_source=at_source)
+    def _find_rows(self, end: EdgeEnd, unit: int) -> HeldRows:
+        at, other = self._modules[end.module].at, end.opposite.module
+        found, own = self._unit(end.module, unit), self._side(end, unit)
         mine, _ = own.group_of(at)
         columns: list[list[Integers]] = [[], [], []]
         first = [0]
-        for index, m in enumerate(self.covered(module, unit)):
-            links = self._microbatches[m].links[edge.source, edge.target]
-            ends = [(links.source_items, links.source_starts), (links.target_items, links.target_starts)]
-            (items, starts), (far_items, far_starts) = ends if at_source else reversed(ends)
+        for index, m in enumerate(self.covered(end.module, unit)):
+            links = self._microbatches[m].links[end.edge.source, end.edge.target]
+            ends = (links.source_items, links.source_starts), (links.target_items, links.target_starts)
+            (items, starts), (far_items, far_starts) = ends if end.is_source else reversed(ends)
             near = np.flatnonzero(own.slot_of_item[items + found.offsets[index]] == at.dp)
             link, within = expand(links.rows[near])
             rows = near[link]
@@ -240,7 +225,7 @@ class StepMap:
                 item, place, far, far_token = item[kept], place[kept], far[kept], far_token[kept]
             columns[0].append(place)
             columns[1].append(own.index_in_slot[item])
-            columns[2].append(self._side(edge, far_unit, at_source=not at_source).locate(far, far_token)[0])
+            columns[2].append(self._side(end.opposite, far_unit).locate(far, far_token)[0])
             first.append(first[-1] + len(item))
         tokens, row_items, groups = (np.concatenate(column) for column in columns)
         return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))

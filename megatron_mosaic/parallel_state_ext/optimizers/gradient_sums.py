@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
+from megatron_mosaic.parallel_state_ext.rebound.grad_handles import Waitable, give_handle, take_handle
+
 
 class SharedWork:
     """A collective that carries several bucket groups: the first to wait for it does, the others find it done.
@@ -22,13 +24,12 @@ class SharedWork:
     have been added there since.
     """
 
-    def __init__(self, work: dist.Work) -> None:
-        self._work: dist.Work | None = work
+    def __init__(self, work: Waitable) -> None:
+        self._left = [work]
 
     def wait(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            work.wait()
+        while self._left:
+            self._left.pop().wait()
 
 
 class JoinedBuckets:
@@ -42,9 +43,9 @@ class JoinedBuckets:
     def start(self, *, whole: bool) -> None:
         """Begin the sum; DistributedDataParallel's `finish_grad_sync` waits. `whole`: every rank gets all of it."""
         self._joined.start_grad_sync(force_all_reduce=whole)
-        work, self._joined.grad_reduce_handle = SharedWork(self._joined.grad_reduce_handle), None
+        work = SharedWork(take_handle(self._joined))
         for member in self._members:
-            member.grad_reduce_handle = work
+            give_handle(member, work)
 
 
 def join_buckets(stages: Iterable[DistributedDataParallel]) -> list[JoinedBuckets]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -35,11 +36,24 @@ from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.rebound.torch_adam import accept_torch_adam
 
 
+class NotFinite(StrEnum):
+    """What to do with a step whose gradients are inf or NaN."""
+
+    skip = "skip"  # no module is stepped, on any rank
+    refuse = "refuse"  # a FloatingPointError on every rank
+
+
+def just_run[Result](work: Callable[[], Result]) -> Result:
+    """The result of the work, with nothing around it."""
+    return work()
+
+
 class ModuleOptimizers(ChainedOptimizer):
     """The optimizers of this rank's modules, stepped as one.
 
     `names` are all modules of the plan, also those of other ranks. Collective: `step` is called by every rank of
-    `world`, ranks without a module included. No `world`: every rank runs every module.
+    `world`, ranks without a module included. No `world`: every rank runs every module. `around` runs every step: the
+    place to look at finished gradients, and to measure.
     """
 
     def __init__(
@@ -49,30 +63,25 @@ class ModuleOptimizers(ChainedOptimizer):
         collections: Mapping[str, ProcessGroupCollection],
         config: OptimizerConfig,
         world: dist.ProcessGroup | None,
+        *,
+        not_finite: NotFinite = NotFinite.skip,
+        around: Callable[[Callable[[], object]], object] = just_run,
     ) -> None:
         super().__init__(list(by_module.values()))
         self.config = config
         self.by_module = dict(by_module)
         self._names, self._collections, self._world = names, collections, world
-        self.refuses_nan = False  # True: an error on every rank; False: the step is skipped on every rank
-        self.before_step: list[Callable[[], None]] = []  # observers of the finished gradients
-        self.after_step: list[Callable[[], None]] = []
-        self.run_step: Callable[[Callable[[], object]], object] = lambda work: work()
+        self._not_finite, self._around = not_finite, around
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
         """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN.
 
-        With `refuses_nan` that is a FloatingPointError on every rank, and names the modules.
+        With `NotFinite.refuse` that is a FloatingPointError on every rank, and names the modules.
         """
-        result = self.run_step(self._step_all)
-        for observe in self.after_step:
-            observe()
-        return result  # type: ignore[return-value]
+        return self._around(self._step_all)  # type: ignore[return-value]
 
     def _step_all(self) -> tuple[bool, float | None, int | None]:
-        for observe in self.before_step:
-            observe()
         statistics = torch.zeros(2, len(self._names), dtype=torch.float64, device=device())  # norm^2, not finite
         for name, optimizer in self.by_module.items():
             found_inf = optimizer.prepare_grads()
@@ -84,7 +93,7 @@ class ModuleOptimizers(ChainedOptimizer):
         if self._world is not None:
             dist.all_reduce(statistics, op=dist.ReduceOp.MAX, group=self._world)
         broken = [name for name, flag in zip(self._names, statistics[1].tolist(), strict=True) if flag]
-        if broken and self.refuses_nan:
+        if broken and self._not_finite is NotFinite.refuse:
             raise FloatingPointError(
                 f"gradients of {', '.join(broken)} are inf or NaN: no module was stepped; start again from the last "
                 "checkpoint, or skip such steps with --no-check-for-nan-in-loss-and-grad"
@@ -148,12 +157,15 @@ def build_optimizer(
     world: dist.ProcessGroup | None,
     config: OptimizerConfig,
     config_overrides: Any = None,
+    *,
+    not_finite: NotFinite = NotFinite.skip,
+    around: Callable[[Callable[[], object]], object] = just_run,
 ) -> ModuleOptimizers:
     """A Megatron optimizer for each of this rank's modules, in that module's own groups.
 
     Collective over the world, module by module: Megatron aligns parameter groups with a gather over all ranks, so
     ranks that do not run a module take part with `absent`, a stage without parameters. A module has several stages on a
-    rank if they are virtual. `world`: see ModuleOptimizers.
+    rank if they are virtual. `world`, `not_finite`, `around`: see ModuleOptimizers.
     """
     accept_torch_adam()
     by_module = {}
@@ -168,4 +180,4 @@ def build_optimizer(
         )
         if name in modules:
             by_module[name] = optimizer
-    return ModuleOptimizers(names, by_module, collections, config, world)
+    return ModuleOptimizers(names, by_module, collections, config, world, not_finite=not_finite, around=around)

@@ -6,9 +6,12 @@ rebound here by exact qualified name, and a name that is gone is an error, never
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+import queue
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -46,7 +49,7 @@ def rebind(qualified_name: str, replacement: Any, *, must_accept: tuple[str, ...
             qualified_name,
             got=f"no such name in megatron-core {version('megatron-core')}",
             expected="the name this code replaces",
-            fix="use a supported megatron-core, or adapt parallel_state_ext/compat.py",
+            fix="use a supported megatron-core, or adapt parallel_state_ext/rebound/rebind.py",
         )
     original = getattr(module, name)
     if must_accept:
@@ -56,10 +59,20 @@ def rebind(qualified_name: str, replacement: Any, *, must_accept: tuple[str, ...
                 qualified_name,
                 got=f"no parameters {missing}",
                 expected=f"a function that takes {list(must_accept)}",
-                fix="use a supported megatron-core, or adapt parallel_state_ext/compat.py",
+                fix="use a supported megatron-core, or adapt parallel_state_ext/rebound/rebind.py",
             )
     setattr(module, name, replacement)
     return original
+
+
+@contextlib.contextmanager
+def rebound(qualified_name: str, replacement: Any, *, must_accept: tuple[str, ...] = ()) -> Iterator[Any]:
+    """`rebind` for as long as the body runs, which gets what stood there."""
+    original = rebind(qualified_name, replacement, must_accept=must_accept)
+    try:
+        yield original
+    finally:
+        rebind(qualified_name, original)
 
 
 def rebind_training(
@@ -75,4 +88,31 @@ def rebind_training(
         "megatron.training.training.get_forward_backward_func",
         get_forward_backward_func,
         must_accept=("schedule_pg_collection",),
+    )
+
+
+def rebind_checkpointing(*, save: Callable[..., Any], load: Callable[..., Any]) -> None:
+    """Let `megatron.training.training` save and load with these.
+
+    Files are written by threads of this process (async saving is refused). Megatron's queue for their results is
+    another process, started anew from the script: seconds on every rank, and a hang if that has no main guard.
+    """
+    rebind("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue", queue.Queue())
+    rebind("megatron.training.training.save_checkpoint", save, must_accept=("iteration", "model"))
+    rebind("megatron.training.training.load_checkpoint", load, must_accept=("ddp_model", "optimizer"))
+
+
+def rebound_sharded_save(save: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """`save` writes a checkpoint's sharded state while the body runs, which gets Megatron's own."""
+    wanted = ("sharded_state_dict", "checkpoint_dir")
+    return rebound("megatron.core.dist_checkpointing.save", save, must_accept=wanted)
+
+
+def rebind_arguments(
+    *, add: Callable[[ArgumentParser], ArgumentParser], validate: Callable[[Namespace, Any], Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Let Megatron add and validate arguments with these. Returns its own two."""
+    return (
+        rebind("megatron.training.arguments.add_megatron_arguments", add, must_accept=("parser",)),
+        rebind("megatron.training.arguments.validate_args", validate, must_accept=("args", "defaults")),
     )

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from megatron_mosaic.cost_model.effects.boundary_traffic import Traffic
 from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic as traffic_of_lanes
 from megatron_mosaic.cost_model.work import list_stage_work
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, SEQUENCE, WIDTH, module
@@ -56,13 +58,10 @@ def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
     """Most rows that a rank receives, and all rows that are sent."""
     plan = make_plan(source, target)
     received = [0] * plan.world_size
-    for rank in range(plan.world_size):
-        if rank in target.ranks.ranks:
-            size = len(target.ranks.ranks) // target.layout.pp
-            if target.ranks.ranks.index(rank) < size:
-                step_map = StepMap(PlanMap(plan, WORKLOAD, rank), [one_image_a_sample()])
-                parts = step_map.receives(EDGE, 0, 0, at_source=False)
-                received[rank] = sum(part.num_rows for part in parts if part.rank != rank)
+    for rank in target.stage_ranks(0).ranks:
+        step_map = StepMap(PlanMap(RankView.of(plan, rank), WORKLOAD), [one_image_a_sample()])
+        parts = step_map.receives(EdgeEnd.target_of(EDGE), 0, 0)
+        received[rank] = sum(part.num_rows for part in parts if part.rank != rank)
     return max(received), sum(received)
 
 

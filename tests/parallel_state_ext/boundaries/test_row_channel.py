@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.forked import run_gloo
@@ -21,6 +22,7 @@ from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, bring_items, module
 pytestmark = pytest.mark.dist
 
 EDGE = Edge(source="encoder0", target=BACKBONE, rows_per_item=ITEM_TOKENS, width=WIDTH)
+SOURCE, TARGET = EdgeEnd.source_of(EDGE), EdgeEnd.target_of(EDGE)
 WORKLOAD = Workload(
     name="random", modules=(module("encoder0", Role.encoder), module(BACKBONE, Role.backbone)), edges=(EDGE,)
 )
@@ -74,70 +76,67 @@ def summed(value: float) -> float:
 
 
 class Border:
-    """One border on this rank: rows that it holds on either side, and messages for all units."""
+    """One border on this rank: rows that it holds at either end, and messages for all units."""
 
     def __init__(self, number: int, plan: Plan) -> None:
-        self.plan, self.rank = plan, dist.get_rank()
+        self.view = RankView.of(plan, dist.get_rank(), WORKLOAD.edges)
         rng = np.random.default_rng(number)
         size = plan.micro_batch_size * plan.modules[BACKBONE].layout.dp
         metadata = [bring_items(WORKLOAD, size, rng) for _ in range(4)]
-        self.map = StepMap(PlanMap(plan, WORKLOAD, self.rank), metadata)
+        self.map = StepMap(PlanMap(self.view, WORKLOAD), metadata)
 
-    def units(self, *, at_source: bool) -> range:
-        name = EDGE.source if at_source else EDGE.target
-        return (
-            range(-(-4 // (self.plan.modules[name].unit or 1))) if name in self.plan.modules_on(self.rank) else range(0)
-        )
+    def units(self, end: EdgeEnd) -> range:
+        module = self.view.modules.get(end.module)
+        return range(-(-4 // (module.placed.unit or 1))) if module else range(0)
 
-    def values(self, unit: int, seed: int, *, at_source: bool) -> torch.Tensor:
-        """Rows of this rank: small integers that depend on where the row is in the unit on the *source* side."""
-        rows = self.map.rows(EDGE, unit, at_source=at_source)
+    def values(self, end: EdgeEnd, seed: int) -> dict[int, torch.Tensor]:
+        """Rows of this rank by unit: small integers that depend on where the row is in the unit at this end."""
+        return {unit: self._values_of(end, unit, seed) for unit in self.units(end)}
+
+    def _values_of(self, end: EdgeEnd, unit: int, seed: int) -> torch.Tensor:
+        rows, shard = self.map.rows(end, unit), self.map.shard(end.module, unit)
         generator = torch.Generator().manual_seed(1000 * seed + unit)
         table = torch.randint(-9, 10, (64, 64, WIDTH), generator=generator).float()
-        name = EDGE.source if at_source else EDGE.target
-        shard = self.map.shard(name, unit)
         items = torch.tensor([shard.items[i] for i in rows.items], dtype=torch.long)
         return table[items, torch.as_tensor(shard.tokens[rows.tokens])]
 
-    def carry(self, channel: RowChannel, rows: dict[int, torch.Tensor], *, forward: bool) -> dict[int, torch.Tensor]:
-        """Send these rows by unit; what this rank gets on the other side."""
+    def carry(self, channel: RowChannel, sender: EdgeEnd, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Send these rows by unit; what this rank gets at the other end."""
         for unit, values in rows.items():
-            for peer in self.map.peers(EDGE, unit, at_source=forward):
+            for peer in self.map.peers(sender, unit):
                 if len(values):
-                    channel.send((unit, peer), self.map.sends(EDGE, unit, peer, at_source=forward), values)
-        got = {}
-        for unit in self.units(at_source=not forward):
-            held = self.map.rows(EDGE, unit, at_source=not forward)
+                    channel.send((unit, peer), self.map.sends(sender, unit, peer), values)
+        got, receiver = {}, sender.opposite
+        for unit in self.units(receiver):
+            held = self.map.rows(receiver, unit)
             if held:
                 arrivals = [
-                    ((peer, unit), self.map.receives(EDGE, unit, peer, at_source=not forward))
-                    for peer in self.map.peers(EDGE, unit, at_source=not forward)
+                    ((peer, unit), self.map.receives(receiver, unit, peer)) for peer in self.map.peers(receiver, unit)
                 ]
                 got[unit] = channel.receive(arrivals, len(held))
         channel.drain()
         return got
 
-    def counts(self, *, at_source: bool) -> bool:
-        """Whether this rank speaks for its replicas."""
-        name = EDGE.source if at_source else EDGE.target
-        module_plan = self.plan.modules[name]
-        return module_plan.sequence_parallel or coordinates_of(module_plan, self.rank).tp == 0
+    def counted(self, end: EdgeEnd, rows: dict[int, torch.Tensor], others: dict[int, torch.Tensor]) -> float:
+        """<rows, others> on this rank, if it counts: one of several replicas does."""
+        module = self.view.modules.get(end.module)
+        if module is None or not (module.placed.sequence_parallel or module.at.tp == 0):
+            return 0.0
+        return sum(float((values * others[unit]).double().sum()) for unit, values in rows.items())
 
 
 def check_all_borders() -> None:
     forward, backward = make_channel(), make_channel()
     for number, (name, sides) in enumerate(BORDERS.items()):
         border = Border(number, make_plan(*sides))
-        x = {unit: border.values(unit, number, at_source=True) for unit in border.units(at_source=True)}
-        y = {unit: border.values(unit, 99 - number, at_source=False) for unit in border.units(at_source=False)}
+        x, y = border.values(SOURCE, number), border.values(TARGET, 99 - number)
         before = forward.sent_bytes
-        ax, aty = border.carry(forward, x, forward=True), border.carry(backward, y, forward=False)
-        left = sum(float((rows * y[u]).double().sum()) for u, rows in ax.items() if border.counts(at_source=False))
-        right = sum(float((rows * x[u]).double().sum()) for u, rows in aty.items() if border.counts(at_source=True))
+        ax, aty = border.carry(forward, SOURCE, x), border.carry(backward, TARGET, y)
+        left, right = border.counted(TARGET, ax, y), border.counted(SOURCE, aty, x)
         left, right = summed(left), summed(right)
         assert left == right, f"{name}: <Ax, y> = {left}, <x, A^T y> = {right}"
         assert left, f"{name}: a test of zeros"
-        assert all(len(rows) == len(border.map.rows(EDGE, u, at_source=False)) for u, rows in ax.items())
+        assert all(len(rows) == len(border.map.rows(TARGET, u)) for u, rows in ax.items())
         if sides[0][0] == sides[1][0] and set(sides[0][1]) == {"tp"}:
             # every rank holds every row: what it needs is a part of what it has
             assert summed(forward.sent_bytes - before) == 0, name

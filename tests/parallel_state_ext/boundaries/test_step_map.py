@@ -10,9 +10,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, RouteCache, StepMap
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, bring_items, module, plans, workloads
@@ -28,11 +29,14 @@ def steps(draw):
     return plan, workload, [bring_items(workload, size, rng) for _ in range(plan.num_microbatches(BACKBONE))]
 
 
-def ranks_of_end(plan, name, *, last):
-    """(rank, replicas that hold the same) of a module's first or last stage."""
-    placed = plan.modules[name]
-    stage = placed.layout.pp - 1 if last else 0
-    return [rank for rank in placed.ranks.ranks if coordinates_of(placed, rank).pp == stage]
+def ranks_of(plan, end):
+    """The ranks on whose stage rows leave, or arrive."""
+    placed = plan.modules[end.module]
+    return placed.stage_ranks(placed.layout.pp - 1 if end.is_source else 0).ranks
+
+
+def map_of(plan, workload, rank, metadata, cache=None):
+    return StepMap(PlanMap(RankView.of(plan, rank, workload.edges), workload, cache), metadata)
 
 
 def units_of(plan, name, num_microbatches):
@@ -50,13 +54,12 @@ def value_of(metadata, maps, name, unit, item, token):
     raise AssertionError(item)
 
 
-def held_values(metadata, maps, edge, unit, *, at_source):
-    """What this rank's rows are worth, by the numbers of their tokens on the side given."""
-    name = edge.source if at_source else edge.target
-    shard, rows = maps.shard(name, unit), maps.rows(edge, unit, at_source=at_source)
+def held_values(metadata, maps, end, unit):
+    """What this rank's rows are worth, by the numbers of their tokens at this end."""
+    shard, rows = maps.shard(end.module, unit), maps.rows(end, unit)
     return np.array(
         [
-            value_of(metadata, maps, name, unit, shard.items[item], int(shard.tokens[token]))
+            value_of(metadata, maps, end.module, unit, shard.items[item], int(shard.tokens[token]))
             for token, item in zip(rows.tokens, rows.items, strict=True)
         ],
         dtype=np.int64,
@@ -77,26 +80,26 @@ def links_by_token(metadata, edge):
     return table
 
 
-def deliver(plan, edge, maps, num_microbatches, values, *, forward):
+def deliver(plan, sender, maps, num_microbatches, values):
     """Send every row over simulated messages. Returns (rank, unit) -> received values, and rows sent to other ranks."""
-    source, target = (edge.source, edge.target) if forward else (edge.target, edge.source)
+    receiver = sender.opposite
     mail, sent = defaultdict(deque), 0
-    for rank in ranks_of_end(plan, source, last=forward):
-        for unit in units_of(plan, source, num_microbatches):
-            if not len(maps[rank].rows(edge, unit, at_source=forward)):
+    for rank in ranks_of(plan, sender):
+        for unit in units_of(plan, sender.module, num_microbatches):
+            if not len(maps[rank].rows(sender, unit)):
                 continue
-            for peer in maps[rank].peers(edge, unit, at_source=forward):
-                for part in maps[rank].sends(edge, unit, peer, at_source=forward):
+            for peer in maps[rank].peers(sender, unit):
+                for part in maps[rank].sends(sender, unit, peer):
                     mail[rank, part.rank, unit, peer].append(values[rank, unit][part.rows])
                     sent += part.num_rows * (part.rank != rank)
                     assert len(values[rank, unit][part.rows]) == part.num_rows
     received = {}
-    for rank in ranks_of_end(plan, target, last=not forward):
-        for unit in units_of(plan, target, num_microbatches):
-            rows = np.full(len(maps[rank].rows(edge, unit, at_source=not forward)), -1, dtype=np.int64)
+    for rank in ranks_of(plan, receiver):
+        for unit in units_of(plan, receiver.module, num_microbatches):
+            rows = np.full(len(maps[rank].rows(receiver, unit)), -1, dtype=np.int64)
             if len(rows):
-                for peer in maps[rank].peers(edge, unit, at_source=not forward):
-                    for part in maps[rank].receives(edge, unit, peer, at_source=not forward):
+                for peer in maps[rank].peers(receiver, unit):
+                    for part in maps[rank].receives(receiver, unit, peer):
                         assert (rows[part.rows] == -1).all(), "a row came twice"
                         rows[part.rows] = mail[part.rank, rank, peer, unit].popleft()
             assert (rows >= 0).all(), "a row never came"
@@ -109,44 +112,48 @@ def deliver(plan, edge, maps, num_microbatches, values, *, forward):
 @given(steps())
 def test_rows_and_gradients_arrive_once_where_they_belong(step):
     plan, workload, metadata = step
-    maps = {rank: StepMap(PlanMap(plan, workload, rank), metadata) for rank in range(plan.world_size)}
+    maps = {rank: map_of(plan, workload, rank, metadata) for rank in range(plan.world_size)}
     for edge in workload.edges:
         table = links_by_token(metadata, edge)
-        ends = {}
-        for at_source, name in ((True, edge.source), (False, edge.target)):
-            ends[at_source] = {
-                (rank, unit): held_values(metadata, maps[rank], edge, unit, at_source=at_source)
-                for rank in ranks_of_end(plan, name, last=at_source)
-                for unit in units_of(plan, name, len(metadata))
+        source = EdgeEnd.source_of(edge)
+        held = {
+            end: {
+                (rank, unit): held_values(metadata, maps[rank], end, unit)
+                for rank in ranks_of(plan, end)
+                for unit in units_of(plan, end.module, len(metadata))
             }
-        forward, sent = deliver(plan, edge, maps, len(metadata), ends[True], forward=True)
+            for end in (source, source.opposite)
+        }
+        forward, sent = deliver(plan, source, maps, len(metadata), held[source])
         for place, rows in forward.items():
-            assert rows.tolist() == [table[target] for target in ends[False][place].tolist()]
+            assert rows.tolist() == [table[target] for target in held[source.opposite][place].tolist()]
         # Lower bound: each row once to each rank that needs it and does not hold it.
-        held = defaultdict(set)
-        for (rank, _), rows in ends[True].items():
-            held[rank] |= set(rows.tolist())
+        at_home = defaultdict(set)
+        for (rank, _), rows in held[source].items():
+            at_home[rank] |= set(rows.tolist())
         remote = sum(
-            table[target] not in held[rank] for (rank, _), rows in ends[False].items() for target in rows.tolist()
+            table[target] not in at_home[rank]
+            for (rank, _), rows in held[source.opposite].items()
+            for target in rows.tolist()
         )
         assert sent == remote
         # Backward: the gradient of a row is worth the row's target; one link may be one of several of its source.
-        backward, _ = deliver(plan, edge, maps, len(metadata), ends[False], forward=False)
+        backward, _ = deliver(plan, source.opposite, maps, len(metadata), held[source.opposite])
         for place, rows in backward.items():
-            assert [table[target] for target in rows.tolist()] == ends[True][place].tolist()
+            assert [table[target] for target in rows.tolist()] == held[source][place].tolist()
 
 
 @settings(max_examples=100)
 @given(steps())
 def test_every_token_of_every_item_is_computed_once_per_replica(step):
     plan, workload, metadata = step
-    maps = {rank: StepMap(PlanMap(plan, workload, rank), metadata) for rank in range(plan.world_size)}
+    maps = {rank: map_of(plan, workload, rank, metadata) for rank in range(plan.world_size)}
     for config in workload.modules:
         placed, seen = plan.modules[config.name], defaultdict(int)
-        for rank in ranks_of_end(plan, config.name, last=False):
+        for rank in placed.stage_ranks(0).ranks:
             for unit in units_of(plan, config.name, len(metadata)):
                 shard = maps[rank].shard(config.name, unit)
-                if maps[rank].is_ghost(config.name, unit):
+                if maps[rank].stands_in(config.name, unit):
                     continue  # counts for nothing
                 for item in shard.items:
                     for token in shard.tokens.tolist():
@@ -163,7 +170,7 @@ def test_every_token_of_every_item_is_computed_once_per_replica(step):
 def test_balancing_never_makes_a_slot_busier_than_owners_would(step):
     plan, workload, metadata = step
     for rank in range(plan.world_size):
-        maps = StepMap(PlanMap(plan, workload, rank), metadata)
+        maps = map_of(plan, workload, rank, metadata)
         for name in plan.modules_on(rank):
             for unit in units_of(plan, name, len(metadata)):
                 by_owner, balanced = maps.imbalance(name, unit)
@@ -173,17 +180,15 @@ def test_balancing_never_makes_a_slot_busier_than_owners_would(step):
 def parts_of(plan, workload, maps, num_microbatches):
     """Everything that a step asks of its map, as plain values."""
     found = []
-    for edge in workload.edges:
-        for at_source, name in ((True, edge.source), (False, edge.target)):
-            if name not in plan.modules_on(maps._rank):
-                continue
-            for unit in units_of(plan, name, num_microbatches):
-                rows = maps.rows(edge, unit, at_source=at_source)
-                found.append([column.tolist() for column in (rows.tokens, rows.items, rows.opposite, rows.first)])
-                for peer in maps.peers(edge, unit, at_source=at_source):
-                    for ask in (maps.sends, maps.receives):
-                        parts = ask(edge, unit, peer, at_source=at_source)
-                        found.append([(part.rank, part.num_rows, str(part.rows)) for part in parts])
+    for end in (end for edge in workload.edges for end in (EdgeEnd.source_of(edge), EdgeEnd.target_of(edge))):
+        if end.module not in plan.modules_on(maps._rank):
+            continue
+        for unit in units_of(plan, end.module, num_microbatches):
+            rows = maps.rows(end, unit)
+            found.append([column.tolist() for column in (rows.tokens, rows.items, rows.opposite, rows.first)])
+            for peer in maps.peers(end, unit):
+                for ask in (maps.sends, maps.receives):
+                    found.append([(part.rank, part.num_rows, str(part.rows)) for part in ask(end, unit, peer)])
     return found
 
 
@@ -194,10 +199,10 @@ def test_routes_of_earlier_steps_are_those_of_a_step_with_the_same_metadata(step
     plan, workload, metadata = step
     rank = data.draw(st.integers(0, plan.world_size - 1))
     cache = RouteCache(data.draw(st.sampled_from([0, 3, 512])))
-    shared = PlanMap(plan, workload, rank, cache)
+    shared = PlanMap(RankView.of(plan, rank, workload.edges), workload, cache)
     for _ in range(3):
         mixed = [metadata[data.draw(st.integers(0, min(1, len(metadata) - 1)))] for _ in metadata]
-        kept, fresh = StepMap(shared, mixed), StepMap(PlanMap(plan, workload, rank), mixed)
+        kept, fresh = StepMap(shared, mixed), map_of(plan, workload, rank, mixed)
         expected = parts_of(plan, workload, fresh, len(mixed))
         assert parts_of(plan, workload, kept, len(mixed)) == expected
         misses = cache.misses
@@ -232,9 +237,9 @@ def test_equal_items_are_shared_out_in_blocks() -> None:
     links = {("encoder0", BACKBONE): Links(samples, 0 * samples, samples, 0 * samples, tokens)}
     workload = Workload(name="random", modules=tuple(config), edges=(edge,))
     for rank in range(4):
-        maps = StepMap(PlanMap(plan, workload, rank), [Metadata(items=items, links=links)])
+        maps = map_of(plan, workload, rank, [Metadata(items=items, links=links)])
         assert maps.shard("encoder0", 0).items == (2 * rank, 2 * rank + 1)
-        arriving = maps.receives(edge, 0, 0, at_source=False)
+        arriving = maps.receives(EdgeEnd.target_of(edge), 0, 0)
         assert [part.rows for part in arriving] == [slice(8 * slot, 8 * slot + 8) for slot in range(4)]
 
 
@@ -255,8 +260,8 @@ def test_imbalance_by_hand() -> None:
     )
     workload = Workload(name="random", modules=(encoder, backbone), edges=())
     items = {"encoder0": Items(np.array([0, 1, 1, 1]), np.full(4, 7)), BACKBONE: Items(np.arange(2), np.full(2, 9))}
-    step = StepMap(PlanMap(plan, workload, 2), [Metadata(items=items, links={})])
+    step = map_of(plan, workload, 2, [Metadata(items=items, links={})])
     assert step.imbalance("encoder0", 0) == (1.5, 1.0)
     assert step.imbalance(BACKBONE, 0) == (1.0, 1.0)
     empty = items | {"encoder0": Items(np.array([], dtype=np.int64), np.array([], dtype=np.int64))}
-    assert StepMap(PlanMap(plan, workload, 2), [Metadata(items=empty, links={})]).imbalance("encoder0", 0) == (1.0, 1.0)
+    assert map_of(plan, workload, 2, [Metadata(items=empty, links={})]).imbalance("encoder0", 0) == (1.0, 1.0)

@@ -13,9 +13,10 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import build_optimizer
-from megatron_mosaic.parallel_state_ext.ranks import coordinates_of
+from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.layout import coordinates_of
 from tests.cases import make_plan
 from tests.forked import run_gloo
 
@@ -61,7 +62,7 @@ class Toy(MegatronModule):
 
 
 def build(use_distributed_optimizer: bool, clip_grad: float):
-    grids = Grids(PLAN, (), timeout=timedelta(seconds=30))
+    grids = Grids(RankView.of(PLAN, dist.get_rank()), timeout=timedelta(seconds=30))
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer)
     stages = {
         module: [DistributedDataParallel(CONFIG, ddp_config, Toy(groups), pg_collection=groups)]

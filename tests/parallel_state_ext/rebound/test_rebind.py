@@ -1,13 +1,20 @@
 """A Megatron that changed is refused by name, before anything runs."""
 
+import ast
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from megatron_mosaic.errors import VersionError
 from megatron_mosaic.parallel_state_ext.rebound import rebind as compat
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind, rebind_training, require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound.rebind import (
+    rebind,
+    rebind_training,
+    rebound,
+    require_supported_megatron,
+)
 
 
 @pytest.fixture
@@ -29,10 +36,32 @@ def test_rebind_replaces_the_name_and_returns_the_original(library) -> None:
     assert library.build == "ours"
 
 
+def test_rebound_puts_the_original_back_also_after_an_error(library) -> None:
+    original = library.build
+    with pytest.raises(KeyError, match="inside"):
+        with rebound("library_of_a_test.build", "ours", must_accept=("config",)) as stock:
+            assert (stock, library.build) == (original, "ours")
+            raise KeyError("inside")
+    assert library.build is original
+
+
+def test_what_is_replaced_is_named_in_this_folder_alone() -> None:
+    """Everybody else calls a function of `rebind.py` that says what it replaces."""
+    package = Path(compat.__file__).parents[2]
+    calls = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in package.rglob("*.py")
+        if path.parent != Path(compat.__file__).parent
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("rebind", "rebound")
+    ]
+    assert not calls
+
+
 def test_a_missing_name_is_a_version_error(library) -> None:
     with pytest.raises(VersionError, match=r"library_of_a_test\.gone\n.*no such name") as error:
         rebind("library_of_a_test.gone", "ours")
-    assert "compat.py" in error.value.fix
+    assert "rebind.py" in error.value.fix
     assert not hasattr(library, "gone")
 
 

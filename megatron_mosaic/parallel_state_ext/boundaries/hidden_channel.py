@@ -1,0 +1,44 @@
+"""The hand-over of hidden states between the stages of one module, and of their gradients the other way."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
+
+
+class HiddenChannel:
+    """Messages of one rank of a module with several stages: +1 is the stage after, -1 the stage before."""
+
+    def __init__(self, module: ModuleView, grids: Grids, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._neighbours, self._dtype, self._device = module.neighbours, dtype, device
+        self._groups = {  # by the way that a message goes
+            (towards, neighbour.wraps): grids.pipeline_group(module.name, towards, wraps=neighbour.wraps)
+            for step, neighbour in module.neighbours.items()
+            for towards in (step, -step)
+        }
+        self._outbox: list[tuple[dist.Work, Tensor]] = []
+
+    def send(self, hidden: Tensor, *, towards: int) -> None:
+        """Post hidden states to the next stage (+1), or their gradients to the one before (-1); never waits."""
+        buffer = hidden.detach().contiguous()
+        self._outbox[:] = [(work, kept) for work, kept in self._outbox if not work.is_completed()]
+        neighbour = self._neighbours[towards]
+        group = self._groups[towards, neighbour.wraps]
+        self._outbox.append((dist.isend(buffer, dst=neighbour.rank, group=group), buffer))
+
+    def receive(self, shape: tuple[int, int, int], *, origin: int) -> Tensor:
+        """[tokens, items, hidden_size] from the stage before (-1) or after (+1). Waits for them."""
+        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        neighbour = self._neighbours[origin]
+        dist.recv(buffer, src=neighbour.rank, group=self._groups[-origin, neighbour.wraps])
+        return buffer
+
+    def drain(self) -> None:
+        """Wait until every posted message has left."""
+        for work, _ in self._outbox:
+            work.wait()
+        self._outbox.clear()

@@ -1,0 +1,204 @@
+"""The actions of one module in one step: what a forward and a backward do with tensors and messages.
+
+F   receive rows or hidden states, run the stage through the script's forward_step, send what it exports
+B   receive gradients, autograd, send what its inputs got
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_mosaic.colocation.executor import Clock
+from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
+from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
+from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
+from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
+from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
+from megatron_mosaic.parallel_state_ext.rebound.cpu import device
+from megatron_mosaic.runtime.loss_sums import LossSums
+from megatron_mosaic.runtime.model import StageCall
+from megatron_mosaic.runtime.report import Observers
+from megatron_mosaic.schedules.actions import Action, Kind
+
+LossFunction = Callable[[StageOutput], tuple[Tensor, float, Mapping[str, Tensor]]]
+Times = tuple[float, float]  # when an action's own work began (inputs at hand) and ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneTools:
+    """What a call of the step runner gives to every lane.
+
+    `run_stage`   the script's forward_step on one stage
+    `activate`    around the code of a module: its share of the cores, its RNG streams
+    `scale_loss`  of what backward starts from
+    `finished`    is told of a module whose last backward has run
+    """
+
+    definition: ModelDefinition
+    sums: LossSums
+    observers: Observers
+    run_stage: Callable[[StageCall], tuple[StageOutput, LossFunction]]
+    activate: Callable[[str], contextlib.AbstractContextManager[None]]
+    scale_loss: Callable[[Tensor], Tensor]
+    finished: Callable[[str], None]
+
+    def for_evaluation(self) -> LaneTools:
+        """The same where nobody looks on and no gradients are made."""
+        return replace(self, observers=Observers(), scale_loss=unscaled, finished=lambda module: None)
+
+
+def unscaled(loss: Tensor) -> Tensor:
+    """The loss itself."""
+    return loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Live:
+    """A forward whose backward has not run yet."""
+
+    inputs: StageInputs
+    output: StageOutput
+    loss: Tensor | None
+
+
+class LaneRunner:
+    """Runs the actions of one module on this rank in one step. Where none is a backward, nothing is kept for one.
+
+    `losses`: forward -> what it adds to the step's loss sums. `_actions_left` counts down to the last one.
+    """
+
+    def __init__(
+        self,
+        module: ModuleView,
+        actions: Iterable[Action],
+        tools: LaneTools,
+        step_map: StepMap,
+        exchange: Exchange,
+        batch_of: Callable[[range], Batch],
+    ) -> None:
+        """`batch_of`: the samples of some microbatches as one batch."""
+        kinds = [action.kind for action in actions]
+        self._module, self._tools, self._batch_of = module, tools, batch_of
+        self._map, self._exchange, self._workload = step_map, exchange, tools.definition.workload
+        self._trains = any(kind is not Kind.F for kind in kinds)
+        self._actions_left = len(kinds)
+        self._live: dict[tuple[int, int], _Live] = {}  # by unit and chunk
+        self.losses: dict[Action, Tensor] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Forwards whose backward has not run."""
+        return len(self._live)
+
+    def perform(self, action: Action, clock: Clock) -> Times:
+        """Run one action."""
+        times = self._WORK[action.kind](self, action, clock)
+        self._actions_left -= 1
+        if self._trains and not self._actions_left:
+            self._tools.finished(self._module.name)
+        return times
+
+    def _forward(self, action: Action, clock: Clock) -> Times:
+        name, unit, tools = self._module.name, action.unit, self._tools
+        shard = self._map.shard(name, unit)
+        self._note_unit(action, shard)
+        if not shard.items:  # nothing of this unit is ours; every tp, cp and pp peer of the slot sees the same
+            return clock(), clock()
+        inputs = self._receive_inputs(action, shard)
+        watched = tools.observers.forward(name, (unit, action.chunk)) if self._trains else contextlib.nullcontext()
+        start_s = clock()
+        with tools.activate(name), watched, torch.set_grad_enabled(self._trains):
+            output, loss_function = tools.run_stage(StageCall(name, action.chunk, inputs))
+            loss = self._account_loss(action, output, loss_function)
+        end_s = clock()
+        if self._trains:
+            self._live[unit, action.chunk] = _Live(inputs=inputs, output=output, loss=loss)
+        if output.hidden is not None:
+            self._exchange.send_hidden(name, output.hidden, towards=+1)
+        else:
+            self._exchange.send_exports(name, unit, output.exports)
+        return start_s, end_s
+
+    def _receive_inputs(self, action: Action, shard: Shard) -> StageInputs:
+        """The stage's inputs; those that have gradients are leaves that collect them."""
+        name, unit, definition = self._module.name, action.unit, self._tools.definition
+        selected = definition.select_inputs(name, self._batch_of(self._map.covered(name, unit)), shard)
+        tensors = {key: value.to(device()) for key, value in selected.items()}
+        hidden: Tensor | None = None
+        imports: dict[str, Tensor] = {}
+        imports_at: dict[str, Place] = {}
+        if self._module.is_first(action.chunk):
+            imports, imports_at = self._exchange.receive_imports(name, unit)
+            for source, rows in imports.items():
+                imports[source] = rows.detach().requires_grad_(self._trains and source in self._workload.has_backward)
+        else:
+            hidden = self._exchange.receive_hidden(name, shard, origin=-1)
+            hidden.requires_grad_(self._trains and self._workload.hidden_has_gradient(name))
+        exports_at = self._exchange.export_places(name, unit) if self._module.is_last(action.chunk) else {}
+        return StageInputs(
+            shard=shard, tensors=tensors, hidden=hidden, imports=imports, imports_at=imports_at, exports_at=exports_at
+        )
+
+    def _account_loss(self, action: Action, output: StageOutput, loss_function: LossFunction) -> Tensor | None:
+        """Note this rank's loss for the step's sums (tp ranks have the same) and return what backward starts from."""
+        if output.loss is None:
+            return None
+        loss, num_tokens, report = loss_function(output)
+        if self._map.stands_in(self._module.name, action.unit):
+            return loss * 0.0
+        if self._module.at.tp == 0:
+            self.losses[action] = self._tools.sums.of(loss, num_tokens, report)
+        return self._tools.scale_loss(loss)
+
+    def _backward(self, action: Action, clock: Clock) -> Times:
+        name, unit = self._module.name, action.unit
+        shard = self._map.shard(name, unit)
+        if not shard.items:
+            return clock(), clock()
+        live = self._live.pop((unit, action.chunk))
+        wanted = [(t, g) for t, g in self._receive_gradients(live, unit, shard) if t.requires_grad]
+        start_s = clock()
+        if wanted:
+            with self._tools.activate(name):  # recomputation runs forward code here
+                torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
+        end_s = clock()
+        self._tools.observers.backward(name, (unit, action.chunk))
+        hidden = live.inputs.hidden
+        if hidden is None:
+            self._exchange.send_import_gradients(name, unit, live.inputs.imports)
+        elif hidden.requires_grad:
+            gradient = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+            self._exchange.send_hidden(name, gradient, towards=-1)
+        return start_s, end_s
+
+    def _receive_gradients(self, live: _Live, unit: int, shard: Shard) -> list[tuple[Tensor, Tensor | None]]:
+        """What the forward gave, and the gradients of it; None: it is a loss."""
+        name, output = self._module.name, live.output
+        found: list[tuple[Tensor, Tensor | None]] = []
+        if output.hidden is None:
+            for target, rows in self._exchange.receive_export_gradients(name, unit).items():
+                exported = output.exports[target]
+                found.append((exported, rows.to(exported.dtype)))
+        elif self._workload.hidden_has_gradient(name):
+            found.append((output.hidden, self._exchange.receive_hidden(name, shard, origin=+1)))
+        if live.loss is not None:
+            found.append((live.loss, None))
+        return found
+
+    def _note_unit(self, action: Action, shard: Shard) -> None:
+        units, name = self._tools.observers.units, self._module.name
+        if units is not None and not action.chunk:
+            is_empty = not shard.items or self._map.stands_in(name, action.unit)
+            units.note(name, num_empty=int(is_empty), imbalance=self._map.imbalance(name, action.unit))
+
+    _WORK: ClassVar[Mapping[Kind, Callable[[LaneRunner, Action, Clock], Times]]] = {
+        Kind.F: _forward,
+        Kind.B: _backward,
+    }
