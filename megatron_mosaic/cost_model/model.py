@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_mosaic.cost_model.analytic import AnalyticCosts
-from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Profile
-from megatron_mosaic.cost_model.measured import MeasuredCosts
+from megatron_mosaic.cost_model.hardware.profile import Profile
 from megatron_mosaic.cost_model.price import StageCost, StepPrice, price_stage
-from megatron_mosaic.cost_model.source import CostSource
+from megatron_mosaic.cost_model.source import build_cost_source
 from megatron_mosaic.cost_model.work import StageWork, StepWork, list_stage_work
-from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
@@ -46,29 +43,6 @@ class CostModel:
         if work not in self._costs:
             self._costs[work] = price_stage(work, self.source)
         return self._costs[work]
-
-
-def build_cost_source(
-    workload: Workload, cluster: Cluster, profile: Profile | None, setup: TrainingSetup
-) -> CostSource:
-    """Measured where the cluster shares its cores (this machine: its set-up is the measured one), else analytic.
-
-    ProfileError unless the profile that is needed is this workload's.
-    """
-    if not cluster.shared_cores:
-        return AnalyticCosts(cluster, setup)
-    if profile is None:
-        raise ProfileError(
-            f"cluster {cluster.name!r}", got="no profile", expected="a profile of this machine", fix=CALIBRATE
-        )
-    if profile.workload != workload.name or profile.digest != workload.digest:
-        raise ProfileError(
-            "profile: digest",
-            got=f"{profile.workload} {profile.digest}",
-            expected=f"{workload.name} {workload.digest}, the workload to plan",
-            fix=f"{CALIBRATE} for this model",
-        )
-    return MeasuredCosts(cluster, profile)
 
 
 def memory_limit_bytes(cluster: Cluster, memory_frac: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
@@ -52,6 +52,14 @@ class StageWork:
     sequence_parallel: bool
     share: float  # of the rank's SMs or cores
     groups: StageGroups
+    _hash: int = field(init=False, repr=False, compare=False)  # worked out once: a search asks a hundred thousand times
+
+    def __post_init__(self) -> None:
+        compared = tuple([getattr(self, each.name) for each in fields(self) if each.compare])
+        object.__setattr__(self, "_hash", hash(compared))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def layers(self) -> int:

@@ -64,10 +64,6 @@ class LaneMemory:
     def unit_bytes(self) -> float:
         return self.unit.total
 
-    def at(self, live_units: float) -> Memory:
-        """With so many units alive."""
-        return self.static + self.unit.times(live_units) + Memory(workspace=self.workspace_bytes)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
