@@ -9,19 +9,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
-from megatron_mosaic.cost_model.closed_form import estimate_step
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
 from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.cost_model.simulate import simulate
-from megatron_mosaic.plan import Plan
 
 HEAVY = ("torch", "megatron", "scipy")
 TP, PP, DP, ENCODER_TP, MICROBATCHES = 8, 8, 160, 4, 8
 _IMPORT = (
-    "import time; start_s = time.perf_counter(); import megatron_mosaic.cost_model.closed_form, sys; "
+    "import time; start_s = time.perf_counter(); import megatron_mosaic.cost_model.simulate, sys; "
     f"print(time.perf_counter() - start_s, *sorted({set(HEAVY)} & {{*sys.modules}}))"
 )
 
@@ -37,12 +34,12 @@ def build_large_case() -> Case:
     return case
 
 
-def measure_prediction_s(case: Case, predict: Callable[[Plan, CostModel], object]) -> float:
+def measure_prediction_s(case: Case) -> float:
     seconds = []
     for _ in range(20):
         model = CostModel(case.workload, case.cluster)
         start_s = time.perf_counter()
-        predict(case.plan, model)
+        simulate(case.plan, model)
         seconds.append(time.perf_counter() - start_s)
     return statistics.median(seconds)
 
@@ -57,10 +54,8 @@ def main() -> None:
     case = build_large_case()
     import_s, heavy = measure_import()
     print("| what | median |\n|---|---:|")
-    for predict in (estimate_step, simulate):
-        milliseconds = 1e3 * measure_prediction_s(case, predict)
-        print(f"| `{predict.__name__}`, {case.plan.world_size} GPUs | {milliseconds:.2f} ms |")
-    print(f"| import of `megatron_mosaic.cost_model.closed_form` | {import_s:.2f} s |")
+    print(f"| `simulate`, {case.plan.world_size} GPUs | {1e3 * measure_prediction_s(case):.2f} ms |")
+    print(f"| import of `megatron_mosaic.cost_model.simulate` | {import_s:.2f} s |")
     print(f"| of {', '.join(HEAVY)} it imports | {heavy} |")
 
 

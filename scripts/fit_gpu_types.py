@@ -16,7 +16,8 @@ from megatron_mosaic.cost_model.published import constants as calibration
 from megatron_mosaic.cost_model.published.constants import BOUNDS, NUM_FOLDS, Constants, fit_constants, fold_of
 from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 
-PACKAGE = Path(calibration.__file__).parent
+PUBLISHED = Path(calibration.__file__).parent
+GPU_TYPES = PUBLISHED.parent / "hardware" / "gpu_types"
 LAUNCH_BOUND = "a100_sxm_80gb"
 FAMILIES = {
     "ampere": (LAUNCH_BOUND, "a100_sxm_40gb"),
@@ -29,7 +30,7 @@ EVERY = 3  # of files with more than 150 rows, every third row is enough to fit 
 def load_cases() -> list[tuple[str, Case]]:
     found = []
     for name in calibration.FITTED_FILES:
-        rows = load_rows(PACKAGE / "published" / f"{name}.csv")
+        rows = load_rows(PUBLISHED / f"{name}.csv")
         for row in rows[:: EVERY if len(rows) > 150 else 1]:
             case = try_case(row)
             if not isinstance(case, Case) or not case.measured_s:
@@ -63,7 +64,7 @@ def main(names: list[str]) -> None:
 
 
 def read(name: str) -> dict:
-    return yaml.safe_load((PACKAGE / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((GPU_TYPES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def write(family: str, found: dict, folds: list[dict], counts: Counter[str]) -> None:
@@ -79,8 +80,8 @@ def write(family: str, found: dict, folds: list[dict], counts: Counter[str]) -> 
         if sibling != name:
             data["sources"]["fitted_to"] += f"; none is of {name}, which has the constants of {sibling}"
         text = yaml.safe_dump(data, sort_keys=False, width=160)
-        (PACKAGE / "gpu_types" / f"{name}.yaml").write_text(text, encoding="utf-8")
-        path = PACKAGE / "published" / "folds" / f"{name}.yaml"
+        (GPU_TYPES / f"{name}.yaml").write_text(text, encoding="utf-8")
+        path = PUBLISHED / "folds" / f"{name}.yaml"
         if sibling != name:
             path.unlink(missing_ok=True)
         else:

@@ -122,7 +122,7 @@ def test_sections_cover_the_groups():
 def test_a_plan_for_gpus_may_be_trained_with_another_set_up():
     words = ["format=fp8", "sharding=optimizer", "gradient_overlap_frac=0.9"]
     task = load_task([H100, "model=vlm_7b", *(f"workload.training.{word}" for word in words)])
-    assert task.cost_model().setup == TrainingSetup(
+    assert task.cost_model().source.setup == TrainingSetup(
         format=Format.fp8, sharding=Sharding.optimizer, gradient_overlap_frac=0.9
     )
     with pytest.raises(ConfigError, match=r"none: what `mosaic calibrate` measured"):

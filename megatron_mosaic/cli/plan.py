@@ -42,7 +42,7 @@ def predict(simulation: Simulation) -> dict[str, float]:
         "step_s": simulation.step_s,
         "bubble_frac": simulation.timeline().bubble_frac,
         "peak_bytes": simulation.peak_bytes,
-        "samples_per_s": simulation.priced.price.plan.global_batch_size / simulation.step_s,
+        "samples_per_s": simulation.price.work.num_samples / simulation.step_s,
     }
 
 
@@ -67,6 +67,6 @@ def _print(plan: Plan, result: SearchResult, out: str | None) -> None:
     print(
         f"predicted: step {format_seconds(numbers['step_s'])}, {numbers['samples_per_s']:.4g} samples/s, "
         f"bubbles {numbers['bubble_frac']:.0%}, peak {format_bytes(numbers['peak_bytes'])} a rank\n"
-        f"cost model: {result.simulation.priced.price.model.name}"
+        f"cost model: {result.simulation.price.source.name}"
     )
     print(f"plan written to {out}" if out else f"\n{format_plan(plan)}", end="\n" if out else "")

@@ -11,7 +11,8 @@ import yaml
 
 from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.cli.planned import apply_overrides
-from megatron_mosaic.cost_model.effects.memory import Memory, estimate_memory, precision_of
+from megatron_mosaic.cost_model.effects.memory import Memory, precision_of
+from megatron_mosaic.cost_model.simulate import estimate_memory
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan

@@ -31,8 +31,8 @@ def main(arguments: argparse.Namespace) -> int:
         write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))
     if arguments.html:
         write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
-    alike = simulation.ranks_alike()
-    memory = dict(zip(alike.values(), simulation.memory()))
+    memory = simulation.memory()
+    alike = {ranks.first: ranks for ranks in memory}
     fits = task.fits(simulation.peak_bytes)
     if arguments.json:
         print_json(
@@ -51,14 +51,14 @@ def main(arguments: argparse.Namespace) -> int:
         if len(ranks) > 1:
             print(f"ranks {ranks} do the same as rank {first}")
     print()
+    source = simulation.price.source
     print_table(
         f"step {format_seconds(simulation.step_s)}, bubbles {timeline.bubble_frac:.0%}, "
-        f"peak {format_bytes(simulation.peak_bytes)} a rank ({simulation.priced.price.model.name})",
+        f"peak {format_bytes(simulation.peak_bytes)} a rank ({source.name})",
         ("module", "busy, mean over its ranks"),
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
-    model = simulation.priced.price.model
-    print_memory(f"{model.precision.name}, sharding: {model.setup.sharding}", memory)
+    print_memory(f"{source.precision.name}, sharding: {source.setup.sharding}", memory)
     if not fits:
         limit_bytes = memory_limit_bytes(task.cluster, task.search.memory_frac)
         print(f"does not fit: {format_bytes(limit_bytes)} of a device may be filled (search.memory_frac)")

@@ -1,118 +1,122 @@
-"""A schedule made ready for fast simulation: positions instead of names, ranks with the same lanes folded into one.
+"""A schedule made ready for the clock: numbers instead of names, ranks with the same lanes folded into one class.
 
-Ranks that run the same lanes do the same at the same time, so the cost of a simulation depends on the number of
-lanes and microbatches and not on the number of ranks. Programs are kept, since a search meets the same ones again.
+Ranks that run the same lanes do the same at the same time, so a simulation costs as much as there are lanes and
+microbatches, whatever the number of ranks. A lane occupies its classes, each on the lane's track: lanes of one track
+of a class take turns, tracks run at the same time. Needs inside a lane are left out: its own order implies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_mosaic.frozen import FrozenMap
-from megatron_mosaic.plan import Plan, ScheduleChoice
-from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import Action, Kind, Schedule, build, stage_graph
-from megatron_mosaic.schedules.passes import stage_ranks
-from megatron_mosaic.schedules.rank_classes import rank_classes
+from megatron_mosaic.plan import ScheduleChoice
+from megatron_mosaic.schedules import Kind, Schedule, build
+from megatron_mosaic.schedules.actions import FREES
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
-Lane = tuple[str, int]  # (module, stage)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneMap:
-    """Which lanes a plan has and which ranks they share."""
-
-    graph: StageGraph
-    lanes: tuple[Lane, ...]
-    classes: tuple[frozenset[int], ...]  # by lane, numbers
-    lanes_of_class: Mapping[int, tuple[int, ...]]  # lowest rank of each class -> positions in `lanes`
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lanes_of_class", FrozenMap(self.lanes_of_class))
-
-    def class_of_rank(self, plan: Plan) -> dict[int, int]:
-        """Rank -> position of its class, for ranks that have a lane."""
-        position = {lanes: index for index, lanes in enumerate(self.lanes_of_class.values())}
-        lanes_of: dict[int, list[int]] = {}
-        for lane, (module, stage) in enumerate(self.lanes):
-            for rank in stage_ranks(plan, module, stage):
-                lanes_of.setdefault(rank, []).append(lane)
-        return {rank: position[tuple(lanes)] for rank, lanes in sorted(lanes_of.items())}
+Need = tuple[int, int]  # (1 + position, number of the link that the result travels over); (0, 0): none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Actions in the schedule's order; everything else refers to positions in it."""
+    """All actions in the schedule's order, as parallel tuples; lanes and classes by the numbers of the stage graph."""
 
-    actions: tuple[Action, ...]
-    lanes: tuple[Lane, ...]
-    lane_of: tuple[int, ...]  # position -> lane
-    backward: tuple[bool, ...]
-    needs: tuple[tuple[int, ...], ...]  # position -> positions
-    classes: tuple[frozenset[int], ...]  # lane -> classes of ranks
-    links: tuple[tuple[int, int], ...]  # (lane that needs, lane that is needed), of different lanes
-    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # class -> distinct counts of live units per lane
-
-
-def map_lanes(plan: Plan, workload: Workload) -> LaneMap:
-    """Lanes of the plan's training step, and the classes of ranks they run on."""
-    graph, alike = stage_graph(plan, workload), rank_classes(plan)
-    lanes = tuple((module, stage) for module, count in graph.num_stages.items() for stage in range(count))
-    return LaneMap(
-        graph=graph,
-        lanes=lanes,
-        classes=tuple(graph.occupies[f"{module}.{stage}"] for module, stage in lanes),
-        lanes_of_class={
-            each.ranks.first: tuple(i for i, (m, s) in enumerate(lanes) if f"{m}.{s}" in each.lanes) for each in alike
-        },
-    )
+    schedule: Schedule
+    lane: tuple[int, ...]  # by position
+    job: tuple[int, ...]  # by position, into `jobs`
+    jobs: tuple[tuple[int, Kind], ...]  # (lane, kind): actions of one job take the same time
+    need: tuple[int, ...]  # by position: 1 + position of an action of another lane; 0: none
+    link: tuple[int, ...]  # by position, into `links`: the way of that need's result
+    more_needs: tuple[tuple[Need, ...], ...]  # by position; mostly none
+    links: tuple[tuple[int, int], ...]  # (lane needed, lane that needs); the first is no link
+    resources: tuple[tuple[int, ...], ...]  # by lane, what it occupies: a track of a class
+    num_resources: int
+    last: tuple[int, ...]  # by lane, the position of its last action
+    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class, the combinations of live units of its lanes
 
 
 @lru_cache(maxsize=512)
-def planned_program(choice: ScheduleChoice, lane_map: LaneMap) -> Program:
-    """The program of the schedule that a plan names. ScheduleError when it is not built yet."""
-    return build_program(build(choice, lane_map.graph), lane_map)
+def planned_program(choice: ScheduleChoice, graph: StageGraph) -> Program:
+    """The program of a schedule by name; kept, since a search meets the same graphs again."""
+    return fold(build(choice, graph), graph)
 
 
-def build_program(built: Schedule, lane_map: LaneMap) -> Program:
-    """The program of a training step. Its lanes may stand in another order than the plan's."""
-    table = built.table
-    number = {f"{module}.{stage}": i for i, (module, stage) in enumerate(lane_map.lanes)}
-    lane_of = tuple([number[table.lanes[lane]] for lane in table.lane])
-    links = {(lane_of[p], lane_of[q]) for p, row in enumerate(table.needs) for q in row}
+def fold(schedule: Schedule, graph: StageGraph) -> Program:
+    """The program of a schedule of this graph. The schedule's lanes may stand in another order than the graph's."""
+    table, names = schedule.table, graph.lanes
+    number = {name: i for i, name in enumerate(names)}
+    renumber = [number[name] for name in table.lanes]
+    lane = [renumber[i] for i in table.lane]
+    positions: list[list[int]] = [[] for _ in names]
+    for position, each in enumerate(lane):
+        positions[each].append(position)
+    jobs = [(i, kind) for i, found in enumerate(positions) for kind in sorted({table.kind[at] for at in found})]
+    job: list[dict[Kind, int]] = [{} for _ in names]
+    for j, (i, kind) in enumerate(jobs):
+        job[i][kind] = j
+    need, link, more, links = _needs_of_others(lane, table.needs)
+    holds = [sorted((name, schedule.tracks[each]) for name in graph.occupies[each]) for each in names]
+    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
+    lanes_of: dict[int, list[int]] = {}
+    for i, held in enumerate(holds):
+        for name, _ in held:
+            lanes_of.setdefault(name, []).append(i)
     return Program(
-        actions=built.order,
-        lanes=lane_map.lanes,
-        lane_of=lane_of,
-        backward=tuple(kind is not Kind.F for kind in table.kind),
-        needs=table.needs,
-        classes=lane_map.classes,
-        links=tuple(sorted((a, b) for a, b in links if a != b)),
-        live_units=_live_units(built.order, lane_of, lane_map.classes, lane_map.graph.has_backward),
+        schedule=schedule,
+        lane=tuple(lane),
+        job=tuple([job[i][kind] for i, kind in zip(lane, table.kind)]),
+        jobs=tuple(jobs),
+        need=need,
+        link=link,
+        more_needs=more,
+        links=links,
+        resources=tuple(tuple(resource[each] for each in held) for held in holds),
+        num_resources=len(resource),
+        last=tuple(found[-1] for found in positions),
+        live_units=tuple(
+            _live_units(table.kind, [positions[i] for i in lanes]) for _, lanes in sorted(lanes_of.items())
+        ),
     )
 
 
-def _live_units(
-    order: tuple[Action, ...],
-    lane_of: tuple[int, ...],
-    classes: tuple[frozenset[int], ...],
-    has_backward: frozenset[str],
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Per class, every combination of live units per lane that it meets: a forward adds one, a backward frees it.
+def _needs_of_others(
+    lane: Sequence[int], needs: Iterable[tuple[int, ...]]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[Need, ...], ...], tuple[tuple[int, int], ...]]:
+    """`need`, `link`, `more_needs` and `links` of a program."""
+    links: dict[tuple[int, int], int] = {(-1, -1): 0}
+    first, ways = list[int](), list[int]()
+    more: list[tuple[Need, ...]] = []
+    rest: tuple[Need, ...]
+    for own, row in zip(lane, needs):
+        one, way, rest = 0, 0, ()
+        for at in row:
+            if lane[at] != own:
+                link = links.setdefault((lane[at], own), len(links))
+                if one:
+                    rest += ((1 + at, link),)
+                else:
+                    one, way = 1 + at, link
+        first.append(one)
+        ways.append(way)
+        more.append(rest)
+    return tuple(first), tuple(ways), tuple(more), tuple(links)
 
-    Without a backward (a frozen module) nothing outlives its forward.
+
+def _live_units(kinds: Sequence[Kind], lanes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Every combination of live units that a class with these lanes (positions of their actions) meets.
+
+    A forward adds one, a backward frees it. In a lane without backwards nothing outlives its forward.
     """
-    seen: list[dict[tuple[int, ...], None]] = [{} for _ in frozenset().union(*classes)]
-    for name, combinations in enumerate(seen):
-        live = [0] * len(classes)
-        for action, lane in zip(order, lane_of):
-            if name in classes[lane]:
-                before = live[lane]
-                live[lane] += 1 if action.kind is Kind.F else -1
-                if live[lane] > before:
-                    combinations[tuple(live)] = None
-                    live[lane] -= action.module not in has_backward
-    return tuple(tuple(combinations) for combinations in seen)
+    keeps = [any(kinds[at] in FREES for at in positions) for positions in lanes]
+    live, seen = [0] * len(lanes), dict[tuple[int, ...], None]()
+    for at, own in sorted([(at, i) for i, found in enumerate(lanes) for at in found]):
+        kind = kinds[at]
+        if kind is Kind.F:
+            live[own] += 1
+            seen[tuple(live)] = None
+            live[own] -= not keeps[own]
+        elif kind in FREES:
+            live[own] -= 1
+    return tuple(seen)

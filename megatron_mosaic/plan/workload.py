@@ -108,6 +108,11 @@ class ModuleConfig:
         return not self.frozen or self.trains_projector
 
     @property
+    def dense_frac(self) -> float:
+        """Of its layers, those without experts."""
+        return self.num_dense_layers / self.num_layers if self.num_experts else 1.0
+
+    @property
     def query_groups(self) -> int:
         return self.num_query_groups or self.num_heads
 

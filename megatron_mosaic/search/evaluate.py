@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
-from megatron_mosaic.cost_model.price import PlanPrice, price_plan
-from megatron_mosaic.cost_model.simulate import Simulation, estimate_step_s, prepare_program, simulate_program
+from megatron_mosaic.cost_model.price import StepPrice
+from megatron_mosaic.cost_model.simulate import Simulation, estimate_step, simulate, simulate_planned
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan
-
-Key = tuple[object, ...]  # what distinguishes the plans of one search
-
 
 ESTIMATE_MARGIN = 1.05  # estimates within this factor of the best are simulated; the largest error seen is 4.9 %
 
@@ -42,40 +39,37 @@ class Evaluator:
     counts: Counter[Verdict] = field(default_factory=Counter)
     unmeasured: ProfileError | None = None
     smallest_bytes: float = math.inf
-    _estimate_s: dict[Key, float] = field(default_factory=dict)
-    _step_s: dict[Key, float] = field(default_factory=dict)
-    _bound_s: dict[Key, float] = field(default_factory=dict)
-    _prices: dict[Key, PlanPrice] = field(default_factory=dict)
+    _estimate_s: dict[Plan, float] = field(default_factory=dict)
+    _step_s: dict[Plan, float] = field(default_factory=dict)
+    _bound_s: dict[Plan, float] = field(default_factory=dict)
+    _prices: dict[Plan, StepPrice] = field(default_factory=dict)
 
     def bound_s(self, plan: Plan) -> float:
         """No step of this plan is faster; infinite when it is infeasible. No schedule is built."""
-        key = _key(plan)
-        if key not in self._bound_s:
-            self._bound_s[key] = self._guard(plan, self._bound)
-        return self._bound_s[key]
+        if plan not in self._bound_s:
+            self._bound_s[plan] = self._guard(plan, self._bound)
+        return self._bound_s[plan]
 
     def step_s(self, plan: Plan, *, below_s: float = math.inf) -> float:
         """Seconds of a step; infinite when the plan is infeasible or provably not faster than `below_s`."""
-        key = _key(plan)
-        if key not in self._step_s:
+        if plan not in self._step_s:
             bound_s = self.bound_s(plan)
             if bound_s >= below_s:
                 self.counts[Verdict.too_slow] += bound_s < math.inf
                 return math.inf
-            self._step_s[key] = self._guard(plan, self._simulated)
-        return self._step_s[key]
+            self._step_s[plan] = self._guard(plan, self._simulated)
+        return self._step_s[plan]
 
     def estimate_s(self, plan: Plan) -> float:
         """A close guess of `step_s` that costs little on steps of many microbatches."""
-        key = _key(plan)
-        if key not in self._estimate_s:
+        if plan not in self._estimate_s:
             feasible = self.bound_s(plan) < math.inf
-            self._estimate_s[key] = self._guard(plan, self._estimated) if feasible else math.inf
-        return self._estimate_s[key]
+            self._estimate_s[plan] = self._guard(plan, self._estimated) if feasible else math.inf
+        return self._estimate_s[plan]
 
     def simulate(self, plan: Plan) -> Simulation:
         """The whole simulation of one plan."""
-        return simulate_program(prepare_program(price_plan(plan, self.model)))
+        return simulate(plan, self.model)
 
     @property
     def evaluated(self) -> int:
@@ -83,14 +77,14 @@ class Evaluator:
         return len(self._bound_s)
 
     def _bound(self, plan: Plan) -> float:
-        price = self._prices[_key(plan)] = price_plan(plan, self.model)
+        price = self._prices[plan] = self.model.price(plan)
         return price.lower_bound_s if self._fits(price.lower_bound_bytes) else math.inf
 
     def _estimated(self, plan: Plan) -> float:
-        return estimate_step_s(self._prices[_key(plan)])
+        return estimate_step(self._prices[plan]).step_s
 
     def _simulated(self, plan: Plan) -> float:
-        simulation = simulate_program(prepare_program(self._prices[_key(plan)]))
+        simulation = simulate_planned(self._prices[plan])
         self.counts[Verdict.simulated] += 1
         return simulation.step_s if self._fits(simulation.peak_bytes) else math.inf
 
@@ -109,10 +103,6 @@ class Evaluator:
             self.counts[Verdict.not_measured] += 1
             self.unmeasured = self.unmeasured or error
             return math.inf
-
-
-def _key(plan: Plan) -> Key:
-    return (plan.micro_batch_size, *plan.modules.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

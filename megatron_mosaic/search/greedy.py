@@ -21,7 +21,6 @@ from itertools import combinations, product
 from megatron_mosaic.errors import MosaicError, PlanError
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet
 from megatron_mosaic.plan.workload import ModuleConfig
-from megatron_mosaic.schedules.passes import stage_ranks
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
 from megatron_mosaic.search.evaluate import Evaluator, Verdict, best_of
 from megatron_mosaic.search.space import Space
@@ -132,17 +131,23 @@ def _rank_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
 def _distinct_sets(plan: Plan, space: Space, module: str) -> Iterator[RankSet]:
     """Rank sets other than the module's own; of those that overlap every other lane alike, the first."""
     others = [
-        frozenset(stage_ranks(plan, name, stage))
+        placed.stage_ranks(stage)
         for name, placed in plan.modules.items()
         if name != module
         for stage in range(placed.layout.pp)
     ]
     seen = set()
     for ranks in space.rank_sets():
-        overlaps = (len(ranks), *(len(other.intersection(ranks.ranks)) for other in others))
+        overlaps = (len(ranks), *(_num_common(ranks, other) for other in others))
         if ranks != plan.modules[module].ranks and overlaps not in seen:
             seen.add(overlaps)
             yield ranks
+
+
+def _num_common(one: RankSet, other: RankSet) -> int:
+    """Ranks that are in both."""
+    spans = product(one.spans, other.spans)
+    return sum(max(0, min(stop, end) - max(first, begin)) for (first, stop), (begin, end) in spans)
 
 
 def _micro_batch_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
@@ -194,7 +199,7 @@ def _end_blocks(space: Space, module: ModuleConfig, most: float) -> list[ModuleP
     n = space.cluster.num_ranks
     found = []
     for ranks in space.rank_sets():
-        if ranks.ranks[0] == 0 or ranks.ranks[-1] == n - 1:
+        if ranks.first == 0 or ranks.last == n - 1:
             layouts = sorted(space.layouts(module, len(ranks)), key=lambda x: (x.tp * x.pp, x.pp))
             found += [ModulePlan(ranks=ranks, layout=x) for i, x in enumerate(layouts) if i < most]
     return found

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.plan import Layout
+from megatron_mosaic.schedules import Kind
 from tests.cases import WORKLOAD, make_cluster, make_plan
 
 
@@ -13,11 +14,11 @@ def test_frozen_modules_have_no_gradients_and_less_backward():
         {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(dp=4)), "generator": ("0-3", Layout(dp=4))},
         workload=frozen,
     )
-    model = CostModel(frozen, make_cluster(4))
-    forward, backward = (model.action_cost(plan, "llm", 0, backward=b).compute_s for b in (False, True))
-    assert forward < backward < 2 * forward  # no products for weights; elementwise kernels move half as much again
-    assert model.gradient_sync_s(plan, "llm", 0) == model.trained_parameters(plan, "llm", 0) == 0
-    assert model.gradient_sync_s(plan, "vision", 0) > 0
+    vision, llm, _ = CostModel(frozen, make_cluster(4)).price(plan).costs
+    # no products for weights; elementwise kernels move half as much again
+    assert llm.seconds(Kind.F) < llm.seconds(Kind.B) < 2 * llm.seconds(Kind.F)
+    assert llm.gradients_s == llm.updated_parameters == 0
+    assert vision.gradients_s > 0
 
 
 def test_a_trained_projector_costs_its_own_weights_and_no_way_through_the_layers():
@@ -31,7 +32,7 @@ def test_a_trained_projector_costs_its_own_weights_and_no_way_through_the_layers
     vision = WORKLOAD.by_name["vision"]
     projector = (vision.hidden_size + 1) * vision.output_size
     model, whole = with_vision(frozen=True, trains_projector=True), with_vision()
-    assert [model.trained_parameters(plan, "vision", stage) for stage in (0, 1)] == [0, projector]
-    assert model.lane_memory(plan, "vision", 1).static.optimizer == 12 * projector
-    first, last = (model.action_cost(plan, "vision", stage, backward=True).busy_s for stage in (0, 1))
-    assert first == 0 < last < 0.1 * whole.action_cost(plan, "vision", 1, backward=True).busy_s
+    (first, last, *_), (_, whole_last, *_) = model.price(plan).costs, whole.price(plan).costs
+    assert (first.updated_parameters, last.updated_parameters) == (0, projector)
+    assert last.memory.static.optimizer == 12 * projector
+    assert first.seconds(Kind.B) == 0 < last.seconds(Kind.B) < 0.1 * whole_last.seconds(Kind.B)

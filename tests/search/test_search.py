@@ -8,7 +8,7 @@ import pytest
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.errors import ConfigError, ProfileError
-from megatron_mosaic.plan import Layout, Quota, RankSet, validate_plan
+from megatron_mosaic.plan import Layout, Quota, RankSet, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.search.baselines import (
@@ -23,7 +23,7 @@ from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
-from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_profile
+from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile
 
 GREEDY_GAP = 0.10  # the factor over the optimum that the search promises on tiny clusters
 
@@ -164,6 +164,18 @@ def test_every_step_is_better_than_the_one_before_and_explained():
             assert step.step_s < steps[i - 1].step_s
             assert "(was " in step.reason
     assert steps[-1].step_s == min(step.step_s for step in steps)
+
+
+def test_plans_that_differ_only_in_their_schedule_are_two_plans():
+    space = _space()
+    evaluator = _evaluator(space)
+    plan = make_plan({"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(pp=2, dp=2)),
+                      "generator": ("0-3", Layout(dp=4))})  # fmt: skip
+    other = replace(plan, schedule=ScheduleChoice("three_phase"))
+    assert evaluator.step_s(plan) != evaluator.step_s(other)
+    assert evaluator.evaluated == 2
+    assert evaluator.step_s(plan) == evaluator.simulate(plan).step_s
+    assert evaluator.step_s(other) == evaluator.simulate(other).step_s
 
 
 def test_search_is_deterministic():

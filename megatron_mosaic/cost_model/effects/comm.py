@@ -14,52 +14,46 @@ Across nodes every GPU brings its own network port: a group with g ranks on each
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Protocol
 
+from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Operation
 from megatron_mosaic.plan.cluster import Cluster
 
 
 class CommModel(Protocol):
-    """Predicts seconds of one operation over a group of global ranks."""
+    """Predicts seconds of one operation over a group."""
 
-    def estimate(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float: ...
+    def estimate(self, operation: Operation, group: Group, num_bytes: float) -> float: ...
 
 
 class RingComm:
     """Formulas above, on the slowest link of the group."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+        self.intra, self.inter = cluster.intra, cluster.inter
         self._frac = cluster.gpu.network_frac
-        self._known: dict[tuple[object, ...], float] = {}
 
-    def estimate(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float:
-        n = len(ranks)
-        if n == 1 or num_bytes == 0:
+    def estimate(self, operation: Operation, group: Group, num_bytes: float) -> float:
+        if group.size == 1 or num_bytes == 0:
             return 0.0
         if operation is Operation.p2p:
-            link = self.cluster.link_between(ranks)
+            link = self.intra if group.nodes == 1 else self.inter
             return link.latency_s + num_bytes / (link.bytes_per_s * self._frac)
-        key = (operation, ranks, num_bytes)
-        if key not in self._known:
-            self._known[key] = self._collective(operation, ranks, num_bytes)
-        return self._known[key]
+        return self._collective(operation, group, num_bytes)
 
-    def _collective(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float:
+    def _collective(self, operation: Operation, group: Group, num_bytes: float) -> float:
         """Inside a node a ring; across nodes rings through all ports, with the hops inside a node at its latency."""
-        n, intra, inter = len(ranks), self.cluster.intra, self.cluster.inter
-        ports_of_node = Counter(map(self.cluster.node_of, ranks))
-        rounds, nodes = 2 if operation is Operation.all_reduce else 1, len(ports_of_node)
+        n, nodes, intra, inter = group.size, group.nodes, self.intra, self.inter
+        rounds = 2 if operation is Operation.all_reduce else 1
         if nodes == 1:
             latency_s, bytes_per_s = (n - 1) * intra.latency_s, intra.bytes_per_s
         elif operation is Operation.all_to_all:
-            leaving = (n - min(ports_of_node.values())) / n  # of what a rank sends, the share for other nodes
+            leaving = (n - group.fewest) / n  # of what a rank sends, the share for other nodes
             return nodes * inter.latency_s + leaving * num_bytes / (inter.bytes_per_s * self._frac)
         else:
-            bytes_per_s = min(intra.bytes_per_s, min(ports_of_node.values()) * inter.bytes_per_s)
+            bytes_per_s = min(intra.bytes_per_s, group.fewest * inter.bytes_per_s)
             hops = (n - 1) * inter.latency_s
             # beyond a ring's reach trees take over: their latency grows with the logarithm (NCCL 2.4)
             latency_s = min(hops, (n // nodes - 1) * intra.latency_s + 2 * (nodes - 1).bit_length() * inter.latency_s)
@@ -72,8 +66,8 @@ class MeasuredComm:
     def __init__(self, fitted: FittedProfile) -> None:
         self.fitted = fitted
 
-    def estimate(self, operation: Operation, ranks: tuple[int, ...], num_bytes: float) -> float:
-        if len(ranks) == 1 or num_bytes == 0:
+    def estimate(self, operation: Operation, group: Group, num_bytes: float) -> float:
+        if group.size == 1 or num_bytes == 0:
             return 0.0
-        size = 2 if operation is Operation.p2p else len(ranks)
+        size = 2 if operation is Operation.p2p else group.size
         return self.fitted.collective(operation, size).at(num_bytes)

@@ -1,4 +1,4 @@
-"""Seconds of one stage of one module: from a profile, or from FLOPs and bytes on a GPU type.
+"""Seconds of one action of a stage: from a profile, or from FLOPs and bytes on a GPU type.
 
 Backward costs two forwards (gradients of inputs and of weights); a frozen module has no weight gradients.
 Recomputation adds the forward it repeats: the whole layer (full) or its attention core (selective).
@@ -6,8 +6,7 @@ Recomputation adds the forward it repeats: the whole layer (full) or its attenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
 
 from megatron_mosaic.cost_model.effects.kernels import (
     Gemm,
@@ -21,52 +20,14 @@ from megatron_mosaic.cost_model.effects.kernels import (
 )
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.quota import grant_quota
 from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
-from megatron_mosaic.plan.workload import ModuleConfig
+from megatron_mosaic.schedules.actions import Kind
 
 BF16_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageWork:
-    """One action's work on one rank: which parts of a module, for how many items, in which direction."""
-
-    module: ModuleConfig
-    tp: int
-    layers: int
-    first: bool
-    last: bool
-    items: int
-    backward: bool
-    recompute: Recompute
-    share: float  # of the rank's SMs or cores
-    cp: int = 1
-    ep: int = 1
-    split: bool = False  # sequence parallelism
-    reaches_layers: bool = True  # the backward: else it ends at the trained projector of a frozen module
-
-    @property
-    def parts(self) -> tuple[tuple[Part, int], ...]:
-        """(part, how often)."""
-        within = self.reaches_layers or not self.backward
-        return (
-            (Part.pre, int(self.first and within)),
-            (Part.layer, self.layers * within),
-            (Part.post, int(self.last)),
-        )
-
-
-class ComputeModel(Protocol):
-    """Predicts seconds of a stage's work, without waiting for anyone outside the tp group."""
-
-    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
-        """With `comm_s` of collectives in its layers."""
-
-    def threads(self, share: float) -> int:
-        """Cores that a rank computes on with this share (1 on a GPU: nobody else's device is touched)."""
 
 
 class AnalyticCompute:
@@ -76,23 +37,27 @@ class AnalyticCompute:
         self.gpu, self.setup = gpu, setup
         flops_per_s(gpu, setup.format)  # refuses a format whose peak nobody knows
 
-    def threads(self, share: float) -> int:
-        return 1
+    def estimate(self, work: StageWork, kind: Kind, comm_s: float = 0.0) -> float:
+        """Seconds of a unit with `comm_s` of collectives in its layers."""
+        sms = grant_quota(work.share, self.gpu.num_sms, self.gpu.sm_granularity)
+        return of_kind({Kind.F: self._forward_s, Kind.B: self._backward_s}, kind)(work, sms, comm_s)
 
-    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
+    def _forward_s(self, work: StageWork, sms: int, comm_s: float) -> float:
+        seconds = 0.0
+        for kernels, count in self._parts(work):
+            layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
+            seconds += count * forward_s(self.gpu, kernels, sms, self.setup, layer_comm_s)
+        return seconds
+
+    def _backward_s(self, work: StageWork, sms: int, comm_s: float) -> float:
         gpu, module, setup = self.gpu, work.module, self.setup
-        sms = grant_quota(work.share, gpu.num_sms, gpu.sm_granularity)
-        if work.backward and not work.reaches_layers:
-            head = Gemm(module.hidden_size, module.output_size, work.items * module.tokens_per_item / work.cp)
+        if not work.reaches_layers:
+            head = Gemm(module.hidden_size, module.output_size, work.tokens)
             return gemm_s(gpu, head, sms, setup.format, 8) if work.last else 0.0
         seconds = 0.0
         for kernels, count in self._parts(work):
-            is_layer = kernels.core_flops + kernels.core_bytes > 0
-            layer_comm_s = comm_s / work.layers if is_layer else 0.0
-            if not work.backward:
-                seconds += count * forward_s(gpu, kernels, sms, setup, layer_comm_s)
-                continue
-            again = work.recompute is Recompute.full and is_layer  # its collectives are in comm_s too
+            layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
+            again = work.recompute is Recompute.full and _is_layer(kernels)  # its collectives are in comm_s too
             each_comm_s = layer_comm_s / 2 if again else layer_comm_s
             each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen, comm_s=each_comm_s)
             if again:
@@ -103,24 +68,30 @@ class AnalyticCompute:
         return seconds
 
     def _parts(self, work: StageWork) -> list[tuple[Work, float]]:
-        module, tp = work.module, work.tp
-        dense_frac = module.num_dense_layers / module.num_layers if module.num_experts else 1.0
+        module, layout = work.module, work.layout
         parts = [
-            (layer_work(module, work.items, tp, work.cp, work.ep, work.split, dense, self.setup), work.layers * frac)
-            for dense, frac in ((True, dense_frac), (False, 1 - dense_frac))
-            if frac
+            (
+                layer_work(
+                    module, work.items, layout.tp, layout.cp, layout.ep, work.sequence_parallel, dense, self.setup
+                ),
+                n,
+            )
+            for dense, n in work.layers_by_mlp
         ]
-        tokens = work.items * module.tokens_per_item / work.cp
-        h = module.hidden_size
+        tokens, h = work.tokens, module.hidden_size
         if work.first:
             gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
             parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1.0))
         if work.last:
-            widths = [width for width in (module.vocab_size / tp, module.output_size) if width]
+            widths = [width for width in (module.vocab_size / layout.tp, module.output_size) if width]
             # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
-            moved = tokens * (4 * h + 16 * module.vocab_size / tp)
+            moved = tokens * (4 * h + 16 * module.vocab_size / layout.tp)
             parts.append((Work(tuple(Gemm(tokens, width, h) for width in widths), moved, 10), 1.0))
         return parts
+
+
+def _is_layer(kernels: Work) -> bool:
+    return kernels.core_flops + kernels.core_bytes > 0
 
 
 class MeasuredCompute:
@@ -134,19 +105,21 @@ class MeasuredCompute:
         self.fitted, self.cores_per_rank = fitted, cores_per_rank
 
     def threads(self, share: float) -> int:
+        """Cores that a rank computes on with this share."""
         return grant_quota(share, self.cores_per_rank, 1)
 
-    def estimate(self, work: StageWork, comm_s: float = 0.0) -> float:
-        threads = self.threads(work.share)
-        alone = min(1.0, self.fitted.profile.machine.cores / (work.tp * threads))
-        seconds = self._direction(work, threads, backward=work.backward)
-        if work.backward and work.recompute is not Recompute.none:
-            seconds += self._direction(work, threads, backward=False)  # no finer measurement than the whole layer
+    def estimate(self, work: StageWork, kind: Kind) -> float:
+        """Seconds of a unit."""
+        threads, parts = self.threads(work.share), work.parts(kind)
+        alone = min(1.0, self.fitted.profile.machine.cores / (work.layout.tp * threads))
+        again = () if work.recompute is Recompute.none else (Kind.F,)  # no finer measurement than the whole layer
+        passes = of_kind({Kind.F: (Kind.F,), Kind.B: (Kind.B, *again)}, kind)
+        seconds = sum(self._pass_s(work, parts, threads, each) for each in passes)
         return seconds * alone + self.fitted.profile.overheads.action_s
 
-    def _direction(self, work: StageWork, threads: int, *, backward: bool) -> float:
+    def _pass_s(self, work: StageWork, parts: Mapping[Part, int], threads: int, kind: Kind) -> float:
         return sum(
-            count * self.fitted.module(work.module.name, work.tp, threads, part, backward=backward).at(work.items)
-            for part, count in work.parts
+            count * self.fitted.module(work.module.name, work.layout.tp, threads, part, kind).at(work.items)
+            for part, count in parts.items()
             if count
         )

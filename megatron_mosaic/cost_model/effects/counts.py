@@ -25,8 +25,9 @@ def _norm_size(module: ModuleConfig) -> int:
 def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> float:
     """Parameters of the routed experts of one layer on one rank, at the mean over dense and sparse layers."""
     wide = 3 if module.gated else 2
-    sparse_frac = 1 - module.num_dense_layers / module.num_layers
-    return sparse_frac * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
+    return (
+        (1 - module.dense_frac) * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
+    )
 
 
 def _count_wide(module: ModuleConfig, tp: int) -> float:
@@ -40,9 +41,8 @@ def _count_wide(module: ModuleConfig, tp: int) -> float:
         whole = h * (latent + 64) + (h * query if module.q_latent_size else 0)
     else:
         attention, whole = h * (2 * heads * size + 2 * _kv_size(module)), 0
-    dense_frac, dense_size = module.num_dense_layers / module.num_layers, module.dense_ffn_size
-    if not module.num_experts:
-        dense_frac, dense_size = 1.0, module.ffn_hidden_size
+    dense_frac = module.dense_frac
+    dense_size = module.dense_ffn_size if module.num_experts else module.ffn_hidden_size
     mlp = dense_frac * dense_size + (1 - dense_frac) * module.shared_expert_size
     return (
         (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * _norm_size(module)
@@ -84,7 +84,7 @@ def count_flops(module: ModuleConfig, part: Part) -> float:
     """
     s, h = module.tokens_per_item, module.hidden_size
     if part is Part.layer:
-        dense_frac = module.num_dense_layers / module.num_layers if module.num_experts else 1.0
+        dense_frac = module.dense_frac
         linear = _flops(attention_gemms(module, s, 1)) + sum(
             frac * _flops(mlp_gemms(module, s, 1, 1, dense))
             for dense, frac in ((True, dense_frac), (False, 1 - dense_frac))
@@ -129,7 +129,7 @@ def count_activation_bytes(
         f_kept = float(f)
         routed = 0.0
         if module.num_experts:
-            dense_frac = module.num_dense_layers / module.num_layers
+            dense_frac = module.dense_frac
             active = module.moe_top_k * f + module.shared_expert_size
             f_kept = dense_frac * module.dense_ffn_size + (1 - dense_frac) * active
             routed = (1 - dense_frac) * module.moe_top_k * 4.0 * h  # rows that enter and leave the experts

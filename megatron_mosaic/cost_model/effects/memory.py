@@ -11,23 +11,17 @@ Adam in Megatron (core developer guide, "Distributed Optimizer", bytes per param
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, reduce
 
-from megatron_mosaic.cost_model.effects.counts import (
-    count_activation_bytes,
-    count_expert_parameters,
-    count_logits_bytes,
-    count_parameters,
-    count_projector_parameters,
-)
+from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_logits_bytes, count_parameters
+from megatron_mosaic.cost_model.effects.parameters import frozen_parameters, shards_of, trained_parameters
 from megatron_mosaic.cost_model.hardware.profile import Part
-from megatron_mosaic.cost_model.program import LaneMap, Program, map_lanes, planned_program
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute
-from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
-from megatron_mosaic.plan.workload import ModuleConfig, Workload
-from megatron_mosaic.schedules.rank_classes import rank_classes
+from megatron_mosaic.cost_model.work import StageWork
+from megatron_mosaic.plan import Recompute
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.workload import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +64,6 @@ class LaneMemory:
     def unit_bytes(self) -> float:
         return self.unit.total
 
-    def at(self, live_units: float) -> Memory:
-        """With so many units alive."""
-        return self.static + self.unit.times(live_units) + Memory(workspace=self.workspace_bytes)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -87,187 +77,126 @@ class Precision:
     library_bytes: float = 0.0  # workspaces that libraries take from PyTorch's allocator
 
 
-ANALYTIC = "analytic"  # how the name of a cost model without a profile ends
 BF16 = Precision(
     name="bf16", value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True, library_bytes=0.1e9
 )
-# the CPU runtime
+# The CPU runtime. Fused attention kernels are 16-bit
 FP32 = Precision(name="fp32", value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False)
 
 
-def stage_parts(module: ModuleConfig, plan: ModulePlan, stage: int) -> Mapping[Part, int]:
-    """How often each part occurs in a pipeline stage."""
-    return {
-        Part.pre: int(stage == 0),
-        Part.layer: module.num_layers // plan.layout.pp,
-        Part.post: int(stage == plan.layout.pp - 1),
-    }
+def precision_of(setup: TrainingSetup) -> Precision:
+    """fp32 throughout, or 16-bit values with fp32 gradients and copies, whatever the format of the products."""
+    if setup.format is Format.fp32:
+        return FP32
+    return replace(BF16, name=setup.format.value, fused_attention=setup.fused_attention)
 
 
-def stage_parameters(module: ModuleConfig, plan: ModulePlan, stage: int) -> float:
-    """Parameters of one stage on one rank. The last of several stages keeps its own copy of tied embeddings."""
-    parts = stage_parts(module, plan, stage)
-    tied = module.vocab_size and not module.untied_output
-    copy = module.vocab_size * module.hidden_size / plan.layout.tp if tied and stage and parts[Part.post] else 0.0
-    return copy + sum(
-        count * count_parameters(module, part, plan.layout.tp, plan.layout.ep * plan.layout.etp)
-        for part, count in parts.items()
-    )
-
-
-def trained_parameters(module: ModuleConfig, plan: ModulePlan, stage: int) -> float:
-    """Those of `stage_parameters` that are trained: all, none, or the projector of a frozen module."""
-    if not module.frozen:
-        return stage_parameters(module, plan, stage)
-    last = stage == plan.layout.pp - 1
-    return count_projector_parameters(module) if module.trains_projector and last else 0.0
-
-
-def stage_expert_parameters(module: ModuleConfig, plan: ModulePlan) -> float:
-    """Parameters of the routed experts of one stage on one rank."""
-    if not module.num_experts:
-        return 0.0
-    layers = module.num_layers // plan.layout.pp
-    return layers * count_expert_parameters(module, plan.layout.ep, plan.layout.etp)
-
-
-def shards_of(layout: Layout) -> tuple[int, int]:
-    """Ranks over which the optimizer of dense and of expert parameters is sharded."""
-    dense = layout.dp * layout.cp
-    return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
-
-
-def estimate_lane(
-    module: ModuleConfig,
-    plan: ModulePlan,
-    stage: int,
-    items: int,
-    precision: Precision,
-    setup: TrainingSetup = DEFAULT_SETUP,
-) -> LaneMemory:
-    """One stage on one rank; a unit of `items` items, on one of its virtual stages."""
-    told = (module, plan, stage, items, precision, setup)
+def stage_memory(work: StageWork, precision: Precision, setup: TrainingSetup) -> LaneMemory:
+    """One stage on one rank; a unit on one of its virtual stages."""
     return LaneMemory(
-        static=_static(*told), unit=_unit(*told).times(1 / plan.layout.vpp), workspace_bytes=_workspace_bytes(*told)
+        static=_static(work, precision, setup),
+        unit=_unit(work, precision, setup).times(1 / work.layout.vpp),
+        workspace_bytes=_workspace_bytes(work, precision, setup),
     )
 
 
-def _static(
-    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
-) -> Memory:
-    """Parameters, gradients, optimizer state and message buffers of one stage on one rank. `items`: of a unit.
+def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """Parameters, gradients, optimizer state and message buffers of one stage on one rank.
 
     Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
     in the further stages (Rajbhandari et al. 2020, figure 1), which gather two layers at a time.
     """
-    parameters, trained = stage_parameters(module, plan, stage), trained_parameters(module, plan, stage)
-    experts = 0.0 if module.frozen else stage_expert_parameters(module, plan)
+    module, layout = work.module, work.layout
+    trained, frozen = trained_parameters(work), frozen_parameters(work)
     value, gradient = precision.value_bytes, precision.gradient_bytes
     state = precision.trained_bytes - value - gradient
-    buffers = 2.0 * _hidden_bytes(module, plan, items, precision) if plan.layout.pp > 1 else 0.0  # one each way
+    buffers = 2.0 * _hidden_bytes(work, precision) if layout.pp > 1 else 0.0  # one each way
     level = list(Sharding).index(setup.sharding)
-    held = Memory(parameters=value * (parameters - trained), buffers=buffers)
-    for count, shards in zip((trained - experts, experts), shards_of(plan.layout)):
+    held = Memory(parameters=value * frozen, buffers=buffers)
+    for count, shards in zip(trained, shards_of(layout)):
         held += Memory(
             parameters=value * count / (shards if level > 2 else 1),
             gradients=gradient * count / (shards if level > 1 else 1),
             optimizer=state * count / (shards if level > 0 else 1),
         )
     if setup.sharding is Sharding.parameters and not module.frozen:
-        layer = count_parameters(module, Part.layer, plan.layout.tp, plan.layout.ep * plan.layout.etp)
+        layer = count_parameters(module, Part.layer, layout.tp, layout.ep * layout.etp)
         held += Memory(buffers=2.0 * value * layer)
     return held
 
 
-def _unit(
-    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
-) -> Memory:
-    """Activations and logits that one live unit of `items` items keeps on one rank of a stage.
+def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """Activations and logits that one live unit keeps on one rank of a stage.
 
     Full recomputation keeps each layer's input only (Korthikanti et al. 2022: 2sbh); selective drops the attention
-    matrix.
+    matrix. Offloaded activations wait in the host's memory.
     """
-    parts = stage_parts(module, plan, stage)
+    if setup.offloads_encoders and work.module.role is Role.encoder:
+        return Memory()
+    parts = work.parts()
     layers = (
-        _hidden_bytes(module, plan, items, precision)
-        if plan.recompute is Recompute.full
-        else _kept_bytes(module, plan, Part.layer, items, precision, setup)
+        _hidden_bytes(work, precision)
+        if work.recompute is Recompute.full
+        else _kept_bytes(work, Part.layer, precision, setup)
     )
-    pre, post = (_kept_bytes(module, plan, part, items, precision, setup) for part in (Part.pre, Part.post))
-    logits = items * count_logits_bytes(module, plan.layout.tp, precision.value_bytes) / plan.layout.cp
+    pre, post = (_kept_bytes(work, part, precision, setup) for part in (Part.pre, Part.post))
+    logits = work.items * count_logits_bytes(work.module, work.layout.tp, precision.value_bytes) / work.layout.cp
     return Memory(
         activations=parts[Part.layer] * layers + parts[Part.pre] * pre + parts[Part.post] * (post - logits),
         logits=parts[Part.post] * logits,
     )
 
 
-def _workspace_bytes(
-    module: ModuleConfig, plan: ModulePlan, stage: int, items: int, precision: Precision, setup: TrainingSetup
-) -> float:
+def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup) -> float:
     """What is there for a moment: the fp32 gradient of a layer's largest matrix before it is added to its bucket, a
     layer whose activations are computed again, and what libraries keep."""
+    module = work.module
     width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
-    matrix = module.hidden_size * width * (2 if module.gated else 1) / plan.layout.tp
+    matrix = module.hidden_size * width * (2 if module.gated else 1) / work.layout.tp
     passing = 0.0 if module.frozen else precision.gradient_bytes * matrix
-    if plan.recompute is Recompute.full:
-        passing += _kept_bytes(module, plan, Part.layer, items, precision, setup)
+    if work.recompute is Recompute.full:
+        passing += _kept_bytes(work, Part.layer, precision, setup)
     return precision.library_bytes + passing
 
 
-def _hidden_bytes(module: ModuleConfig, plan: ModulePlan, items: int, precision: Precision) -> float:
+def _hidden_bytes(work: StageWork, precision: Precision) -> float:
     """Hidden states [tokens, items, hidden_size] of a unit on one rank."""
-    split = plan.layout.cp * (plan.layout.tp if plan.sequence_parallel else 1)
-    return precision.value_bytes * items * module.tokens_per_item * module.hidden_size / split
+    module = work.module
+    return precision.value_bytes * work.items * module.tokens_per_item * module.hidden_size / work.hidden_split
 
 
-def _kept_bytes(
-    module: ModuleConfig, plan: ModulePlan, part: Part, items: int, precision: Precision, setup: TrainingSetup
-) -> float:
+def _kept_bytes(work: StageWork, part: Part, precision: Precision, setup: TrainingSetup) -> float:
     """What the forward of a part keeps of a unit, unless it is recomputed as a whole."""
     each = count_activation_bytes(
-        module,
+        work.module,
         part,
-        plan.layout.tp,
+        work.layout.tp,
         value_bytes=precision.value_bytes,
-        fused_attention=precision.fused_attention or plan.recompute is Recompute.selective,
-        split=plan.sequence_parallel,
+        fused_attention=precision.fused_attention or work.recompute is Recompute.selective,
+        split=work.sequence_parallel,
         dropout=setup.dropout,
     )
-    return items * each / plan.layout.cp
+    return work.items * each / work.layout.cp
 
 
-def items_of_action(plan: Plan, workload: Workload, module: str) -> int:
-    """Items that the busiest DP lane of a module takes in one full unit, at the mean count. An item is not split."""
-    placed = plan.modules[module]
-    samples = (
-        plan.micro_batch_size
-        * plan.modules[workload.backbone.name].layout.dp
-        * plan.units(workload.backbone.name)[module]
-    )
-    return math.ceil(samples * workload.by_name[module].items_per_sample / placed.layout.dp - 1e-9)
-
-
-def peak_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[float, ...]:
-    """Per class of ranks: what its lanes (`memory`) always hold, plus the worst moment of its live units, plus a
-    workspace."""
+def worst_moment(combinations: Sequence[Sequence[int]], memory: Sequence[LaneMemory]) -> Memory:
+    """A rank's peak, by what holds the bytes: what its lanes always hold, the worst of the combinations of live units
+    (one count for each lane) that it meets, and a workspace."""
     unit_bytes = [lane.unit_bytes for lane in memory]
-    return tuple(
-        sum(memory[lane].static_bytes for lane in lanes)
-        + max(_alive(live, unit_bytes) for live in program.live_units[name])
-        + max(memory[lane].workspace_bytes for lane in lanes)
-        for name, lanes in enumerate(lane_map.lanes_of_class.values())
+    worst = max(combinations, key=lambda live: _alive(live, unit_bytes))
+    alive = add_up(lane.unit.times(n) for n, lane in zip(worst, memory) if n)
+    workspace = Memory(workspace=max(lane.workspace_bytes for lane in memory))
+    return add_up(lane.static for lane in memory) + alive + workspace
+
+
+def peak_bytes(combinations: Sequence[Sequence[int]], memory: Sequence[LaneMemory]) -> float:
+    """The sum of `worst_moment`, and cheaper."""
+    unit_bytes = [lane.unit_bytes for lane in memory]
+    return (
+        sum(lane.static_bytes for lane in memory)
+        + max(_alive(live, unit_bytes) for live in combinations)
+        + max(lane.workspace_bytes for lane in memory)
     )
-
-
-def memory_of_classes(program: Program, lane_map: LaneMap, memory: Sequence[LaneMemory]) -> tuple[Memory, ...]:
-    """`peak_of_classes` by what holds the bytes."""
-    unit_bytes, found = [lane.unit_bytes for lane in memory], []
-    for name, lanes in enumerate(lane_map.lanes_of_class.values()):
-        worst = max(program.live_units[name], key=lambda live: _alive(live, unit_bytes))
-        alive = add_up(lane.unit.times(n) for n, lane in zip(worst, memory) if n)
-        workspace = Memory(workspace=max(memory[lane].workspace_bytes for lane in lanes))
-        found.append(add_up(memory[lane].static for lane in lanes) + alive + workspace)
-    return tuple(found)
 
 
 def _alive(live_units: Sequence[int], unit_bytes: Sequence[float]) -> float:
@@ -277,23 +206,3 @@ def _alive(live_units: Sequence[int], unit_bytes: Sequence[float]) -> float:
 def add_up(parts: Iterable[Memory]) -> Memory:
     """Their sum."""
     return reduce(Memory.__add__, parts, Memory())
-
-
-def estimate_memory(plan: Plan, workload: Workload, setup: TrainingSetup) -> dict[RankSet, Memory]:
-    """Ranks that have the same lanes -> the peak of each. No clock: the order of work decides what is alive."""
-    lane_map, precision = map_lanes(plan, workload), precision_of(setup)
-    memory = [
-        estimate_lane(
-            workload.by_name[name], plan.modules[name], stage, items_of_action(plan, workload, name), precision, setup
-        )
-        for name, stage in lane_map.lanes
-    ]
-    peaks = memory_of_classes(planned_program(plan.schedule, lane_map), lane_map, memory)
-    return {alike.ranks: peak for alike, peak in zip(rank_classes(plan), peaks, strict=True)}
-
-
-def precision_of(setup: TrainingSetup) -> Precision:
-    """What values weigh in this number format. The formats of 16 bits and below keep parameters in 16 bits."""
-    if setup.format is Format.fp32:
-        return FP32
-    return replace(BF16, name=setup.format.value, fused_attention=setup.fused_attention)

@@ -20,8 +20,10 @@ from megatron_mosaic.cost_model.hardware.profile import (
     Profile,
 )
 from megatron_mosaic.errors import ProfileError
+from megatron_mosaic.schedules.actions import Kind
 
 EXTRAPOLATION = 4.0
+_MEASURED = {Kind.F: "forward_s", Kind.B: "backward_s"}  # field of ModulePoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +71,13 @@ class FittedProfile:
         self.profile = profile
         self._lines: dict[tuple[object, ...], Line] = {}
 
-    def module(self, name: str, tp: int, threads: int, part: Part, *, backward: bool) -> Line:
-        """Seconds over items, of one part of a module."""
-        key = (name, tp, threads, part, backward)
+    def module(self, name: str, tp: int, threads: int, part: Part, kind: Kind) -> Line:
+        """Seconds over items, of one part of a module. Measured: F and B."""
+        key = (name, tp, threads, part, kind)
         if key not in self._lines:
             where = f"profile: modules.{name}.{tp}.{threads}.{part}"
             rows: Sequence[ModulePoint] = self.profile.modules.get(name, {}).get(tp, {}).get(threads, ())
-            points = [(p.items, p.backward_s if backward else p.forward_s) for p in rows if p.part is part]
+            points = [(p.items, getattr(p, _MEASURED[kind])) for p in rows if p.part is part]
             self._lines[key] = self._fit(where, points)
         return self._lines[key]
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
-from megatron_mosaic.cost_model.published.constants import FITTED_FILES, estimate_case, fold_of, with_constants
+from megatron_mosaic.cost_model.published.constants import FITTED_FILES, fold_of, with_constants
+from megatron_mosaic.cost_model.published.prediction import estimate_case
 from megatron_mosaic.cost_model.published.rows import Case, Row, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan.cluster import GpuType

@@ -14,8 +14,7 @@ from typing import Any
 
 from scipy.optimize import least_squares
 
-from megatron_mosaic.cost_model.closed_form import StepCost, estimate_step
-from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.published.prediction import estimate_case
 from megatron_mosaic.cost_model.published.rows import Case
 from megatron_mosaic.plan.cluster import GpuType
 
@@ -48,12 +47,6 @@ def fold_of(case: Case) -> int:
     batch = (case.plan.world_size, case.plan.global_batch_size, case.plan.micro_batch_size)
     told = (case.gpu, batch, layouts, case.workload.modules, case.setup)
     return zlib.crc32(repr(told).encode()) % NUM_FOLDS
-
-
-def estimate_case(case: Case, gpu: GpuType | None = None) -> StepCost:
-    """The prediction of a case, on its own GPU type or on another set of constants."""
-    cluster = replace(case.cluster, gpu=gpu) if gpu else case.cluster
-    return estimate_step(case.plan, CostModel(case.workload, cluster, setup=case.setup))
 
 
 def fit_constants(

@@ -41,6 +41,7 @@ class Case:
     setup: TrainingSetup
     measured_s: float  # 0: not measured
     measured_bytes: float
+    fills_bubbles: bool  # encoders ran in the pipeline's bubbles
 
 
 # (word of the table's GPU name, GPU type, ranks that NVLink joins, intra and inter bytes/s of a rank), of datasheets;
@@ -136,6 +137,7 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
         setup=setup,
         measured_s=_measured_s(number, workload),
         measured_bytes=_measured_bytes(row, number),
+        fills_bubbles=row.get("notes", "").startswith("Optimus"),
     )
 
 
@@ -304,7 +306,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         world_size=n_gpus,
         global_batch_size=gbs,
         micro_batch_size=mbs,
-        schedule=ScheduleChoice("bubble_fill" if row.get("notes", "").startswith("Optimus") else "1f1b"),
+        schedule=ScheduleChoice("interleaved" if layout.vpp > 1 else "1f1b"),
         modules=modules,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_parameters
-from megatron_mosaic.cost_model.effects.memory import BF16, stage_parts
+from megatron_mosaic.cost_model.effects.memory import BF16
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.published.rows import Case, load_rows, parse_measured, try_case
 from megatron_mosaic.errors import ConfigError
@@ -50,7 +50,7 @@ def compare_memory(folder: Path) -> tuple[MemoryRow, ...]:
             column: _number(f"{table}: row {position}, {column}", row[column]) for column in (_STATIC, _ACTIVATION)
         }
         module, placed = case.workload.backbone, case.plan.modules["llm"]
-        layout, layers = placed.layout, stage_parts(module, placed, 0)[Part.layer]
+        layout, layers = placed.layout, module.num_layers // placed.layout.pp
         selective = "selective" in row["mode"]
         each = count_activation_bytes(
             module,

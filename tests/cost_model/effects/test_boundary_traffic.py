@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic
+from megatron_mosaic.cost_model.effects.boundary_traffic import Traffic
+from megatron_mosaic.cost_model.effects.boundary_traffic import boundary_traffic as traffic_of_lanes
+from megatron_mosaic.cost_model.work import list_stage_work
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
@@ -36,18 +38,26 @@ def one_image_a_sample() -> Metadata:
     )
 
 
-def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
-    """Most rows that a rank receives, and all rows that are sent."""
-    world_size = 1 + max(*source.ranks.ranks, *target.ranks.ranks)
-    plan = Plan(
+def make_plan(source: ModulePlan, target: ModulePlan) -> Plan:
+    return Plan(
         workload="random",
-        world_size=world_size,
+        world_size=1 + max(source.ranks.last, target.ranks.last),
         global_batch_size=SAMPLES,
         micro_batch_size=SAMPLES // target.layout.dp,
         schedule=ScheduleChoice("1f1b"),
         modules={"encoder0": source, BACKBONE: target},
     )
-    received = [0] * world_size
+
+
+def boundary_traffic(source: ModulePlan, target: ModulePlan) -> Traffic:
+    lanes = list_stage_work(make_plan(source, target), WORKLOAD, 8).lanes
+    return traffic_of_lanes(lanes[source.layout.pp - 1], lanes[source.layout.pp])
+
+
+def count_rows(source: ModulePlan, target: ModulePlan) -> tuple[int, int]:
+    """Most rows that a rank receives, and all rows that are sent."""
+    plan = make_plan(source, target)
+    received = [0] * plan.world_size
     for rank in target.stage_ranks(0).ranks:
         step_map = StepMap(PlanMap(RankView.of(plan, rank), WORKLOAD), [one_image_a_sample()])
         parts = step_map.receives(EdgeEnd.target_of(EDGE), 0, 0)

@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.closed_form import estimate_step
+from megatron_mosaic.cost_model.effects.compute import AnalyticCompute
 from megatron_mosaic.cost_model.effects.counts import module_parameters
 from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
-from megatron_mosaic.cost_model.effects.memory import shards_of
+from megatron_mosaic.cost_model.effects.parameters import shards_of
 from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
-from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
 from megatron_mosaic.cost_model.published.constants import BOUNDS
+from megatron_mosaic.cost_model.published.prediction import estimate_case
 from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout
-from megatron_mosaic.plan.training import Format
+from megatron_mosaic.plan.training import Format, TrainingSetup
 
 IDEAL = replace(
     load_gpu_type("a100_sxm_80gb"), gemm_efficiency_frac=1.0, half_depth=1e-9, bandwidth_frac=1.0, num_sms=128
@@ -63,12 +63,8 @@ def test_every_fitted_constant_has_a_source(name):
 def test_a_gpu_without_a_format_says_so():
     with pytest.raises(ConfigError, match="use bf16"):
         gemm_s(load_gpu_type("a100_sxm_80gb"), Gemm(1024, 1024, 1024), 108, Format.fp8)
-
-
-def test_step_is_one_f_one_b():
-    # m microbatches through p equal stages: (m + (p - 1) / v) x stage, Narayanan et al. 2021, section 2.2
-    cost = {v: estimate_step(_case(vpp=str(v)).plan, CostModel(_case().workload, _case().cluster)) for v in (1, 3)}
-    assert cost[1].bubble_s / cost[3].bubble_s == pytest.approx(3, rel=0.02)
+    with pytest.raises(ConfigError, match="format=bf16"):
+        AnalyticCompute(load_gpu_type("a100_sxm_80gb"), TrainingSetup(format=Format.fp32))
 
 
 @pytest.mark.parametrize("link", ["intra", "inter"])
@@ -78,7 +74,7 @@ def test_more_bandwidth_is_never_slower(link):
     for factor in (0.5, 1.0, 4.0):
         old = getattr(case.cluster, link)
         cluster = replace(case.cluster, **{link: replace(old, bytes_per_s=old.bytes_per_s * factor)})
-        steps.append(estimate_step(case.plan, CostModel(case.workload, cluster, setup=case.setup)).step_s)
+        steps.append(estimate_case(replace(case, cluster=cluster)).step_s)
     assert steps == sorted(steps, reverse=True)
 
 

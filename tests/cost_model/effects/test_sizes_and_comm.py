@@ -14,23 +14,43 @@ from megatron_mosaic.cost_model.effects.counts import (
     count_parameters,
     module_parameters,
 )
-from megatron_mosaic.cost_model.effects.memory import (
-    BF16,
-    FP32,
-    estimate_lane,
-    stage_parameters,
-)
+from megatron_mosaic.cost_model.effects.memory import BF16, FP32, LaneMemory, Precision, precision_of, stage_memory
+from megatron_mosaic.cost_model.effects.parameters import stage_parameters
+from megatron_mosaic.cost_model.groups import Group, stage_groups
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Operation, Part
-from megatron_mosaic.plan import Layout, ModulePlan, RankSet, Recompute
-from megatron_mosaic.plan.training import Sharding, TrainingSetup
+from megatron_mosaic.cost_model.work import StageWork
+from megatron_mosaic.plan import Layout, RankSet, Recompute
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Role
+from megatron_mosaic.schedules import Kind
 from tests.cases import LLM, VISION, make_cluster, make_profile
 
 GPT3 = ModuleConfig(
     name="gpt3", role=Role.backbone, num_layers=96, hidden_size=12288, num_heads=96, ffn_hidden_size=4 * 12288,
     tokens_per_item=2048, vocab_size=51200,
 )  # fmt: skip
+
+
+def stage(module: ModuleConfig, layout: Layout | None = None, number: int = 0, **changes) -> StageWork:
+    """One stage of a module on ranks 0, 1, ... of one node; one item a unit, one unit a step."""
+    layout = layout or Layout()
+    size = layout.num_ranks // layout.pp
+    fields = {
+        "items": 1,
+        "num_units": 1,
+        "kinds": (Kind.F, Kind.B),
+        "reaches_layers": True,
+        "recompute": Recompute.none,
+        "sequence_parallel": False,
+        "share": 1.0,
+        "groups": stage_groups(RankSet.block(number * size, size), layout, layout.num_ranks),
+    }
+    return StageWork(module=module, layout=layout, first=number == 0, last=number == layout.pp - 1, **fields | changes)
+
+
+def memory(work: StageWork, precision: Precision = BF16, setup: TrainingSetup = DEFAULT_SETUP) -> LaneMemory:
+    return stage_memory(work, precision, setup)
 
 
 def test_parameters_of_a_small_layer_by_hand():
@@ -83,11 +103,17 @@ def test_activation_bytes_follow_the_published_formula(tp):
 
 
 def test_static_bytes_are_megatrons_bytes_per_parameter():
-    placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
     parameters = module_parameters(LLM)
-    assert estimate_lane(LLM, placed, 0, 1, BF16).static_bytes == 18 * parameters
-    assert estimate_lane(LLM, placed, 0, 1, FP32).static_bytes == 16 * parameters
-    assert estimate_lane(replace(LLM, frozen=True), placed, 0, 1, BF16).static_bytes == 2 * parameters
+    assert memory(stage(LLM)).static_bytes == 18 * parameters
+    assert memory(stage(LLM), FP32).static_bytes == 16 * parameters
+    assert memory(stage(replace(LLM, frozen=True))).static_bytes == 2 * parameters
+
+
+def test_precision_follows_the_format():
+    assert precision_of(TrainingSetup(format=Format.fp32)) == FP32
+    low = [f for f in Format if f is not Format.fp32]
+    assert [precision_of(TrainingSetup(format=f)) for f in low] == [replace(BF16, name=f.value) for f in low]
+    assert not precision_of(TrainingSetup(fused_attention=False)).fused_attention
 
 
 @pytest.mark.parametrize(
@@ -96,8 +122,7 @@ def test_static_bytes_are_megatrons_bytes_per_parameter():
 )
 def test_four_ranks_share_what_their_sharding_says(sharding, parameters, gradients, optimizer):
     # Rajbhandari et al. 2020, figure 1, with Megatron's fp32 gradients and copies
-    placed = ModulePlan(ranks=RankSet.parse("0-3"), layout=Layout(dp=4))
-    held = estimate_lane(LLM, placed, 0, 1, BF16, TrainingSetup(sharding=Sharding(sharding))).static
+    held = memory(stage(LLM, Layout(dp=4)), setup=TrainingSetup(sharding=Sharding(sharding))).static
     count = module_parameters(LLM)
     assert held.parameters == parameters * count
     assert held.gradients == gradients * count
@@ -106,9 +131,7 @@ def test_four_ranks_share_what_their_sharding_says(sharding, parameters, gradien
 
 
 def test_a_recomputed_unit_keeps_its_layers_inputs_and_works_on_one_layer():
-    placed = ModulePlan(ranks=RankSet.parse("0"), layout=Layout())
-    full = replace(placed, recompute=Recompute.full)
-    lanes = [estimate_lane(LLM, each, 0, 2, BF16) for each in (placed, full)]
+    lanes = [memory(stage(LLM, items=2, recompute=each)) for each in (Recompute.none, Recompute.full)]
     kept, recomputed = (lane.unit for lane in lanes)
     inputs = 2 * 2 * LLM.tokens_per_item * LLM.hidden_size
     layer = 2 * count_activation_bytes(LLM, Part.layer, 1, value_bytes=2, fused_attention=True)
@@ -118,34 +141,63 @@ def test_a_recomputed_unit_keeps_its_layers_inputs_and_works_on_one_layer():
 
 
 def test_stages_share_the_module_but_for_tied_embeddings():
-    placed = ModulePlan(ranks=RankSet.parse("0-1"), layout=Layout(pp=2))
-    both = sum(stage_parameters(LLM, placed, stage) for stage in (0, 1))
+    halves = Layout(pp=2)
+    both = sum(stage_parameters(stage(LLM, halves, number)) for number in (0, 1))
     assert both == module_parameters(LLM) + 128 * 64
-    assert sum(stage_parameters(VISION, placed, stage) for stage in (0, 1)) == module_parameters(VISION)
+    assert sum(stage_parameters(stage(VISION, halves, number)) for number in (0, 1)) == module_parameters(VISION)
+
+
+def test_offloaded_encoders_keep_no_activations_on_the_device():
+    offloads = TrainingSetup(offloads_encoders=True)
+    assert memory(stage(VISION)).unit_bytes > memory(stage(VISION), setup=offloads).unit_bytes == 0
+    assert memory(stage(LLM)).unit_bytes == memory(stage(LLM), setup=offloads).unit_bytes
+
+
+def test_groups_are_what_their_ranks_say():
+    # tp 2, cp 2, dp 2 on ranks 0-7 of nodes of 4; experts of two ranks
+    found = stage_groups(RankSet.block(0, 8), Layout(tp=2, cp=2, dp=2, ep=2), 4)
+    assert (found.tp, found.cp, found.ep) == (Group(2, 1, 2), Group(2, 1, 2), Group(2, 1, 2))
+    assert (found.dp, found.expert_dp) == (Group(4, 2, 2), Group(4, 2, 2))
+    # the first tp group that crosses nodes counts: ranks 2-5 of nodes of 4 are (2, 3), (4, 5); of nodes of 3 (2, 3)
+    assert stage_groups(RankSet.block(2, 4), Layout(tp=2, dp=2), 4).tp == Group(2, 1, 2)
+    assert stage_groups(RankSet.block(2, 4), Layout(tp=2, dp=2), 3).tp == Group(2, 2, 1)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1, max_size=24), st.integers(1, 9), st.data())
+def test_a_group_on_spans_is_the_group_of_its_ranks(ranks, gpus_per_node, data):
+    each = sorted(ranks)
+    start = data.draw(st.integers(0, len(each) - 1))
+    positions = range(start, data.draw(st.integers(start + 1, len(each))), data.draw(st.integers(1, 5)))
+    nodes = [each[position] // gpus_per_node for position in positions]
+    expected = Group(len(nodes), len({*nodes}), min(map(nodes.count, nodes)))
+    assert Group.of(RankSet.of(each), gpus_per_node, positions) == expected
+
+
+alone = Group.on_one_node
 
 
 def test_ring_formulas_by_hand():
     comm = RingComm(make_cluster(4))  # 100 GB/s, 1 us
     one_mb = 1e6
-    assert comm.estimate(Operation.all_reduce, (0, 1, 2, 3), one_mb) == pytest.approx(6e-6 + 1.5e-5)
-    assert comm.estimate(Operation.all_gather, (0, 1, 2, 3), one_mb) == pytest.approx(3e-6 + 0.75e-5)
-    assert comm.estimate(Operation.reduce_scatter, (0, 1), one_mb) == pytest.approx(1e-6 + 0.5e-5)
-    assert comm.estimate(Operation.p2p, (0, 3), one_mb) == pytest.approx(1e-6 + 1e-5)
+    assert comm.estimate(Operation.all_reduce, alone(4), one_mb) == pytest.approx(6e-6 + 1.5e-5)
+    assert comm.estimate(Operation.all_gather, alone(4), one_mb) == pytest.approx(3e-6 + 0.75e-5)
+    assert comm.estimate(Operation.reduce_scatter, alone(2), one_mb) == pytest.approx(1e-6 + 0.5e-5)
+    assert comm.estimate(Operation.p2p, alone(2), one_mb) == pytest.approx(1e-6 + 1e-5)
 
 
 def test_nodes_are_joined_by_the_slow_link_times_their_ports():
     comm = RingComm(make_cluster(8, gpus_per_node=4))  # 10 GB/s and 5 us between the two nodes
-    assert comm.estimate(Operation.p2p, (0, 4), 1e6) == pytest.approx(5e-6 + 1e-4)
-    assert comm.estimate(Operation.all_reduce, (0, 4), 1e6) == pytest.approx(2 * (5e-6 + 0.5e-4))
+    assert comm.estimate(Operation.p2p, Group.pair(0, 4, 4), 1e6) == pytest.approx(5e-6 + 1e-4)
+    assert comm.estimate(Operation.all_reduce, Group.pair(0, 4, 4), 1e6) == pytest.approx(2 * (5e-6 + 0.5e-4))
     # four ranks a node drive four ports; three hops inside a node and a tree of depth one between the two
     expected = 2 * (3e-6 + 2 * 5e-6 + 7 / 8 * 1e6 / 40e9)
-    assert comm.estimate(Operation.all_reduce, tuple(range(8)), 1e6) == pytest.approx(expected)
+    assert comm.estimate(Operation.all_reduce, Group(8, 2, 4), 1e6) == pytest.approx(expected)
 
 
 @given(st.sampled_from(list(Operation)), st.integers(1, 8), st.floats(0, 1e9), st.floats(0, 1e9))
 def test_comm_grows_with_bytes_and_is_free_alone(operation, n, a, b):
     comm = RingComm(make_cluster(8))
-    low, high = (comm.estimate(operation, tuple(range(n)), size) for size in sorted((a, b)))
+    low, high = (comm.estimate(operation, alone(n), size) for size in sorted((a, b)))
     assert low <= high
     if n == 1:
         assert high == 0
@@ -153,7 +205,7 @@ def test_comm_grows_with_bytes_and_is_free_alone(operation, n, a, b):
 
 def test_all_reduce_is_a_reduce_scatter_and_an_all_gather():
     comm = RingComm(make_cluster(4))
-    everyone, size = (0, 1, 2, 3), 12345.0
+    everyone, size = alone(4), 12345.0
     parts = [comm.estimate(op, everyone, size) for op in (Operation.reduce_scatter, Operation.all_gather)]
     assert comm.estimate(Operation.all_reduce, everyone, size) == pytest.approx(sum(parts))
 
@@ -161,19 +213,21 @@ def test_all_reduce_is_a_reduce_scatter_and_an_all_gather():
 def test_all_to_all_across_nodes_sends_what_leaves_the_node():
     # two ranks on two nodes: half of what each sends crosses, through a port of 10 GB/s with 5 us
     cluster = make_cluster(2, gpus_per_node=1)
-    assert RingComm(cluster).estimate(Operation.all_to_all, (0, 1), 1e6) == pytest.approx(2 * 5e-6 + 0.5e6 / 10e9)
+    assert RingComm(cluster).estimate(Operation.all_to_all, Group(2, 2, 1), 1e6) == pytest.approx(
+        2 * 5e-6 + 0.5e6 / 10e9
+    )
 
 
 def test_groups_with_the_same_ends_are_not_the_same():
+    # ranks 0, 1, 2, 15 of nodes of 8: one rank alone on its node; 0, 1, 8, 15: two on either
+    uneven, even = (Group.of(RankSet.of(ranks), 8) for ranks in ((0, 1, 2, 15), (0, 1, 8, 15)))
+    assert (uneven, even) == (Group(4, 2, 1), Group(4, 2, 2))
     comm = RingComm(make_cluster(16, gpus_per_node=8))
-    groups = [(0, 1, 2, 15), (0, 1, 8, 15)]  # one rank alone on its node, two on either
-    forth, back = ({g: comm.estimate(Operation.all_reduce, g, 1e6) for g in order} for order in (groups, groups[::-1]))
-    assert forth == back
-    assert forth[groups[0]] != forth[groups[1]]
+    assert comm.estimate(Operation.all_reduce, uneven, 1e6) > comm.estimate(Operation.all_reduce, even, 1e6)
 
 
 def test_measured_comm_reads_the_lines():
     comm = MeasuredComm(FittedProfile(make_profile()))
-    assert comm.estimate(Operation.all_reduce, (0, 2, 3), 1_000_000) == pytest.approx(1.1e-3)
-    assert comm.estimate(Operation.p2p, (0, 3), 1000) == pytest.approx(1.1e-4)
-    assert comm.estimate(Operation.all_reduce, (0,), 1000) == 0
+    assert comm.estimate(Operation.all_reduce, alone(3), 1_000_000) == pytest.approx(1.1e-3)
+    assert comm.estimate(Operation.p2p, alone(2), 1000) == pytest.approx(1.1e-4)
+    assert comm.estimate(Operation.all_reduce, alone(1), 1000) == 0

@@ -20,6 +20,7 @@ from megatron_mosaic.cost_model.hardware.profile import (
     save_profile,
 )
 from megatron_mosaic.errors import ConfigError, ProfileError
+from megatron_mosaic.schedules import Kind
 from tests.cases import make_profile
 
 PROFILE = make_profile()
@@ -118,7 +119,7 @@ def test_one_point_is_flat():
 
 def test_no_silent_extrapolation():
     fitted = FittedProfile(PROFILE)
-    line = fitted.module("llm", 1, 1, Part.layer, backward=False)
+    line = fitted.module("llm", 1, 1, Part.layer, Kind.F)
     assert line.at(16 * EXTRAPOLATION) == pytest.approx((1 + 64) * 1e-3)
     assert line.at(0.5) == pytest.approx(1.5e-3)  # below the smallest point: on to the intercept
     with pytest.raises(ProfileError) as caught:
@@ -130,9 +131,9 @@ def test_no_silent_extrapolation():
 @pytest.mark.parametrize(
     ("ask", "where"),
     [
-        (lambda f: f.module("audio", 1, 1, Part.layer, backward=False), "modules.audio.1.1.layer"),
-        (lambda f: f.module("llm", 8, 1, Part.layer, backward=False), "modules.llm.8.1.layer"),
-        (lambda f: f.module("llm", 1, 9, Part.pre, backward=True), "modules.llm.1.9.pre"),
+        (lambda f: f.module("audio", 1, 1, Part.layer, Kind.F), "modules.audio.1.1.layer"),
+        (lambda f: f.module("llm", 8, 1, Part.layer, Kind.F), "modules.llm.8.1.layer"),
+        (lambda f: f.module("llm", 1, 9, Part.pre, Kind.B), "modules.llm.1.9.pre"),
         (lambda f: f.collective(Operation.all_reduce, 64), "collectives.all_reduce.64"),
     ],
 )

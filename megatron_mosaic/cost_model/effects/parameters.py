@@ -1,0 +1,57 @@
+"""Parameters of one pipeline stage on one rank: all, trained, and those whose optimizer step the rank computes."""
+
+from __future__ import annotations
+
+from megatron_mosaic.cost_model.effects.counts import (
+    count_expert_parameters,
+    count_parameters,
+    count_projector_parameters,
+)
+from megatron_mosaic.cost_model.work import StageWork
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.training import Sharding
+
+
+def stage_parameters(work: StageWork) -> float:
+    """Parameters of one stage on one rank. The last of several stages keeps its own copy of tied embeddings."""
+    module, layout = work.module, work.layout
+    tied = module.vocab_size and not module.untied_output
+    copy = module.vocab_size * module.hidden_size / layout.tp if tied and work.last and not work.first else 0.0
+    return copy + sum(
+        count * count_parameters(module, part, layout.tp, layout.ep * layout.etp)
+        for part, count in work.parts().items()
+    )
+
+
+def trained_parameters(work: StageWork) -> tuple[float, float]:
+    """Those that are trained, dense and of routed experts: all, none, or the projector of a frozen module."""
+    module = work.module
+    if not module.frozen:
+        experts = stage_expert_parameters(work)
+        return stage_parameters(work) - experts, experts
+    return count_projector_parameters(module) if module.trains_projector and work.last else 0.0, 0.0
+
+
+def frozen_parameters(work: StageWork) -> float:
+    """Those of `stage_parameters` that are not trained."""
+    return stage_parameters(work) - sum(trained_parameters(work)) if work.module.frozen else 0.0
+
+
+def stage_expert_parameters(work: StageWork) -> float:
+    """Parameters of the routed experts of one stage on one rank."""
+    if not work.module.num_experts:
+        return 0.0
+    return work.layers * count_expert_parameters(work.module, work.layout.ep, work.layout.etp)
+
+
+def shards_of(layout: Layout) -> tuple[int, int]:
+    """Ranks over which the optimizer of dense and of expert parameters is sharded."""
+    dense = layout.dp * layout.cp
+    return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
+
+
+def updated_parameters(work: StageWork, sharding: Sharding) -> float:
+    """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
+    shards = (1, 1) if sharding is Sharding.none else shards_of(work.layout)
+    dense, experts = (count / ranks for count, ranks in zip(trained_parameters(work), shards))
+    return dense + experts

@@ -1,0 +1,221 @@
+"""What each lane of a plan has to do in a step. Behind this file nothing takes a plan, only these values.
+
+Plan, Workload --list_stage_work--> StepWork: lanes (name, ranks, StageWork), edges, classes of alike ranks
+
+A `StageWork` says all that a cost depends on, and no rank: two lanes with equal work cost the same wherever they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+
+from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
+from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload
+from megatron_mosaic.schedules import Kind, stage_graph
+from megatron_mosaic.schedules.rank_classes import RankClass, rank_classes
+from megatron_mosaic.schedules.stage_graph import StageGraph
+
+_FORWARD, _BOTH = (Kind.F,), (Kind.F, Kind.B)
+
+
+def of_kind[T](table: Mapping[Kind, T], kind: Kind) -> T:
+    """The entry of a kind of action. ScheduleError for those that have none."""
+    if kind not in table:
+        raise ScheduleError(
+            f"cost of kind {kind}",
+            got="a split backward",
+            expected=f"one of {sorted(table)}: split backwards have no price yet",
+            fix="use a schedule of whole backwards",
+        )
+    return table[kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageWork:
+    """The work of one pipeline stage in a step, on each of its ranks. The key of every cost."""
+
+    module: ModuleConfig
+    layout: Layout
+    first: bool  # of the module's stages
+    last: bool
+    items: int  # that the busiest dp slot takes in one full unit, at the mean count
+    num_units: int
+    kinds: tuple[Kind, ...]  # of its actions
+    reaches_layers: bool  # its backward: else it ends at the trained projector of a frozen module
+    recompute: Recompute
+    sequence_parallel: bool
+    share: float  # of the rank's SMs or cores
+    groups: StageGroups
+    _hash: int = field(init=False, repr=False, compare=False)  # worked out once: a search asks a hundred thousand times
+
+    def __post_init__(self) -> None:
+        compared = tuple([getattr(self, each.name) for each in fields(self) if each.compare])
+        object.__setattr__(self, "_hash", hash(compared))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def layers(self) -> int:
+        return self.module.num_layers // self.layout.pp
+
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks // self.layout.pp
+
+    @property
+    def num_actions(self) -> int:
+        """Of each kind: a unit on one virtual stage is one."""
+        return self.num_units * self.layout.vpp
+
+    @property
+    def tokens(self) -> float:
+        """Of a unit, on one rank of a cp group."""
+        return self.items * self.module.tokens_per_item / self.layout.cp
+
+    @property
+    def hidden_split(self) -> int:
+        """Ranks that share the hidden states between two layers."""
+        return self.layout.cp * (self.layout.tp if self.sequence_parallel else 1)
+
+    @property
+    def layers_by_mlp(self) -> tuple[tuple[bool, float], ...]:
+        """(whether the MLP is dense, so many layers): of a mixture of experts, at the mean over its stages."""
+        shares = (True, self.module.dense_frac), (False, self.sparse_frac)
+        return tuple((dense, self.layers * frac) for dense, frac in shares if frac)
+
+    @property
+    def sparse_frac(self) -> float:
+        """Of its layers, those with experts."""
+        return 1 - self.module.dense_frac
+
+    def parts(self, kind: Kind = Kind.F) -> dict[Part, int]:
+        """How often an action of this kind goes through each part."""
+        within = kind is Kind.F or self.reaches_layers
+        return {Part.pre: int(self.first and within), Part.layer: self.layers * within, Part.post: int(self.last)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """A pipeline stage of a module: where it runs, and what it does there."""
+
+    module: str
+    stage: int
+    ranks: RankSet
+    work: StageWork
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.stage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """The work of all lanes, and what they have in common."""
+
+    lanes: tuple[Lane, ...]  # modules in topological order
+    classes: tuple[RankClass, ...]
+    edges: tuple[Edge, ...]
+    graph: StageGraph
+    schedule: ScheduleChoice
+    world: Group
+    num_samples: int
+    gpus_per_node: int
+
+    @cached_property
+    def class_lanes(self) -> tuple[tuple[int, ...], ...]:
+        """By class, the numbers of its lanes."""
+        number = {lane.name: i for i, lane in enumerate(self.lanes)}
+        return tuple(tuple(sorted(number[name] for name in alike.lanes)) for alike in self.classes)
+
+    @property
+    def num_busy_ranks(self) -> int:
+        return sum(len(alike.ranks) for alike in self.classes)
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """By lane, the lanes whose forwards its own need: earlier ones."""
+        last = {lane.module: i for i, lane in enumerate(self.lanes)}
+        feeds = {name: [last[a] for a, b in self.graph.edges if b == name] for name in last}
+        return tuple((i - 1,) if lane.stage else tuple(feeds[lane.module]) for i, lane in enumerate(self.lanes))
+
+    @property
+    def min_live_units(self) -> tuple[int, ...]:
+        """By lane, units that are alive at some moment at least. 1F1B warms up with a unit for each stage behind it;
+        other schedules may keep fewer."""
+        if self.schedule.name != "1f1b":
+            return (1,) * len(self.lanes)
+        behind = [self.graph.stages_after(lane.module, lane.stage) for lane in self.lanes]
+        return tuple(min(lane.work.num_units, far + 1) for lane, far in zip(self.lanes, behind))
+
+
+def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepWork:
+    """The work of a training step of the plan, on nodes of so many ranks."""
+    graph = stage_graph(plan, workload)
+    samples = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp
+    lanes: list[Lane] = []
+    for module in workload.modules:
+        placed, name = plan.modules[module.name], module.name
+        lanes += _list_module(
+            module,
+            placed,
+            # an item is not split
+            items=math.ceil(samples * graph.units[name] * module.items_per_sample / placed.layout.dp - 1e-9),
+            num_units=graph.num_units(name),
+            kinds=_BOTH if name in graph.has_backward else _FORWARD,
+            reaches_layers=workload.hidden_has_gradient(name),
+            gpus_per_node=gpus_per_node,
+        )
+    return StepWork(
+        lanes=tuple(lanes),
+        classes=rank_classes(plan),
+        edges=workload.edges,
+        graph=graph,
+        schedule=plan.schedule,
+        world=_world(plan.world_size, gpus_per_node),
+        num_samples=plan.global_batch_size,
+        gpus_per_node=gpus_per_node,
+    )
+
+
+@lru_cache(maxsize=65536)
+def _list_module(
+    module: ModuleConfig,
+    placed: ModulePlan,
+    *,
+    items: int,
+    num_units: int,
+    kinds: tuple[Kind, ...],
+    reaches_layers: bool,
+    gpus_per_node: int,
+) -> tuple[Lane, ...]:
+    lanes = []
+    for stage in range(placed.layout.pp):
+        ranks = placed.stage_ranks(stage)
+        work = StageWork(
+            module=module,
+            layout=placed.layout,
+            first=stage == 0,
+            last=stage == placed.layout.pp - 1,
+            items=items,
+            num_units=num_units,
+            kinds=kinds,
+            reaches_layers=reaches_layers,
+            recompute=placed.recompute,
+            sequence_parallel=placed.sequence_parallel,
+            share=placed.quota.share,
+            groups=stage_groups(ranks, placed.layout, gpus_per_node),
+        )
+        lanes.append(Lane(module=module.name, stage=stage, ranks=ranks, work=work))
+    return tuple(lanes)
+
+
+@lru_cache(maxsize=64)
+def _world(world_size: int, gpus_per_node: int) -> Group:
+    return Group.of(RankSet.block(0, world_size), gpus_per_node)

@@ -1,0 +1,188 @@
+"""The clock: its fast paths against its events, tracks against the oracle, folded ranks against single ones."""
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mosaic.cost_model.clock import run_clock, run_events
+from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
+from megatron_mosaic.cost_model.machine import OwnDevices
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.program import fold
+from megatron_mosaic.cost_model.simulate import Simulation, simulate, simulate_program
+from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
+from megatron_mosaic.schedules import Action, Kind, Schedule, build_schedule, stage_graph
+from megatron_mosaic.schedules.passes import schedule_in_turns
+from tests.cases import BACKBONE_ONLY, WORKLOAD, make_cluster, make_plan, make_profile, plans
+from tests.cost_model.oracle_events import assert_as_in_the_oracle, times_of
+
+
+def _gpu_model(num_ranks: int = 4) -> CostModel:
+    return CostModel(WORKLOAD, make_cluster(num_ranks))
+
+
+def _local_model(cores: int) -> CostModel:
+    profile = make_profile(WORKLOAD, cores=cores)
+    return CostModel(WORKLOAD, local_cluster(profile, 4), profile)
+
+
+@st.composite
+def plans_with_tracks(draw: st.DrawFn) -> tuple[Plan, Schedule]:
+    """A plan, and its schedule with its lanes on up to three tracks."""
+    plan = draw(plans(world_size=4))
+    schedule = build_schedule(plan, WORKLOAD)
+    tracks = draw(st.lists(st.integers(0, 2), min_size=len(schedule.lanes), max_size=len(schedule.lanes)))
+    return plan, replace(schedule, tracks=dict(zip(schedule.lanes, tracks, strict=True)))
+
+
+@settings(max_examples=40)
+@given(plans(world_size=4), st.sampled_from([{}, {"vision": 2}, {"vision": 3}]))
+def test_one_pass_gives_the_times_of_the_events(plan, units):
+    modules = {name: replace(placed, unit=units.get(name, 0)) for name, placed in plan.modules.items()}
+    simulation = simulate(replace(plan, modules=modules), _gpu_model())
+    job_s, lag_s = times_of(simulation)
+    starts, ends = run_events(simulation.program, job_s, lag_s, OwnDevices())
+    assert simulation.start_s == pytest.approx(starts, rel=1e-9, abs=1e-12)
+    assert simulation.end_s == pytest.approx(ends, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=30)
+@given(plans_with_tracks())
+def test_tracks_run_at_the_same_time_as_in_the_oracle(case):
+    plan, schedule = case
+    assert_as_in_the_oracle(simulate(plan, _gpu_model(), schedule), plan)
+
+
+@settings(max_examples=20)
+@given(plans_with_tracks(), st.integers(1, 3))
+def test_tracks_share_cores_as_in_the_oracle(case, cores):
+    plan, schedule = case
+    assert_as_in_the_oracle(simulate(plan, _local_model(cores), schedule), plan, cores=cores)
+
+
+def test_lanes_of_one_rank_take_turns_on_a_track_and_overlap_on_two():
+    plan = make_plan({"vision": ("0", Layout()), "llm": ("0", Layout()), "generator": ("1", Layout())}, world_size=2)
+    schedule = build_schedule(plan, WORKLOAD)
+    turns, tracks = (
+        simulate(plan, _gpu_model(), each) for each in (schedule, replace(schedule, tracks={"vision.0": 1}))
+    )
+    assert not _overlap(turns, "vision", "llm")
+    assert _overlap(tracks, "vision", "llm")
+    assert tracks.step_s < turns.step_s
+
+
+def _overlap(simulation: Simulation, one: str, other: str) -> bool:
+    spans = list(zip(simulation.program.schedule.order, simulation.start_s, simulation.end_s))
+    return any(
+        a.module == one and b.module == other and a_start < b_end and b_start < a_end
+        for a, a_start, a_end in spans
+        for b, b_start, b_end in spans
+    )
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"vision": ("0-999", Layout(tp=4, dp=250)), "llm": ("0-999", Layout(tp=2, pp=4, dp=125)),
+         "generator": ("500-899", Layout(dp=400))},  # shared, nested, partly overlapping
+        {"vision": ("0-199", Layout(dp=200)), "llm": ("200-839", Layout(tp=8, pp=4, dp=20)),
+         "generator": ("840-999", Layout(pp=2, dp=80))},  # apart
+        {"vision": ("0-99,300-399,700-749", Layout(pp=2, dp=125)), "llm": ("50-849", Layout(pp=4, dp=200)),
+         "generator": ("0-999", Layout(dp=1000))},
+    ],
+)  # fmt: skip
+def test_a_thousand_ranks_folded_are_a_thousand_ranks(modules):
+    backbone_dp = modules["llm"][1].dp
+    plan = make_plan(modules, world_size=1000, global_batch_size=9 * backbone_dp)
+    simulation = simulate(plan, _gpu_model(1000))
+    assert len(simulation.price.work.classes) < 12
+    expected = _rank_by_rank(plan, simulation)
+    assert simulation.start_s == tuple(expected[action][0] for action in simulation.program.schedule.order)
+    assert simulation.end_s == tuple(expected[action][1] for action in simulation.program.schedule.order)
+
+
+def _rank_by_rank(plan: Plan, simulation: Simulation) -> dict[Action, tuple[float, float]]:
+    """Every rank by itself, in the schedule's order."""
+    price, schedule = simulation.price, simulation.program.schedule
+    number = {lane.name: i for i, lane in enumerate(price.work.lanes)}
+    free = [0.0] * plan.world_size
+    times: dict[Action, tuple[float, float]] = {}
+    for action in schedule.order:
+        lane = number[action.lane]
+        ranks = price.work.lanes[lane].ranks.ranks
+        arrivals = [
+            times[need][1] + (price.transfer_s(number[need.lane], lane) if need.lane != action.lane else 0.0)
+            for need in schedule.needs(action)
+        ]
+        start = max([free[rank] for rank in ranks] + arrivals)
+        times[action] = start, start + price.costs[lane].seconds(action.kind)
+        for rank in ranks:
+            free[rank] = times[action][1]
+    return times
+
+
+@settings(max_examples=20)
+@given(plans(world_size=4), st.randoms(use_true_random=False))
+def test_lanes_in_another_order_are_the_same_lanes(plan, random):
+    # A schedule file may list them as it likes
+    schedule = build_schedule(plan, WORKLOAD)
+    names = list(schedule.lanes)
+    random.shuffle(names)
+    work = replace(schedule.work, lanes={name: schedule.lanes[name] for name in names})
+    model = _gpu_model()
+    plain, shuffled = (simulate(plan, model, each) for each in (schedule, replace(schedule, work=work)))
+    assert plain.end_s == shuffled.end_s
+    assert plain.class_peak_bytes == shuffled.class_peak_bytes
+
+
+def test_split_backwards_have_no_price_yet():
+    plan = make_plan({"llm": ("0", Layout())}, workload=BACKBONE_ONLY, world_size=1, global_batch_size=2)
+    graph = stage_graph(plan, BACKBONE_ONLY)
+    kinds = [Kind.F, Kind.I, Kind.W]
+    lane = tuple(Action("llm", 0, kind, unit) for unit in range(2) for kind in kinds)
+    schedule = schedule_in_turns("split", graph, {"llm.0": lane})
+    with pytest.raises(ScheduleError, match="split backwards have no price yet"):
+        simulate(plan, CostModel(BACKBONE_ONLY, make_cluster(1)), schedule)
+
+
+def test_a_program_is_kept_by_its_graph_and_not_by_its_ranks():
+    few, many = (
+        simulate(make_plan({"vision": (f"0-{n - 1}", Layout(dp=n)), "llm": (f"0-{n - 1}", Layout(tp=2, dp=n // 2)),
+                            "generator": (f"0-{n - 1}", Layout(dp=n))}, world_size=n, global_batch_size=8 * n),
+                 _gpu_model(n))
+        for n in (4, 8)
+    )  # fmt: skip
+    assert few.program is many.program
+    other = make_plan({"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(tp=2, dp=2)),
+                       "generator": ("0-3", Layout(dp=4))}, global_batch_size=32)  # fmt: skip
+    assert simulate(other, _gpu_model()).program is not few.program
+
+
+def test_needs_of_other_lanes_are_kept_and_own_ones_dropped():
+    plan = make_plan({"llm": ("0-1", Layout(pp=2))}, workload=BACKBONE_ONLY, world_size=2, global_batch_size=3)
+    graph = stage_graph(plan, BACKBONE_ONLY)
+    program = fold(build_schedule(plan, BACKBONE_ONLY), graph)
+    place = dict(zip(program.schedule.order, count(1)))
+    needs = {str(action): program.need[at - 1] for action, at in place.items()}
+    assert needs["llm.0F0"] == needs["llm.1B2"] == 0  # its own forward is all that llm.1B2 needs
+    assert needs["llm.1F1"] == place[Action("llm", 0, Kind.F, 1)]
+    assert needs["llm.0B1"] == place[Action("llm", 1, Kind.B, 1)]
+    assert not any(program.more_needs)
+    lags = [0.0] * len(program.links)
+    ends = run_clock(program, [1.0 if kind is Kind.F else 2.0 for _, kind in program.jobs], lags, OwnDevices())[1]
+    assert max(ends) == (2 - 1 + 3) * 3
+
+
+def test_interleaved_chunks_travel_around_the_ring():
+    deep = replace(BACKBONE_ONLY, modules=(replace(BACKBONE_ONLY.modules[0], num_layers=8),))
+    plan = make_plan({"llm": ("0-1", Layout(pp=2, vpp=2))}, workload=deep, world_size=2, global_batch_size=4)
+    model = CostModel(deep, make_cluster(2))
+    simulation = simulate(replace(plan, schedule=ScheduleChoice("interleaved")), model)
+    assert {(1, 0), (0, 1)} <= {*simulation.program.links}
+    assert_as_in_the_oracle(simulation, plan)
+    again = simulate_program(simulation.price, simulation.program)
+    assert again.end_s == simulation.end_s
