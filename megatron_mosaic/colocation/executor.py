@@ -12,8 +12,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
+from megatron_mosaic.flight.line import Flight
+from megatron_mosaic.flight.verdict import failure_of
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules import Action, Schedule, build_forward_only
@@ -103,16 +104,11 @@ class Executor:
     def doing(self, lane: str, action: str) -> Iterator[None]:
         """Note lane and action, so that a failure inside is reported with them."""
         where = f"step {self.step} lane {lane} action {action}"
-        self.flight.note(where)
         try:
+            self.flight.note(where)
             yield
         except RankFailure:
             raise
         except Exception as error:
-            self.flight.fail(f"{where} failed: {type(error).__name__}")
-            raise RankFailure(
-                f"rank {self.rank}, {where}",
-                got=f"{type(error).__name__}: {error}",
-                expected="the action to finish",
-                fix="see the traceback above; if it says a connection closed, another rank failed first",
-            ) from error
+            self.flight.note(f"{where} failed: {type(error).__name__}")
+            raise failure_of(self.flight, where, error) from error
