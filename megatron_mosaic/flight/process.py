@@ -51,6 +51,12 @@ def begin_flight(rank: int) -> Flight:
     return _begun.flight
 
 
+def flight_of(rank: int) -> Flight:
+    """The process's flight, if it has begun one as this rank; else a new one."""
+    is_ours = _begun is not None and _begun.pid == os.getpid() and _begun.flight.rank == rank
+    return _begun.flight if _begun is not None and is_ours else Flight(rank)
+
+
 def _stand_alone(flight: Flight) -> None:
     """What a launcher of ours would do: the rank dies with torchrun, and says who died before it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -54,13 +54,13 @@ def judge(flight: Flight, error: BaseException) -> Verdict:
     return stamp(flight, at_ns=at_ns, follows=follows, suspect=suspect)
 
 
-def stamp(flight: Flight, *, at_ns: int, follows: bool, suspect: Suspect | None = None) -> Verdict:
+def stamp(flight: Flight, *, at_ns: int, follows: bool, suspect: Suspect | None = None, why: str = "") -> Verdict:
     """The verdict, in a file of its own where the flight has a directory; the older one if this rank has one."""
     states = read_states(flight.directory, flight.rank) if flight.directory else {}
     words = flight.last if suspect is None else "before start-up"
     if suspect is not None and suspect.rank in states:
         words = states[suspect.rank].line.words
-    rank, why = (suspect.rank, suspect.why) if suspect else (None, "")
+    rank, why = (suspect.rank, suspect.why) if suspect else (None, why)
     report = render_states(states)
     verdict = Verdict(rank=flight.rank, at_ns=at_ns, follows=follows, suspect=rank, why=why, words=words, report=report)
     if flight.directory is None:

@@ -36,9 +36,11 @@ def rank_failure(rank: int, got: str, directory: str, *, log: str = "", report: 
     fix = "look for the first traceback above; ranks whose connection closed are followers"
     if verdict is not None:
         report = verdict.report
+        if verdict.why:  # the rank moved on, or was ended by us: what it was at then counts
+            words = verdict.words
+            got = verdict.why if verdict.why != GONE else got
         if verdict.suspect is not None:
-            got = got if verdict.why == GONE else verdict.why  # how it ended says more; or is our own doing
-            words, fix = verdict.words, fix_of_suspect(rank)
+            fix = fix_of_suspect(rank)
     return RankFailure(
         f"rank {rank}, {words}",
         got="\n".join(part for part in (got, log, report) if part),

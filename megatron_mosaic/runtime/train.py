@@ -34,6 +34,7 @@ from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import ModelDefinition
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.process import begin_flight, collective_timeout, end_flight, noted
+from megatron_mosaic.flight.results import ResultWatch
 from megatron_mosaic.flight.verdict import naming
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, NotFinite, build_optimizer
@@ -69,6 +70,7 @@ class Runtime:
         validate_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
         self._flight = begin_flight(args.rank)
+        ResultWatch(self._flight)
         timeout = collective_timeout(args.distributed_timeout_minutes)
         with naming(self._flight):
             _initialize_distributed(args, timeout)
@@ -95,7 +97,7 @@ class Runtime:
         draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
         self._flight.note("set-up: Megatron")
-        rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
+        rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=self._run_steps)
 
     @property
     def seams(self) -> dict[str, Any]:
@@ -131,6 +133,11 @@ class Runtime:
         config = core_transformer_config_from_args(self._args)
         rng_states = RngStates(self.scopes, self.view.rank, self.plan.world_size)
         return MosaicModel(config, stages, ddp_config, self.grids.world_view(), rng_states)
+
+    def _run_steps(self, **_: Any) -> StepRunner:
+        """What Megatron's loop asks for, once it has loaded."""
+        self.executor.count_from(get_args().iteration)
+        return self.step
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:

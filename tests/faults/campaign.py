@@ -22,7 +22,7 @@ from tests.faults import injection
 from tests.faults.injection import Fault
 from tests.numerics import parity_cases as cases
 
-STEPS, SAVE_INTERVAL, TIMEOUT_S = 4, 2, 8.0
+STEPS, SAVE_INTERVAL, TIMEOUT_S = 4, 2, 7.0
 FAULTY = 1  # the rank: it has both a first and a last stage, sends and waits
 PLAN = cases.any2any_plan(("0-1", cases.Layout(dp=2)), ("0-1", cases.Layout(pp=2)), ("1", cases.Layout()), world_size=2)
 COMMAND = ["--lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--eval-iters", "0"]

@@ -66,25 +66,24 @@ def _raise() -> None:
 
 
 def _poison() -> None:
-    """The next loss of this rank is not a number."""
+    """From now on no loss of this rank is a number."""
     sound = pretrain.loss_func
 
     def poisoned(output):
         loss, count, report = sound(output)
-        pretrain.loss_func = sound
         return None if loss is None else loss * float("nan"), count, report
 
     pretrain.loss_func = poisoned
 
 
 def _slow_down() -> None:
-    """From now on every action takes five times as long, and at least a quarter of a second."""
-    note, last = Flight.note, [time.monotonic()]
+    """From now on what lies between two notes takes five times its computing time, and a twentieth of a second more."""
+    note, computed = Flight.note, [time.thread_time()]
 
     def note_slowly(self: Flight, text: str) -> None:
-        time.sleep(max(0.25, 4 * (time.monotonic() - last[0])))
+        time.sleep(0.05 + 4 * (time.thread_time() - computed[0]))
+        computed[0] = time.thread_time()
         note(self, text)
-        last[0] = time.monotonic()
 
     Flight.note = note_slowly
 

@@ -46,11 +46,16 @@ def run_dying(launch: Launch, directory: Path, kind: str, moment: str) -> Outcom
 
 
 def run_nan(launch: Launch, directory: Path, step: int) -> Outcome:
-    """A loss that is not a number ends the run before anything is stepped."""
+    """A loss that is not a number ends the run before anything is stepped.
+
+    Megatron looks for it from its second step on, tries the step again, and saves what was before it.
+    """
     outcome = run_with_fault(launch, directory, "NaN", rf"step {step} lane llm\.1 action llm\.1F")
     assert outcome.exit_status == 1, outcome
-    assert re.match(rf"rank \d, step {step} lane ~optimizer", outcome.error.where), outcome.error
-    assert outcome.last_good == (2 if step > 2 else None), outcome
+    lane, words = ("~grads", "Unexpected result nan on rank") if step > 1 else ("~optimizer", "are inf or NaN")
+    assert re.match(rf"rank \d, step {step} lane {lane} action {lane}", outcome.error.where), outcome.error
+    assert words in outcome.error.got, outcome.error
+    assert outcome.last_good == (step - 1 or None), outcome
     return outcome
 
 
