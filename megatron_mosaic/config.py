@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type, local_cluster
+from megatron_mosaic.cost_model.hardware.catalogue import embed_gpu_type, load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Profile, default_profile_path, load_profile
-from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.cluster import Cluster, GpuClusterSection, Link, LocalClusterSection
-from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSection, TrainingSetup
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.cluster import Cluster, ClusterSection, GpuClusterSection, Link, LocalClusterSection
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingOverrides, TrainingSection, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.plan.workload_file import Count, ModelSection, make_workload
 from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation
 from megatron_mosaic.search.space import SearchConfig
 
 GROUPS = ("model", "cluster", "workload", "search")
-_KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the branch of the union in a path
+ClusterValues = GpuClusterSection | LocalClusterSection
+_OF_PLAN = "~plan"  # the option of the group `cluster` whose values are a plan's
 _GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
 
 
 class WorkloadSection(StrictModel):
     global_batch_size: Count
     items_per_sample: dict[str, float] = {}
-    training: TrainingSection = TrainingSection()
+    training: TrainingOverrides = TrainingOverrides()
 
 
 class SearchSection(StrictModel):
@@ -48,23 +52,46 @@ class Sections(StrictModel):
     """What the composed configuration must look like."""
 
     model: ModelSection
-    cluster: Annotated[GpuClusterSection | LocalClusterSection, Field(discriminator="kind")]
+    cluster: ClusterSection
     workload: WorkloadSection
     search: SearchSection
+
+    @property
+    def training(self) -> TrainingSetup:
+        """How it is trained, as a plan says it. CPUs train in fp32 unless told otherwise."""
+        given = self.workload.training
+        usual = Format.fp32 if isinstance(self.cluster, LocalClusterSection) else Format.bf16
+        return TrainingSetup(**given.model_dump() | {"format": given.format or usual})
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """The same for the cost model, which counts on fused attention where there are kernels for it."""
+        return replace(self.training, fused_attention=not isinstance(self.cluster, LocalClusterSection))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What to plan: a workload on a cluster, within the limits of a search."""
+    """What to plan: a workload on a cluster, within the limits of a search. `said`: cluster and training as a plan
+    says them."""
 
     workload: Workload
     cluster: Cluster
     search: SearchConfig
     profile: Profile | None
+    said: tuple[str | FrozenMap[str, Any], TrainingSetup]
     setup: TrainingSetup = DEFAULT_SETUP
 
     def cost_model(self) -> CostModel:
         return CostModel(self.workload, self.cluster, self.profile, self.setup)
+
+    def fits(self, peak_bytes: float) -> bool:
+        """Whether a rank that holds this much leaves room for what `search.memory_frac` is for."""
+        return peak_bytes <= memory_limit_bytes(self.cluster, self.search.memory_frac)
+
+    def complete(self, plan: Plan) -> Plan:
+        """The plan with what its numbers depend on beside itself: the cluster, and how it is trained."""
+        cluster, training = self.said
+        return replace(plan, cluster=cluster, training=training)
 
 
 def group_options(group: str) -> tuple[str, ...]:
@@ -75,29 +102,57 @@ def group_options(group: str) -> tuple[str, ...]:
 
 def load_task(overrides: Sequence[str], *, profile_path: str | Path | None = None) -> Task:
     """The task that the overrides describe. ConfigError for wrong words, ProfileError without a needed profile."""
-    sections = compose_sections(overrides)
-    workload = build_workload(sections)
+    return build_task(compose_sections(overrides), profile_path=profile_path)
+
+
+def build_task(sections: Sections, *, profile_path: str | Path | None = None) -> Task:
+    """The task of a composed configuration; reads the profile of cluster=local and the files of GPU types."""
+    workload, section = build_workload(sections), sections.cluster
     profile: Profile | None = None
-    setup = TrainingSetup(**sections.workload.training.model_dump())
-    if isinstance(sections.cluster, LocalClusterSection):
-        if setup != DEFAULT_SETUP:
-            raise ConfigError(
-                "workload.training",
-                got="another set-up for cluster=local",
-                expected="the set-up that `mosaic calibrate` measured",
-                fix="leave it out, or plan for GPUs",
-            )
+    if isinstance(section, LocalClusterSection):
+        _require_measured(sections.setup)
         profile = load_profile(profile_path or default_profile_path())
-        cluster = local_cluster(profile, sections.cluster.num_ranks)
+        cluster = local_cluster(profile, section.num_ranks)
+        section = section.model_copy(update={"profile": profile.title})
     else:
-        cluster = _gpu_cluster(sections.cluster)
+        cluster = _gpu_cluster(section)
     return Task(
         workload=workload,
         cluster=cluster,
         search=SearchConfig(**sections.search.model_dump()),
         profile=profile,
-        setup=setup,
+        said=(name_cluster(section), sections.training),
+        setup=sections.setup,
     )
+
+
+def name_cluster(section: ClusterValues) -> str | FrozenMap[str, Any]:
+    """As a plan says it: the name of the shipped file if it is that file's cluster, else all values."""
+    if isinstance(section, GpuClusterSection):
+        if section.name in group_options("cluster") and section == shipped_cluster(section.name):
+            return section.name
+        section = section.model_copy(update={"gpu": embed_gpu_type(section.gpu)})
+    return FrozenMap(section.model_dump(exclude_defaults=True))
+
+
+def shipped_cluster(name: str) -> ClusterValues:
+    """The values of a file of conf/cluster."""
+    text = (files("megatron_mosaic.conf") / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")
+    found: ClusterValues = TypeAdapter(ClusterSection).validate_python(yaml.safe_load(text))
+    return found
+
+
+def _require_measured(setup: TrainingSetup) -> None:
+    """ConfigError unless it is what a profile of this machine holds."""
+    measured = TrainingSetup(format=Format.fp32, fused_attention=False)
+    if setup != measured:
+        keys = [key for key in TrainingSection.model_fields if getattr(setup, key) != getattr(measured, key)]
+        raise ConfigError(
+            f"workload.training.{keys[0]}",
+            got=f"{getattr(setup, keys[0])} with cluster=local",
+            expected=f"{getattr(measured, keys[0])}: what `mosaic calibrate` measured",
+            fix=f"set workload.training.{keys[0]}={getattr(measured, keys[0])}, or plan for GPUs",
+        )
 
 
 def load_workload(overrides: Sequence[str]) -> Workload:
@@ -105,16 +160,14 @@ def load_workload(overrides: Sequence[str]) -> Workload:
     return build_workload(compose_sections(overrides))
 
 
-def compose_sections(overrides: Sequence[str]) -> Sections:
-    """The composed and checked configuration."""
+def compose_sections(overrides: Sequence[str], cluster: Mapping[str, Any] | None = None) -> Sections:
+    """The composed and checked configuration. `cluster`: values that the overrides start from, of no file of conf."""
     for override in overrides:
         _validate_override(override)
-    data = _compose(overrides)
     try:
-        return Sections.model_validate(data)
+        return Sections.model_validate(_compose(overrides, cluster))
     except ValidationError as error:
-        parts = describe_violation(error, known="a key of this group")
-        raise ConfigError(**{key: _KIND_OF_CLUSTER.sub("cluster.", text) for key, text in parts.items()}) from error
+        raise ConfigError(**describe_violation(error, known="a key of this group")) from error
 
 
 def build_workload(sections: Sections) -> Workload:
@@ -164,16 +217,21 @@ def _validate_override(override: str) -> None:
         )
 
 
-def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
+def _compose(overrides: Sequence[str], cluster: Mapping[str, Any] | None) -> Mapping[str, Any]:
     # Hydra costs 0.2 s to import: only who composes pays.
     from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    words = list(overrides)
+    if cluster is not None:
+        ConfigStore.instance().store(group="cluster", name=_OF_PLAN, node=_literal(cluster))
+        words.insert(0, f"cluster='{_OF_PLAN}'")
     try:
         with initialize_config_module("megatron_mosaic.conf", version_base="1.3"):
-            data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+            data = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
     except (HydraException, OmegaConfBaseException, RecursionError) as error:
         message = " ".join(str(error).split("\n")[0].split())
         where = next((f"override {o!r}" for o in overrides if o in str(error)), "overrides")
@@ -187,3 +245,10 @@ def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
         ) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def _literal(value: Any) -> Any:
+    """The values as OmegaConf takes them literally: in text, `${` would be looked up."""
+    if isinstance(value, Mapping):
+        return {key: _literal(inner) for key, inner in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

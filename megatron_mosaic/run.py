@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
-from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.training import Format
 from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
+from megatron_mosaic.runtime.training_arguments import apply_training, typed_of
 
 # A stock script's own arguments, and what a one-module plan says of them
 _STOCK_ARGUMENTS = {
@@ -39,6 +41,7 @@ def main(words: Sequence[str]) -> int:
         os.environ[PLAN_VARIABLE] = str(plan_path)
         require_supported_megatron()
         cpu.install()
+        checkpoint_io.install()
         _put_plan_into_arguments(plan)
         sys.argv[:] = [script, *arguments]
         sys.path.insert(0, str(Path(script).resolve().parent))
@@ -137,6 +140,15 @@ def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
                 fix="leave the argument out: the plan decides",
             )
         setattr(args, key, decided)
+    if args.sequence_parallel and not module.sequence_parallel:
+        raise ConfigError(
+            "--sequence-parallel",
+            got="set",
+            expected=f"not set: the plan says sequence_parallel: false of {name}",
+            fix="leave the argument out, or change the plan",
+        )
+    args.sequence_parallel = module.sequence_parallel
+    apply_training(args, plan.training, typed_of(args, {}), formats=frozenset(Format))
     args.micro_batch_size, args.global_batch_size = plan.micro_batch_size, plan.global_batch_size
     if module.layout.ep > 1:
         args.expert_tensor_parallel_size = module.layout.etp

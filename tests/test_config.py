@@ -1,6 +1,8 @@
 """Overrides -> task: good words compose, typos are refused with the place, the choices and a way out."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes
 from megatron_mosaic.any2any.sizes import workload as any2any_workload
@@ -48,6 +50,8 @@ def test_local_takes_the_profile(tmp_path, monkeypatch):
     save_profile(make_profile(workload), path)
     task = load_task(["cluster=local", "cluster.num_ranks=2"], profile_path=path)
     assert (task.cluster.num_ranks, task.cluster.shared_cores) == (2, 2)
+    assert task.said[1] == TrainingSetup(format=Format.fp32)
+    assert load_task(["workload.training.format=fp32"], profile_path=path).said[1] == task.said[1]
     assert task.cost_model().name == "profile of made up, 2026-11-20"
     monkeypatch.setenv("MOSAIC_PROFILE", str(path))
     assert load_task([]).cluster.num_ranks == 4
@@ -100,6 +104,16 @@ def test_refuses(words, where, expected):
     assert caught.value.got and caught.value.fix
 
 
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1) | st.text("\\${}'a:", min_size=1))
+@settings(max_examples=30)
+def test_values_of_a_plan_are_taken_literally(text):
+    link = {"name": text, "bytes_per_s": 1e9, "latency_s": 1e-6, "source": text}
+    values = {"kind": "gpu", "name": text, "gpu": "h100_sxm", "num_nodes": 1, "gpus_per_node": 8}
+    values |= {"intra": link, "inter": link}
+    found = compose_sections(["cluster.num_nodes=2"], values).cluster
+    assert found.model_dump() == values | {"num_nodes": 2}
+
+
 def test_sections_cover_the_groups():
     sections = compose_sections([H100])
     assert set(type(sections).model_fields) == set(GROUPS)
@@ -111,7 +125,9 @@ def test_a_plan_for_gpus_may_be_trained_with_another_set_up():
     assert task.cost_model().source.setup == TrainingSetup(
         format=Format.fp8, sharding=Sharding.optimizer, gradient_overlap_frac=0.9
     )
-    with pytest.raises(ConfigError, match="calibrate"):
+    with pytest.raises(ConfigError, match=r"none: what `mosaic calibrate` measured"):
         load_task(["cluster=local", "workload.training.sharding=optimizer"])
+    with pytest.raises(ConfigError, match=r"fp32: what `mosaic calibrate` measured"):
+        load_task(["cluster=local", "workload.training.format=bf16"])
     with pytest.raises(ConfigError, match="'none', 'optimizer', 'gradients' or 'parameters'"):
         load_task([H100, "workload.training.sharding=all"])

@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace) -> int:
     megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
-    from megatron_mosaic.parity.check import TOLERANCE, check_plan, require_checkable
+    from megatron_mosaic.parity.check import FORMAT, TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     require_checkable(plan, megatron_args, arguments.mosaic_schedule)
@@ -35,8 +35,10 @@ def main(arguments: argparse.Namespace) -> int:
         print_json(parity.as_dict())
     else:
         verdict = "the same" if parity.ok else "NOT the same"
+        if plan.training and plan.training.format is not FORMAT:
+            print(f"computed in {FORMAT}, as every check is; the plan trains in {plan.training.format}")
         print_table(
-            f"{verdict} as one process (tolerance {TOLERANCE:g}, fp32): losses of {parity.steps} steps differ by "
+            f"{verdict} as one process (tolerance {TOLERANCE:g}, {FORMAT}): losses of {parity.steps} steps differ by "
             f"{parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}",
             (
                 "module",

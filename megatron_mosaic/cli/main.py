@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
     for command in (show, simulate, check, train):
         command.add_argument("plan", metavar="PLAN", help="plan file")
-    for command in (plan, compare, simulate, calibrate):
+    for command in (plan, compare, show, simulate, calibrate):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
     for command in (simulate, check, train):
         command.add_argument(

@@ -10,7 +10,7 @@ import yaml
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
 from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.simulate import Simulation
-from megatron_mosaic.plan import validate_plan
+from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, save_plan
 from megatron_mosaic.search.find import SearchResult, find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
@@ -24,14 +24,16 @@ def main(arguments: argparse.Namespace) -> int:
         task.search,
         progress=lambda step: print_progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
     )
-    validate_plan(result.plan, task.workload, task.cluster)
+    plan = task.complete(result.plan)
+    validate_plan(plan, task.workload, task.cluster)
     if arguments.out:
-        save_plan(result.plan, arguments.out)
+        save_plan(plan, arguments.out)
+    fits = task.fits(result.simulation.peak_bytes)
     if arguments.json:
-        print_json(_as_json(result, arguments.out))
+        print_json(_as_json(plan, result, arguments.out) | {"fits": fits})
     else:
-        _print(result, arguments.out)
-    return 0
+        _print(plan, result, arguments.out)
+    return 0 if fits else 1
 
 
 def predict(simulation: Simulation) -> dict[str, float]:
@@ -44,9 +46,9 @@ def predict(simulation: Simulation) -> dict[str, float]:
     }
 
 
-def _as_json(result: SearchResult, out: str | None) -> dict[str, Any]:
+def _as_json(plan: Plan, result: SearchResult, out: str | None) -> dict[str, Any]:
     return {
-        "plan": yaml.safe_load(format_plan(result.plan)),
+        "plan": yaml.safe_load(format_plan(plan)),
         "out": out,
         "predicted": predict(result.simulation),
         "steps": [{"step_s": step.step_s, "reason": step.reason} for step in result.steps],
@@ -55,7 +57,7 @@ def _as_json(result: SearchResult, out: str | None) -> dict[str, Any]:
     }
 
 
-def _print(result: SearchResult, out: str | None) -> None:
+def _print(plan: Plan, result: SearchResult, out: str | None) -> None:
     print_table(
         f"search: {result.evaluated} plans in {format_seconds(result.search_s)}",
         ("move", "step"),
@@ -67,4 +69,4 @@ def _print(result: SearchResult, out: str | None) -> None:
         f"bubbles {numbers['bubble_frac']:.0%}, peak {format_bytes(numbers['peak_bytes'])} a rank\n"
         f"cost model: {result.simulation.price.source.name}"
     )
-    print(f"plan written to {out}" if out else f"\n{format_plan(result.plan)}", end="\n" if out else "")
+    print(f"plan written to {out}" if out else f"\n{format_plan(plan)}", end="\n" if out else "")

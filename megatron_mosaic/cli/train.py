@@ -8,14 +8,13 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_mosaic.any2any.arguments import parse_known, workload_of_command_line
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
-from megatron_mosaic.cli.simulate import complete_overrides
-from megatron_mosaic.config import load_task
+from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
@@ -23,6 +22,7 @@ from megatron_mosaic.launch.torchrun import run_torchrun
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.runtime.training_arguments import refuse_contradictions
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
@@ -38,6 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     _validate_length(arguments.megatron_args)
     workload = workload_of_command_line(arguments.megatron_args)
     validate_plan(plan, workload)
+    refuse_contradictions(plan.training, arguments.megatron_args)
     schedule = load_training_schedule(plan, workload, arguments.mosaic_schedule)  # refuses what cannot be ordered
     predicted = _predict(plan, workload, arguments.profile, schedule)
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
@@ -123,7 +124,10 @@ def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Sche
     if profile is None and not default_profile_path().exists():
         return None
     try:
-        task = load_task(complete_overrides(plan, []), profile_path=profile)
+        planned = apply_overrides(plan, [] if _is_local(plan) else _here(plan))
+        task = planned.build_task(profile)
+        if _is_local(plan):
+            print_notes(planned, task.profile.title if task.profile else "")
         if task.workload.digest != workload.digest:
             raise ProfileError(
                 "prediction",
@@ -137,6 +141,15 @@ def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Sche
             raise
         print_note(f"no prediction: {error.where}: got {error.got}, expected {error.expected}")
         return None
+
+
+def _is_local(plan: Plan) -> bool:
+    return plan.cluster == "local" or (isinstance(plan.cluster, Mapping) and plan.cluster.get("kind") == "local")
+
+
+def _here(plan: Plan) -> list[str]:
+    """Overrides for this machine: what runs here is predicted, wherever the plan is for."""
+    return ["cluster=local", f"cluster.num_ranks={plan.world_size}"]
 
 
 def _result(

@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,13 @@ from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.training import Format
+from megatron_mosaic.runtime.training_arguments import refuse_contradictions
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 
-TOLERANCE = 1e-5  # relative, fp32
+FORMAT = Format.fp32  # whatever the plan trains in: rounding has to stay far below mistakes
+TOLERANCE = 1e-5  # relative
 # Where a gradient is a sum of terms that nearly cancel, fp32 itself leaves more than TOLERANCE open: the gradient of a
 # top-1 router that saw one image may be 1e-5 of what was summed. Then it has to agree within so many times what it
 # moves when the last bit of every weight does (ReferenceStep.rounding).
@@ -76,6 +79,7 @@ class Parity:
         """Keys of `mosaic check --json`."""
         return {
             "ok": self.ok,
+            "format": FORMAT.value,
             "loss_rel_err": self.loss_rel_err,
             "grad_rel_err_max": self.grad_rel_err_max,
             "grad_rel_err_by_module": self.grad_rel_err_by_module,
@@ -97,7 +101,7 @@ def check_plan(
 
     `schedule`: a file with the order of training steps; the reference has none.
     """
-    plan = load_plan(plan_path)
+    plan = in_fp32(load_plan(plan_path))
     require_checkable(plan, megatron_args, schedule)
     from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
@@ -109,7 +113,9 @@ def check_plan(
         import sklearn.datasets  # noqa: F401  seconds to import; forked ranks inherit it
     arguments = [*_STEADY, "--train-iters", str(steps), "--log-interval", "1000", *megatron_args]
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
-        ours = [*arguments, "--mosaic-plan", plan_path, "--mosaic-report", directory]
+        checked = Path(directory) / "plan.yaml"
+        save_plan(plan, checked)
+        ours = [*arguments, "--mosaic-plan", str(checked), "--mosaic-report", directory]
         ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
         ours += ["--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
         ours += ["--mosaic-schedule", schedule] if schedule else []
@@ -122,6 +128,11 @@ def check_plan(
             if parity.grad_rel_err_max <= TOLERANCE:
                 break
         return parity
+
+
+def in_fp32(plan: Plan) -> Plan:
+    """The plan as it is checked."""
+    return replace(plan, training=replace(plan.training, format=FORMAT)) if plan.training else plan
 
 
 def require_checkable(plan: Plan, megatron_args: Sequence[str] = (), schedule: str | None = None) -> None:
@@ -138,6 +149,7 @@ def require_checkable(plan: Plan, megatron_args: Sequence[str] = (), schedule: s
                 expected="not set: the reference is fp32 with AdamW",
                 fix=f"remove {flag} for the check",
             )
+    refuse_contradictions(in_fp32(plan).training, megatron_args)
 
 
 def _compare(plan: Plan, steps: int, directory: Path) -> Parity:

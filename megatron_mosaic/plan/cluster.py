@@ -1,15 +1,15 @@
-"""What it runs on: GPUs, links, nodes. Plain numbers, each with its source."""
+"""What it runs on: GPUs, links, nodes. Plain numbers, each with its source. And how that is written in YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel
+from megatron_mosaic.plan.yaml_text import FORM_NAME, FORM_SECTION, MAX_COUNT, StrictModel
 
 
 def _require_positive(where: str, values: Mapping[str, float]) -> None:
@@ -133,14 +133,67 @@ class LinkSection(StrictModel):
     source: str
 
 
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]  # of what the datasheet promises
+Text = Annotated[str, Field(strict=True, pattern=r"\S")]
+
+
+class GpuTypeFile(StrictModel):
+    """Fitted constants of a GPU type (`GpuType` says what each means), in a file of their own or inside a plan.
+
+    A constant that is left out is not in `constants`. `sources` has an entry for each that is set.
+    """
+
+    gpu_type: Annotated[int, Field(strict=True, ge=1, le=1)]
+    base: Annotated[str, Field(strict=True)]
+    gemm_efficiency_frac: Share = 0.0
+    attention_efficiency_frac: Share = 0.0
+    bandwidth_frac: Share = 0.0
+    network_frac: Share = 0.0
+    half_depth: Positive = 0.0
+    launch_s: Positive = 0.0
+    low_precision_frac: Positive = 0.0  # relative to 16 bit, so it may be above 1
+    sources: Mapping[str, Text] = {}
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Name -> value of the constants that are set; seconds, shares, and a depth in elements."""
+        return {name: getattr(self, name) for name in CONSTANTS if name in self.model_fields_set}
+
+
+CONSTANTS = tuple(name for name in GpuTypeFile.model_fields if name not in ("gpu_type", "base", "sources"))
+
+
+class MeasuredGpu(GpuTypeFile):
+    """A GPU type file inside a plan, so that the plan needs no other file. `name`: what the file was called."""
+
+    name: Text
+
+    @model_validator(mode="after")
+    def _validate_sources(self) -> Self:
+        if self.constants.keys() != self.sources.keys():
+            raise ValueError(f"sources of the constants that are set, and of no others: {list(self.constants)}")
+        return self
+
+
+def _form_of_gpu(value: object) -> str:
+    return FORM_NAME if isinstance(value, str) else FORM_SECTION
+
+
 class GpuClusterSection(StrictModel):
     kind: Literal["gpu"]
     name: str
-    gpu: str
+    gpu: Annotated[
+        Annotated[str, Tag(FORM_NAME)] | Annotated[MeasuredGpu, Tag(FORM_SECTION)], Discriminator(_form_of_gpu)
+    ]
     num_nodes: Count
     gpus_per_node: Count
     intra: LinkSection
     inter: LinkSection
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.gpus_per_node
 
 
 class LocalClusterSection(StrictModel):
@@ -150,17 +203,19 @@ class LocalClusterSection(StrictModel):
     num_ranks: Count
     profile: str = ""
 
+    @property
+    def name(self) -> str:
+        return "local"
 
-def _branch_of_cluster(value: object) -> str:
+
+def _form_of_cluster(value: object) -> str:
     if isinstance(value, str):
-        return "name"
+        return FORM_NAME
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "local" if kind == "local" else "gpu"
+    return "~local" if kind == "local" else "~gpu"
 
 
-ClusterField = Annotated[
-    Annotated[str, Tag("name")]
-    | Annotated[GpuClusterSection, Tag("gpu")]
-    | Annotated[LocalClusterSection, Tag("local")],
-    Discriminator(_branch_of_cluster),
-]
+_Gpu = Annotated[GpuClusterSection, Tag("~gpu")]
+_Local = Annotated[LocalClusterSection, Tag("~local")]
+ClusterSection = Annotated[_Gpu | _Local, Discriminator(_form_of_cluster)]  # all values, as in conf/cluster
+ClusterField = Annotated[Annotated[str, Tag(FORM_NAME)] | _Gpu | _Local, Discriminator(_form_of_cluster)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +15,15 @@ from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Prediction, Quota, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.cluster import ClusterField
 from megatron_mosaic.plan.training import TrainingSection, TrainingSetup
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import (
+    FORM_NAME,
+    FORM_SECTION,
+    MAX_COUNT,
+    StrictModel,
+    describe_violation,
+    describe_yaml_error,
+    parse_yaml,
+)
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
@@ -24,10 +31,6 @@ SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
 Degree = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 # YAML reads a bare `ranks: 0` as an integer; a single rank is fine without quotes
 RankText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-
-
-# A choice may be a name alone, or a section; pydantic puts the branch it took into the path of an error
-_BRANCH = re.compile(r"\b(schedule|cluster)\.(?:name|section|gpu|local)(?=\.|$)")
 
 
 class LayoutFile(StrictModel):
@@ -64,12 +67,12 @@ class ScheduleFile(BaseModel):
     name: str
 
 
-def _branch_of_schedule(value: object) -> str:
-    return "name" if isinstance(value, str) else "section"
+def _form_of_schedule(value: object) -> str:
+    return FORM_NAME if isinstance(value, str) else FORM_SECTION
 
 
 ScheduleField = Annotated[
-    Annotated[str, Tag("name")] | Annotated[ScheduleFile, Tag("section")], Discriminator(_branch_of_schedule)
+    Annotated[str, Tag(FORM_NAME)] | Annotated[ScheduleFile, Tag(FORM_SECTION)], Discriminator(_form_of_schedule)
 ]
 
 
@@ -119,8 +122,7 @@ def parse_plan(text: str, *, where: str = "plan") -> Plan:
     try:
         checked = PlanFile.model_validate(data)
     except ValidationError as error:
-        parts = describe_violation(error, where=f"{where}: ", known="a key of the plan format")
-        raise PlanError(**{key: _BRANCH.sub(r"\1", text) for key, text in parts.items()}) from error
+        raise PlanError(**describe_violation(error, where=f"{where}: ", known="a key of the plan format")) from error
     try:
         return _to_plan(checked)
     except PlanError as error:

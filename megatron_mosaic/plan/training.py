@@ -54,11 +54,17 @@ DEFAULT_SETUP = TrainingSetup()
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingSection(StrictModel):
-    """What users write of it: `workload.training` in overrides, `training` in a plan."""
+class TrainingOverrides(StrictModel):
+    """`workload.training` in overrides. `format` left out: what the cluster's kind trains in."""
 
-    format: Format = Format.bf16
+    format: Format | None = None
     sharding: Sharding = Sharding.none
     gradient_overlap_frac: Share = 0.0
     tp_overlap_frac: Share = 0.0
     expert_overlap_frac: Share = 0.0
+
+
+class TrainingSection(TrainingOverrides):
+    """`training` in a plan."""
+
+    format: Format = Format.bf16

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan.cluster import Cluster
+from megatron_mosaic.plan.cluster import Cluster, GpuClusterSection, LocalClusterSection
 from megatron_mosaic.plan.layout import ModulePlan
 from megatron_mosaic.plan.plan import Plan
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
 
-def validate_plan(plan: Plan, workload: Workload, cluster: Cluster | None = None) -> None:
+def validate_plan(
+    plan: Plan, workload: Workload, cluster: Cluster | GpuClusterSection | LocalClusterSection | None = None
+) -> None:
     """Raise PlanError unless the plan can run this workload (on this cluster).
 
     Checked: names, digest, batch divisibility, the degrees of every layout against the module's sizes, ranks.
@@ -46,7 +48,7 @@ def validate_plan(plan: Plan, workload: Workload, cluster: Cluster | None = None
             "world_size",
             got=plan.world_size,
             expected=f"at most the {cluster.num_ranks} ranks of cluster {cluster.name!r}",
-            fix="plan for this cluster",
+            fix="raise cluster.num_nodes (of cluster=local: cluster.num_ranks), or plan for this cluster",
         )
 
 

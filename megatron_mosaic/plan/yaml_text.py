@@ -5,6 +5,7 @@ YAML's own reader lets the last of two equal keys win, and its C parser dies of 
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
@@ -13,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 MAX_COUNT = 2**20  # of ranks, degrees, samples, layers: above it a number is a slip, and a loop over it would not end
 _MAX_DEPTH = 50
+# A choice may be written in several forms, a name alone or a section. pydantic puts the form it took into the path of
+# an error, where the file has nothing.
+FORM_NAME, FORM_SECTION = "~name", "~section"
+_FORMS = re.compile(r"~[a-z_]+")
 
 _FastLoader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SHORT = reprlib.Repr(maxstring=200, maxother=200, maxlong=200)
@@ -95,7 +100,7 @@ def describe_violation(error: ValidationError, *, where: str = "", known: str) -
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
+    return ".".join(str(part) for part in location if not _FORMS.fullmatch(str(part)))
 
 
 def _shorten(value: object) -> str:

@@ -17,6 +17,7 @@ from megatron_mosaic.parallel_state_ext.rebound.rebind import require_supported_
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.runtime.training_arguments import FLAGS, apply_training
 
 PLAN_VARIABLE = "MOSAIC_PLAN"
 APPLIED = "mosaic_plan_applied"  # set on the arguments once a plan is in them
@@ -93,11 +94,11 @@ def parse_and_validate_args(
     def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_mosaic_arguments(extra_args_provider(parser))
         parser.set_defaults(**(cpu.ARGUMENT_DEFAULTS if cpu.is_cpu() else {}), **defaults)
-        untouched.update({key: parser.get_default(key) for key in DECIDED_BY_PLAN})
+        untouched.update({key: parser.get_default(key) for key in (*DECIDED_BY_PLAN, *FLAGS)})
         return parser
 
     args = megatron_arguments.parse_args(add_arguments)
-    typed = {key: getattr(args, key) for key in DECIDED_BY_PLAN if getattr(args, key) != untouched[key]}
+    typed = {key: getattr(args, key) for key, value in untouched.items() if getattr(args, key) != value}
     workload = workload_of(args)
     path = args.mosaic_plan or os.environ.get(PLAN_VARIABLE)
     plan = load_plan(path) if path else _data_parallel_plan(args, workload)
@@ -109,7 +110,7 @@ def parse_and_validate_args(
 def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mapping[str, Any]) -> None:
     """Write the backbone's layout and the batch into Megatron's arguments, then let Megatron validate them.
 
-    `typed` are the arguments among DECIDED_BY_PLAN that the user gave: they must agree with the plan.
+    `typed` are the arguments among DECIDED_BY_PLAN and FLAGS that the user gave: they must agree with the plan.
 
     Megatron derives its data-parallel size from the world size; the backbone's is what counts samples, so validation
     sees the backbone's ranks as the world.
@@ -133,6 +134,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, backbone: str, typed: Mappi
                 fix="leave the argument out: the plan decides",
             )
         setattr(args, key, value)
+    apply_training(args, plan.training, typed)
     args.calculate_per_token_loss = True  # gradients are sums, divided once by the global token count
     args.dataloader_type = "external"
     setattr(args, APPLIED, True)

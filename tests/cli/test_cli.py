@@ -18,8 +18,10 @@ from megatron_mosaic.cli.train import render_losses
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.cost_model.hardware.profile import save_profile
 from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.training import Format, TrainingSetup
 from tests.cases import make_profile
 from tests.goldens import assert_golden
 
@@ -48,6 +50,8 @@ def plan(tmp_path) -> Path:
             micro_batch_size=2,
             schedule=ScheduleChoice("1f1b"),
             modules={n: ModulePlan(ranks=RankSet.parse(r), layout=x) for n, (r, x) in modules.items()},
+            cluster=FrozenMap({"kind": "local", "num_ranks": 4, "profile": make_profile(DIGITS).title}),
+            training=TrainingSetup(format=Format.fp32),
         ),
         path,
     )
@@ -72,6 +76,7 @@ def test_plan(capsys, profile, tmp_path):
     result = run_json(capsys, "plan", "model=any2any-digits", "--out", out, "cluster=local", "search.max_tp=2")
     assert set(result) >= {"plan", "predicted", "steps", "search_s", "evaluated"}
     assert set(result["predicted"]) >= {"step_s", "bubble_frac", "peak_bytes", "samples_per_s"}
+    assert result["fits"] is True
     assert set(result["steps"][0]) >= {"step_s", "reason"}
     written = load_plan(out)
     assert written.digest == DIGITS.digest
@@ -110,12 +115,11 @@ def test_compare(capsys):
 
 def test_show(capsys, plan):
     result = run_json(capsys, "show", plan)
-    assert set(result) >= {"modules", "rank_map", "schedule", "groups"}
-    assert result["precision"] == "fp32"  # no plan that was made for GPUs
+    assert set(result) >= {"modules", "rank_map", "schedule", "groups", "peak_bytes", "cluster", "training"}
+    assert result["precision"] == result["training"]["format"] == "fp32"
+    assert set(result["peak_bytes"]) == {"0", "2"}  # the first of each class of alike ranks
     assert 0 < result["groups"]["created"] < result["groups"]["asked"]
-    assert result["rank_map"] == {
-        "0": ["vision", "llm"], "1": ["vision", "llm"], "2": ["llm", "generator"], "3": ["llm", "generator"]
-    }  # fmt: skip
+    assert result["rank_map"] == {"0-1": ["vision", "llm"], "2-3": ["llm", "generator"]}
     assert result["modules"]["llm"]["layout"]["tp"] == 2
     assert result["schedule"].startswith("schedule 1f1b microbatches=4")
     status, out, _ = run(capsys, "show", plan)
@@ -126,7 +130,7 @@ def test_show(capsys, plan):
 def test_simulate(capsys, plan, profile, tmp_path):
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     result = run_json(capsys, "simulate", plan, "--trace", trace, "--html", page)
-    assert set(result) >= {"step_s", "bubble_frac", "peak_bytes", "by_module"}
+    assert set(result) >= {"step_s", "bubble_frac", "peak_bytes", "by_module", "fits"}
     assert max(sum(held.values()) for held in result["memory"].values()) == pytest.approx(result["peak_bytes"])
     assert set(result["by_module"]) >= {"vision", "llm", "generator"}
     assert 0 < result["bubble_frac"] < 1
@@ -186,11 +190,11 @@ def test_a_plan_for_another_model_is_refused(capsys, plan, profile):
 
 
 def test_unbuilt_schedule_is_refused_by_name(capsys, plan, profile):
-    plan.write_text(plan.read_text().replace("schedule: 1f1b", "schedule: nested"))
+    plan.write_text(plan.read_text().replace("schedule: 1f1b", "schedule: waves"))
     for command in ("show", "simulate"):
         status, _, err = run(capsys, command, plan)
         assert status == 2
-        assert "nested (a name of the plan format that is not built yet)" in err
+        assert "waves (a name of the plan format that is not built yet)" in err
 
 
 def test_a_failed_rank_is_an_answer(capsys, monkeypatch):
@@ -223,6 +227,8 @@ def test_train_hands_unknown_words_on(monkeypatch):
         (["--num-layers", "abc"], "--num-layers"),
         (["--num-layers"], "--num-layers"),
         (["--digits-seed", "x"], "--digits-seed"),
+        (["--bf16"], "--bf16"),
+        (["--use-distributed-optimizer"], "--use-distributed-optimizer"),
     ],
 )
 def test_train_refuses_words_before_any_process_starts(capsys, plan, monkeypatch, words, where):

@@ -1,22 +1,23 @@
 """The simulator against an independent discrete-event simulation, against hand counts, and its own bounds."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.cost_model.clock import run_clock
+from megatron_mosaic.cost_model.effects.memory import precision_of
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Overheads
 from megatron_mosaic.cost_model.machine import OwnDevices
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.simulate import estimate_memory, estimate_step, simulate, simulate_planned
 from megatron_mosaic.cost_model.work import list_stage_work
-from megatron_mosaic.errors import ProfileError, ScheduleError
+from megatron_mosaic.errors import ConfigError, ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Quota, Recompute, ScheduleChoice
-from megatron_mosaic.plan.training import DEFAULT_SETUP
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.schedules import Kind, build_schedule
 from megatron_mosaic.schedules.passes import rank_programs
 from megatron_mosaic.schedules.timeline import render_text
@@ -223,6 +224,28 @@ def test_peak_without_a_clock_is_the_simulated_one():
     assert [str(ranks) for ranks in held] == ["0-1", "2-3"]
     assert max(peak.total for peak in held.values()) == pytest.approx(simulation.peak_bytes)
     assert [peak.total for peak in held.values()] == pytest.approx(simulation.class_peak_bytes)
+
+
+def test_memory_follows_format_and_sharding():
+    plan = make_plan({"llm": ("0-3", Layout(dp=4))}, workload=BACKBONE_ONLY)
+    bytes_of = {}
+    for number_format, sharding in product((Format.fp32, Format.bf16), (Sharding.none, Sharding.optimizer)):
+        setup = TrainingSetup(format=number_format, sharding=sharding)
+        (bytes_of[number_format, sharding],) = estimate_memory(plan, BACKBONE_ONLY, setup).values()
+        assert precision_of(setup).name == number_format
+    simulated = simulate(plan, CostModel(BACKBONE_ONLY, make_cluster(4), setup=setup))
+    assert [*simulated.memory().values()] == [bytes_of[Format.bf16, Sharding.optimizer]]
+    fp32, bf16 = (bytes_of[key, Sharding.none] for key in (Format.fp32, Format.bf16))
+    assert (fp32.parameters, fp32.gradients) == (2 * bf16.parameters, bf16.gradients)
+    assert fp32.optimizer == bf16.optimizer * 8 / 12  # two moments; and the fp32 copy of 16-bit parameters
+    for number_format in (Format.fp32, Format.bf16):
+        whole, shard = (bytes_of[number_format, each].optimizer for each in (Sharding.none, Sharding.optimizer))
+        assert shard == whole / 4
+
+
+def test_no_gpu_has_a_peak_of_fp32_products():
+    with pytest.raises(ConfigError, match="no source for the peak of fp32"):
+        CostModel(WORKLOAD, make_cluster(4), setup=TrainingSetup(format=Format.fp32))
 
 
 def test_pipeline_stages_hold_their_live_units():

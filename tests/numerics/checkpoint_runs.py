@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import sklearn.datasets  # noqa: F401  seconds to import; forked ranks inherit it
 import torch
 from megatron.core.optimizer import ChainedOptimizer
@@ -21,17 +22,21 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 
 from megatron_mosaic.any2any import pretrain
+from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.launch.forked import _free_port, run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.parallel_state_ext.rebound import cpu
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan import Layout, Plan
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.model import MosaicModel
 from megatron_mosaic.runtime.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.runtime.train import Runtime
+from tests.numerics import parity_cases as cases
 
 STEADY = ["--lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--eval-iters", "0"]
 SMALL = ["--log-interval", "1000", "--train-iters", "4"]
+
+SMALL_PLAN = cases.any2any_plan(("0", Layout()), ("0-1", Layout(dp=2)), ("1", Layout()), world_size=2, batch=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,23 @@ def _run_on_rank(runs: Sequence[Run], directory: Path, ports: Sequence[int]) -> 
         megatron_training._STARTUP_TIMESTAMPS.update(dict.fromkeys(megatron_training._STARTUP_TIMESTAMPS))
         for key, stock in _STOCK.items():
             setattr(megatron_training, key, stock)
+
+
+def saving(directory: Path, *arguments: str) -> tuple[str, ...]:
+    """Every second step, to `directory/checkpoints`."""
+    return ("--save", str(directory / "checkpoints"), "--save-interval", "2", *arguments)
+
+
+def loading(directory: Path, *arguments: str) -> tuple[str, ...]:
+    """From step 2 of `directory/checkpoints`."""
+    return ("--load", str(directory / "checkpoints"), "--ckpt-step", "2", *arguments)
+
+
+def failure_of(directory: Path, name: str, *arguments: str, plan: Plan = SMALL_PLAN) -> str:
+    """What a run says that must fail."""
+    with pytest.raises(RankFailure) as failure:
+        run_all([Run(name=name, plan=plan, arguments=arguments)], directory)
+    return failure.value.got
 
 
 def losses(directory: Path, name: str) -> list[dict[str, float]]:

@@ -9,21 +9,22 @@ import json
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from megatron.training import get_args
 
-from megatron_mosaic.errors import RankFailure
-from megatron_mosaic.plan import Layout
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import Layout, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload_file import format_workload
-from megatron_mosaic.runtime import checkpoint, model
+from megatron_mosaic.runtime import model
+from megatron_mosaic.runtime.checkpoint_files import manifest as checkpoint
 from tests.numerics import acceptance_cases as acceptance
 from tests.numerics import parity_cases as cases
-from tests.numerics.checkpoint_runs import Run, losses, read_state, run_all
+from tests.numerics.checkpoint_runs import SMALL_PLAN, Run, failure_of, loading, losses, read_state, run_all, saving
 
 pytestmark = pytest.mark.dist
 
@@ -40,14 +41,6 @@ MOVED = cases.any2any_plan(
     ("2-3", Layout(dp=2)), ("0-3", Layout(tp=2, pp=2)), ("0-1", Layout(tp=2)), batch=6, micro_batch=2
 )
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
-
-
-def saving(directory: Path, *arguments: str) -> tuple[str, ...]:
-    return ("--save", str(directory / "checkpoints"), "--save-interval", "2", *arguments)
-
-
-def loading(directory: Path, *arguments: str) -> tuple[str, ...]:
-    return ("--load", str(directory / "checkpoints"), "--ckpt-step", "2", *arguments)
 
 
 def relative_loss_error(ours, theirs) -> float:
@@ -141,6 +134,27 @@ def test_a_plan_saved_by_fewer_ranks_loads_on_more(tmp_path) -> None:
     assert relative_loss_error(losses(tmp_path, "four"), losses(tmp_path, "whole")[3:]) <= 1e-5
 
 
+def test_a_plan_that_differs_in_cluster_training_or_schedule_loads(tmp_path) -> None:
+    """None of them says where a parameter lies. Another number format rounds anew: then losses agree as far as that."""
+    saved_by = replace(A, cluster="h100_1x8", training=TrainingSetup(format=Format.fp32, sharding=Sharding.optimizer))
+    elsewhere = {"kind": "local", "num_ranks": 4, "profile": "made up"}
+    overlapped = replace(saved_by.training, gradient_overlap_frac=0.9)
+    plans = {
+        "without": (replace(saved_by, cluster="", training=None), 0.0),
+        "cluster": (replace(saved_by, cluster=FrozenMap(elsewhere), training=overlapped), 0.0),
+        "schedule": (replace(saved_by, schedule=ScheduleChoice("nested")), 1e-6),
+        "format": (replace(saved_by, training=replace(overlapped, format=Format.bf16)), 1e-2),
+    }
+    runs = [Run(name="whole", plan=saved_by, arguments=saving(tmp_path))]
+    for name, (plan, _) in plans.items():
+        flags = () if plan.training else ("--use-distributed-optimizer",)
+        runs.append(Run(name=name, plan=plan, arguments=loading(tmp_path, *flags)))
+    run_all(runs, tmp_path)
+    for name, (_, tolerance) in plans.items():
+        error = relative_loss_error(losses(tmp_path, name), losses(tmp_path, "whole")[2:])
+        assert error <= tolerance, (name, error)
+
+
 def test_random_streams_return_to_the_same_layout_and_start_afresh_elsewhere(tmp_path) -> None:
     """With dropout the curve is the same to the bit only if every stream is; a module may have moved to other ranks."""
     run_all(
@@ -158,23 +172,6 @@ def test_random_streams_return_to_the_same_layout_and_start_afresh_elsewhere(tmp
     assert losses(tmp_path, "without") != curve and losses(tmp_path, "other") != curve
     assert losses(tmp_path, "other") == losses(tmp_path, "again")
     assert relative_loss_error(losses(tmp_path, "other"), curve) < 0.5
-
-
-SMALL_PLAN = cases.any2any_plan(("0", Layout()), ("0-1", Layout(dp=2)), ("1", Layout()), world_size=2, batch=4)
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    """Checkpoints of steps 2 and 4."""
-    run_all([Run(name="whole", plan=SMALL_PLAN, arguments=saving(tmp_path))], tmp_path)
-    return tmp_path / "checkpoints"
-
-
-def failure_of(directory: Path, name: str, *arguments: str, plan=SMALL_PLAN) -> str:
-    """What a run says that must fail."""
-    with pytest.raises(RankFailure) as failure:
-        run_all([Run(name=name, plan=plan, arguments=arguments)], directory)
-    return failure.value.got
 
 
 def test_the_plan_and_a_list_of_files_stand_beside_the_checkpoint(saved) -> None:

@@ -10,9 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.errors import MosaicError
 from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parity.check import check_plan
+from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.runtime.train import Runtime
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import TEXT_HEAVY, written
 
@@ -79,6 +83,51 @@ def losses_of(plan, directory, *arguments) -> list[dict[str, float]]:
     command = ["--mosaic-plan", written(plan, directory), "--mosaic-report", str(directory), "--lr", "1e-3", *arguments]
     run_forked(plan.world_size, with_command_line, command, pretrain.main)
     return [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
+
+
+def test_a_plan_is_checked_in_fp32_with_its_own_sharding(tmp_path, monkeypatch) -> None:
+    """bf16 is a thousand times coarser than the tolerance: a check in it could not be passed."""
+    finish = Runtime._finish
+
+    def note(self: Runtime) -> None:
+        if self.grids.rank == 0:
+            used = [self._args.bf16, self._args.use_distributed_optimizer, self.plan.training.format]
+            (tmp_path / "used.json").write_text(json.dumps(used))
+        finish(self)
+
+    monkeypatch.setattr(Runtime, "_finish", note)  # forked ranks inherit it
+    plan = replace(cases.OVERLAPPING, training=TrainingSetup(format=Format.bf16, sharding=Sharding.optimizer))
+    parity = check_plan(written(plan, tmp_path), steps=2)
+    assert parity.ok and parity.grad_rel_err_max > 0, parity.as_dict()
+    assert parity.as_dict()["format"] == "fp32"
+    assert json.loads((tmp_path / "used.json").read_text()) == [False, True, "fp32"]
+    assert load_plan(tmp_path / "plan.yaml").training.format is Format.bf16, "the user's file was changed"
+
+
+@pytest.mark.parametrize(
+    ("sharding", "words", "where"),
+    [
+        (Sharding.none, DISTRIBUTED_OPTIMIZER, "--use-distributed-optimizer"),
+        (Sharding.parameters, [], "training.sharding"),
+        (Sharding.optimizer, ["--bf16"], "--bf16"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_by_name(sharding, words, where, tmp_path) -> None:
+    plan = replace(cases.TWO_RANKS, training=TrainingSetup(sharding=sharding))
+    with pytest.raises(MosaicError) as caught:
+        check_plan(written(plan, tmp_path), megatron_args=words)
+    assert caught.value.where == where
+
+
+def test_a_run_obeys_the_format_and_sharding_of_its_plan(tmp_path) -> None:
+    """As if the flags had been given, to the bit; and the format makes a difference."""
+    steady = ["--train-iters", "2", "--eval-iters", "0"]
+    said = TrainingSetup(format=Format.bf16, sharding=Sharding.optimizer)
+    by_plan = losses_of(replace(cases.TWO_RANKS, training=said), tmp_path, *steady)
+    assert by_plan == losses_of(cases.TWO_RANKS, tmp_path, *steady, "--bf16", *DISTRIBUTED_OPTIMIZER)
+    assert all(math.isfinite(value) for step in by_plan for value in step.values())
+    fp32 = losses_of(replace(cases.TWO_RANKS, training=replace(said, format=Format.fp32)), tmp_path, *steady)
+    assert fp32 != by_plan and fp32[0]["loss"] == pytest.approx(by_plan[0]["loss"], rel=1e-2)
 
 
 def test_bf16_trains_with_finite_losses(tmp_path) -> None:

@@ -34,6 +34,13 @@ LINK = {"name": "link", "bytes_per_s": 1e9, "latency_s": 1e-6, "source": "made u
 GPUS = FrozenMap(
     {"kind": "gpu", "name": "mine", "gpu": "h100_sxm", "num_nodes": 1, "gpus_per_node": 8, "intra": LINK, "inter": LINK}
 )
+MEASURED = {
+    "gpu_type": 1,
+    "base": "h100_sxm",
+    "half_depth": 99.5,
+    "sources": {"half_depth": "a: ${b}"},
+    "name": "a.yaml",
+}
 SHARES = st.floats(0, 1)
 
 
@@ -68,7 +75,7 @@ def decorated_plans(draw):
         micro_batch_size=plan.micro_batch_size,
         schedule=draw(st.sampled_from([ScheduleChoice("1f1b"), NESTED])),
         modules=modules,
-        cluster=draw(st.sampled_from(["", "h100_1x8", LOCAL, GPUS])),
+        cluster=draw(st.sampled_from(["", "h100_1x8", LOCAL, GPUS, FrozenMap({**GPUS, "gpu": MEASURED})])),
         training=draw(st.none() | st.builds(TrainingSetup, format=st.sampled_from(Format), tp_overlap_frac=SHARES)),
         predicted=predicted,
     )
@@ -132,6 +139,24 @@ def test_reads_every_key():
         ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: local, num_ranks: 0}", "cluster.num_ranks", "equal to 1"),
         ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: tpu}", "cluster.kind", "'gpu'"),
         ("schedule: 1f1b", "schedule: 1f1b\ncluster: {kind: local, num_ranks: 4, x: 1}", "cluster.x", "a key of the"),
+        *(
+            (
+                "schedule: 1f1b",
+                "schedule: 1f1b\ncluster: " + json.dumps({**dict(GPUS), "gpu": gpu}, default=dict),
+                f"cluster.gpu{where}",
+                expected,
+            )
+            for gpu, where, expected in (
+                ({**MEASURED, "half_depth": 0}, ".half_depth", "greater than 0"),
+                ({**MEASURED, "half_depth": "9"}, ".half_depth", "valid number"),
+                ({**MEASURED, "depth": 9}, ".depth", "a key of the plan format"),
+                ({**MEASURED, "launch_s": 0.5}, "", "sources of the constants that are set"),
+                ({**MEASURED, "sources": {}}, "", "sources of the constants that are set"),
+                ({**MEASURED, "sources": {"half_depth": " "}}, ".sources.half_depth", "match pattern"),
+                ({key: MEASURED[key] for key in MEASURED if key != "base"}, ".base", "this key to be present"),
+                (7, "", "a section"),
+            )
+        ),
         ("schedule: 1f1b", "schedule: 1f1b\ntraining: {format: bf17}", "training.format", "'bf16'"),
         (
             "schedule: 1f1b",

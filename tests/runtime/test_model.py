@@ -1,6 +1,7 @@
 """Weights are a function of their names: shards of any layout, put together, are the undivided module bit for bit."""
 
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import initialize_by_name, wrap_stage
 from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
@@ -142,3 +144,20 @@ def test_arguments_that_a_plan_does_not_carry_over_are_refused_by_name(flag, tmp
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=flag.partition("=")[0]):
         parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
+
+
+def test_the_training_of_a_plan_is_written_into_the_arguments(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def parsed(*words: str):
+        plan = replace(
+            PLAN, training=TrainingSetup(format=Format.bf16, sharding=Sharding.optimizer), cluster="h100_1x8"
+        )
+        save_plan(plan, tmp_path / "plan.yaml")
+        monkeypatch.setattr(sys, "argv", ["pretrain", "--mosaic-plan", str(tmp_path / "plan.yaml"), *words])
+        return parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)[0]
+
+    with pytest.raises(ConfigError, match="--fp8-format"):
+        parsed("--fp8-format", "hybrid")
+    args = parsed("--bf16")
+    assert args.bf16 and args.params_dtype is torch.bfloat16 and args.use_distributed_optimizer

@@ -14,7 +14,7 @@ from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.gpu_type_file import SUFFIX, load_gpu_type_file
 from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Operation, Profile
 from megatron_mosaic.errors import ConfigError, ProfileError
-from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
+from megatron_mosaic.plan.cluster import Cluster, GpuType, Link, MeasuredGpu
 
 
 def gpu_type_names() -> tuple[str, ...]:
@@ -23,19 +23,25 @@ def gpu_type_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
-def load_gpu_type(name: str) -> GpuType:
-    """The GPU type of `gpu_types/<name>.yaml`; of a path that ends in .yaml, the file's base with its constants.
+def load_gpu_type(gpu: str | MeasuredGpu) -> GpuType:
+    """The GPU type of `gpu_types/<gpu>.yaml`; of a path that ends in .yaml, the file's base with its constants.
 
     ConfigError lists the known names, or names the file's line.
     """
-    return _load_measured(name) if name.endswith(SUFFIX) else _load_named(name)
+    found = embed_gpu_type(gpu)
+    if isinstance(found, str):
+        return _load_named(found)
+    base = _load_named(found.base)
+    values: dict[str, Any] = dict(found.constants)
+    return replace(base, name=found.name, sources={**base.sources, **found.sources}, **values)
 
 
-def _load_measured(path: str) -> GpuType:
-    file = load_gpu_type_file(path, gpu_type_names())
-    base = _load_named(file.base)
-    values: dict[str, Any] = dict(file.constants)
-    return replace(base, name=Path(path).name, sources={**base.sources, **file.sources}, **values)
+def embed_gpu_type(gpu: str | MeasuredGpu) -> str | MeasuredGpu:
+    """What a plan says of a GPU: a name as it is, of a path that ends in .yaml what stands in the file."""
+    if isinstance(gpu, MeasuredGpu) or not gpu.endswith(SUFFIX):
+        return gpu
+    file = load_gpu_type_file(gpu, gpu_type_names())
+    return MeasuredGpu(name=Path(gpu).name, **file.model_dump(exclude_unset=True))
 
 
 @cache

@@ -12,48 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.cluster import CONSTANTS, GpuTypeFile
 from megatron_mosaic.plan.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
 
 FORMAT_VERSION = 1
 SUFFIX = ".yaml"
-
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]  # of what the datasheet promises
-Text = Annotated[str, Field(strict=True, pattern=r"\S")]
-
-
-class GpuTypeFile(BaseModel):
-    """One file: fitted constants of a GPU type (`GpuType` says what each means).
-
-    A constant that the file leaves out is not in `constants`. `sources` has an entry for each that it sets.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpu_type: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
-    base: Annotated[str, Field(strict=True)]
-    gemm_efficiency_frac: Share = 0.0
-    attention_efficiency_frac: Share = 0.0
-    bandwidth_frac: Share = 0.0
-    network_frac: Share = 0.0
-    half_depth: Positive = 0.0
-    launch_s: Positive = 0.0
-    low_precision_frac: Positive = 0.0  # relative to 16 bit, so it may be above 1
-    sources: Mapping[str, Text] = {}
-
-    @property
-    def constants(self) -> dict[str, float]:
-        """Name -> value of the constants that the file sets; seconds, shares, and a depth in elements."""
-        return {name: getattr(self, name) for name in CONSTANTS if name in self.model_fields_set}
-
-
-CONSTANTS = tuple(name for name in GpuTypeFile.model_fields if name not in ("gpu_type", "base", "sources"))
 
 
 def load_gpu_type_file(path: str | Path, bases: Collection[str]) -> GpuTypeFile:

@@ -7,8 +7,8 @@ rebound here by exact qualified name, and a name that is gone is an error, never
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
+import pkgutil
 import queue
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -37,21 +37,21 @@ def require_supported_megatron() -> str:
 
 
 def rebind(qualified_name: str, replacement: Any, *, must_accept: tuple[str, ...] = ()) -> Any:
-    """Put `replacement` in the place of `package.module.name` and return what stood there.
+    """Put `replacement` in the place of `package.module.name`, or of a class's method, and return what stood there.
 
     `must_accept` names parameters that the original has to have, so that a changed signature is found here and not
     in the middle of a training step.
     """
-    module_name, _, name = qualified_name.rpartition(".")
-    module = importlib.import_module(module_name)
-    if not hasattr(module, name):
+    owner_name, _, name = qualified_name.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    if not hasattr(owner, name):
         raise VersionError(
             qualified_name,
             got=f"no such name in megatron-core {version('megatron-core')}",
             expected="the name this code replaces",
             fix="use a supported megatron-core, or adapt parallel_state_ext/rebound/rebind.py",
         )
-    original = getattr(module, name)
+    original = getattr(owner, name)
     if must_accept:
         missing = [key for key in must_accept if key not in inspect.signature(original).parameters]
         if missing:
@@ -61,7 +61,7 @@ def rebind(qualified_name: str, replacement: Any, *, must_accept: tuple[str, ...
                 expected=f"a function that takes {list(must_accept)}",
                 fix="use a supported megatron-core, or adapt parallel_state_ext/rebound/rebind.py",
             )
-    setattr(module, name, replacement)
+    setattr(owner, name, replacement)
     return original
 
 
