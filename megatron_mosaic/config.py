@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_mosaic.cost_model.hardware.catalogue import embed_gpu_type, load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Profile, default_profile_path, load_profile
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
+from megatron_mosaic.cost_model.source import MEASURED
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Plan
@@ -144,14 +145,13 @@ def shipped_cluster(name: str) -> ClusterValues:
 
 def _require_measured(setup: TrainingSetup) -> None:
     """ConfigError unless it is what a profile of this machine holds."""
-    measured = TrainingSetup(format=Format.fp32, fused_attention=False)
-    if setup != measured:
-        keys = [key for key in TrainingSection.model_fields if getattr(setup, key) != getattr(measured, key)]
+    if setup != MEASURED:
+        keys = [key for key in TrainingSection.model_fields if getattr(setup, key) != getattr(MEASURED, key)]
         raise ConfigError(
             f"workload.training.{keys[0]}",
             got=f"{getattr(setup, keys[0])} with cluster=local",
-            expected=f"{getattr(measured, keys[0])}: what `mosaic calibrate` measured",
-            fix=f"set workload.training.{keys[0]}={getattr(measured, keys[0])}, or plan for GPUs",
+            expected=f"{getattr(MEASURED, keys[0])}: what `mosaic calibrate` measured",
+            fix=f"set workload.training.{keys[0]}={getattr(MEASURED, keys[0])}, or plan for GPUs",
         )
 
 

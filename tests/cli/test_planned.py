@@ -83,7 +83,7 @@ def test_a_plan_for_gpus_is_simulated_and_shown_without_a_word(capsys):
     assert (shown["cluster"], shown["training"]["sharding"], shown["precision"]) == ("h100_1x8", "optimizer", "bf16")
     words = ["model=vlm_7b", "cluster=h100_1x8", "workload.global_batch_size=16"]
     words += ["workload.training.sharding=optimizer", "workload.training.gradient_overlap_frac=0.9"]
-    assert load_task(words).cost_model().setup == TRAINED  # what the numbers are compared with
+    assert load_task(words).cost_model().source.setup == TRAINED  # what the numbers are compared with
     assert answer(capsys, "simulate", written(replace(PLAN, cluster="", training=None)), *words)[0] == simulated
 
 

@@ -116,7 +116,7 @@ def test_three_phase_is_three_phases():
 
 @given(st.integers(2, 4), st.integers(2, 3), st.integers(1, 4), st.booleans())
 def test_interleaved_keeps_what_narayanan_says(p, chunks, groups, has_encoder):
-    """2 (p - s - 1) + (v - 1) p warm-up forwards on stage s and the one that alternates; an encoder runs ahead instead."""
+    """2 (p - s - 1) + (v - 1) p warm-up forwards on stage s, and the one that alternates. An encoder runs ahead."""
     modules = ("vision", "llm") if has_encoder else ("llm",)
     graph = StageGraph(
         num_stages={"vision": 1, "llm": p} if has_encoder else {"llm": p},
