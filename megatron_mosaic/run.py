@@ -23,7 +23,7 @@ from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.training import Format
 from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
-from megatron_mosaic.runtime.training_arguments import apply_training, typed_of
+from megatron_mosaic.runtime.flags.training import apply_training, typed_of
 
 # A stock script's own arguments, and what a one-module plan says of them
 _STOCK_ARGUMENTS = {

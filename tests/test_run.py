@@ -9,7 +9,7 @@ from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.run import apply_to_stock_script
-from megatron_mosaic.runtime.training_arguments import FLAGS
+from megatron_mosaic.runtime.flags.training import FLAGS
 from tests.cases import BACKBONE_ONLY, make_plan
 
 PLAN = make_plan({"llm": ("0-3", Layout(tp=2, dp=2))}, workload=BACKBONE_ONLY)

@@ -22,7 +22,7 @@ from megatron_mosaic.plan.workload_file import load_workload_file
 from megatron_mosaic.runtime.flags.command_line import CommandLine, read_command_line
 from megatron_mosaic.runtime.flags.judge import Purpose, decided_by, facts_of, judge
 from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments, lr_mults_from_args
-from megatron_mosaic.runtime.training_arguments import apply_training, decide_arguments
+from megatron_mosaic.runtime.flags.training import apply_training, decide_arguments
 
 SIZES = Any2AnySizes()
 MIX = DigitsMix()

@@ -30,7 +30,7 @@ from megatron_mosaic.runtime.flags.judge import decided_by, facts_of, judge
 from megatron_mosaic.runtime.flags.mosaic import PLAN_VARIABLE, add_mosaic_arguments
 from megatron_mosaic.runtime.flags.mosaic import lr_mults_from_args as lr_mults_from_args
 from megatron_mosaic.runtime.flags.table import Verdict, load_arguments
-from megatron_mosaic.runtime.training_arguments import apply_training, decide_arguments
+from megatron_mosaic.runtime.flags.training import apply_training, decide_arguments
 
 APPLIED = "mosaic_plan_applied"  # set on the arguments once a plan is in them
 

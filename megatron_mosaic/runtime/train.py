@@ -37,7 +37,12 @@ from megatron_mosaic.flight.process import begin_flight, collective_timeout, end
 from megatron_mosaic.flight.results import ResultWatch
 from megatron_mosaic.flight.verdict import naming
 from megatron_mosaic.parallel_state_ext.grids import Grids
-from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, NotFinite, build_optimizer
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import (
+    ModuleOptimizers,
+    NotFinite,
+    Stepped,
+    build_optimizer,
+)
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parallel_state_ext.rebound.guard import Guard
@@ -184,10 +189,10 @@ class Runtime:
                     group["max_lr"], group["min_lr"] = factor * config.lr, factor * config.min_lr
         return optimizer
 
-    def _around_optimizer(self, model: MosaicModel, step: Callable[[], object]) -> object:
+    def _around_optimizer(self, model: MosaicModel, step: Callable[[], Stepped]) -> Stepped:
         """The optimizer's step as a span of its own, between what observers want to see."""
 
-        def work() -> object:
+        def work() -> Stepped:
             self.observers.finished_gradients(model)
             return step()
 

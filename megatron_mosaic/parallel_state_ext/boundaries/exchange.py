@@ -33,16 +33,17 @@ class Channels:
         self._hidden = {
             name: HiddenChannel(module, grids, dtype=dtype, device=device()) for name, module in hidden.items()
         }
+        widths = {(edge.source, edge.target): edge.width for edge in view.edges}
         here = [end for module in view.modules.values() for end in (*module.imports, *module.exports)]
         self._rows = {
             sender: RowChannel(
                 grids.boundary_groups(sender.module, sender.opposite.module),
-                width=sender.edge.width,
+                width=widths[sender.source, sender.target],
                 dtype=dtype,
                 device=device(),
             )
             for sender in dict.fromkeys(side for end in here for side in (end, end.opposite))
-            if sender.is_source or sender.edge.source in workload.has_backward
+            if sender.is_source or sender.source in workload.has_backward
         }
 
     def rows_from(self, sender: EdgeEnd) -> RowChannel:

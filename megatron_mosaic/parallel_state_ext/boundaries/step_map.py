@@ -154,16 +154,17 @@ class StepMap:
 
     def _key(self, end: EdgeEnd, unit: int) -> tuple[Hashable, ...]:
         """All that rows and messages of a unit depend on, in its microbatches and all others of the units opposite."""
-        if (end, unit) in self._keys:
-            return self._keys[end, unit]
-        other, edge = end.opposite.module, end.edge
+        known = self._keys.get((end, unit))
+        if known is not None:
+            return known
+        source, target, other = end.source, end.target, end.opposite.module
         own, peers = self.covered(end.module, unit), self.peers(end, unit)
         start, stop = self.covered(other, peers[0]).start, self.covered(other, peers[-1]).stop
         start, stop = min(start, own.start), max(stop, own.stop)
         place = (own.start - start, len(own), self.covered(other, peers[0]).start - start)
-        seen = self._seen(range(start, stop), (edge.source, edge.target), edge.source, edge.target, self._backbone)
-        self._keys[end, unit] = (end, place, *seen)
-        return self._keys[end, unit]
+        seen = self._seen(range(start, stop), (source, target), source, target, self._backbone)
+        self._keys[end, unit] = key = (end, place, *seen)
+        return key
 
     def _seen(self, microbatches: range, *parts: str | tuple[str, str]) -> Iterator[bytes]:
         """Digests of these parts of the microbatches."""
@@ -209,7 +210,7 @@ class StepMap:
         columns: list[list[Integers]] = [[], [], []]
         first = [0]
         for index, m in enumerate(self.covered(end.module, unit)):
-            links = self._microbatches[m].links[end.edge.source, end.edge.target]
+            links = self._microbatches[m].links[end.source, end.target]
             ends = (links.source_items, links.source_starts), (links.target_items, links.target_starts)
             (items, starts), (far_items, far_starts) = ends if end.is_source else reversed(ends)
             near = np.flatnonzero(own.slot_of_item[items + found.offsets[index]] == at.dp)

@@ -35,6 +35,9 @@ from megatron_mosaic.parallel_state_ext.optimizers.saved_state import build_reco
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.rebound.torch_adam import accept_torch_adam
 
+Stepped = tuple[bool, float | None, int | None]  # whether it was, the global gradient norm, None as Megatron wants it
+Around = Callable[[Callable[[], Stepped]], Stepped]  # runs a step that it is given
+
 
 class NotFinite(StrEnum):
     """What to do with a step whose gradients are inf or NaN."""
@@ -43,9 +46,9 @@ class NotFinite(StrEnum):
     refuse = "refuse"  # a FloatingPointError on every rank
 
 
-def just_run[Result](work: Callable[[], Result]) -> Result:
-    """The result of the work, with nothing around it."""
-    return work()
+def just_run(step: Callable[[], Stepped]) -> Stepped:
+    """The step with nothing around it."""
+    return step()
 
 
 class ModuleOptimizers(ChainedOptimizer):
@@ -65,7 +68,7 @@ class ModuleOptimizers(ChainedOptimizer):
         world: dist.ProcessGroup | None,
         *,
         not_finite: NotFinite = NotFinite.skip,
-        around: Callable[[Callable[[], object]], object] = just_run,
+        around: Around = just_run,
     ) -> None:
         super().__init__(list(by_module.values()))
         self.config = config
@@ -74,14 +77,14 @@ class ModuleOptimizers(ChainedOptimizer):
         self._not_finite, self._around = not_finite, around
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float | None, int | None]:
+    def step(self) -> Stepped:
         """(stepped, global gradient norm, None). Nothing is stepped anywhere if any module found inf or NaN.
 
         With `NotFinite.refuse` that is a FloatingPointError on every rank, and names the modules.
         """
-        return self._around(self._step_all)  # type: ignore[return-value]
+        return self._around(self._step_all)
 
-    def _step_all(self) -> tuple[bool, float | None, int | None]:
+    def _step_all(self) -> Stepped:
         statistics = torch.zeros(2, len(self._names), dtype=torch.float64, device=device())  # norm^2, not finite
         for name, optimizer in self.by_module.items():
             found_inf = optimizer.prepare_grads()
@@ -159,7 +162,7 @@ def build_optimizer(
     config_overrides: Any = None,
     *,
     not_finite: NotFinite = NotFinite.skip,
-    around: Callable[[Callable[[], object]], object] = just_run,
+    around: Around = just_run,
 ) -> ModuleOptimizers:
     """A Megatron optimizer for each of this rank's modules, in that module's own groups.
 

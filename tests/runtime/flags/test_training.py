@@ -11,7 +11,7 @@ from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.runtime import training_arguments
 from megatron_mosaic.runtime.flags.command_line import read_command_line
-from megatron_mosaic.runtime.training_arguments import (
+from megatron_mosaic.runtime.flags.training import (
     FLAGS,
     apply_training,
     decide_arguments,
@@ -134,8 +134,6 @@ def test_only_what_was_typed_can_contradict():
 
 
 def test_a_command_line_is_refused_without_torch():
-    code = (
-        "import sys; import megatron_mosaic.runtime.training_arguments; print({'torch', 'megatron'} & set(sys.modules))"
-    )
+    code = "import sys; import megatron_mosaic.runtime.flags.training; print({'torch', 'megatron'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
