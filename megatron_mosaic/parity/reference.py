@@ -61,7 +61,10 @@ class ReferenceStep:
 
 
 class Reference:
-    """The undivided model with its optimizer. Runs in a process whose torch.distributed world is itself."""
+    """The undivided model with its optimizer. Runs in a process whose torch.distributed world is itself.
+
+    `_num_steps` were made.
+    """
 
     def __init__(self, definition: ModelDefinition, groups: ProcessGroupCollection, args: Any) -> None:
         self._definition, self._args = definition, args

@@ -23,7 +23,7 @@ from megatron_mosaic.runtime.flags.command_line import (
     UNDER_A_PLAN,
     AddArguments,
     CommandLine,
-    give_way,
+    emptied_by,
     read_command_line,
 )
 from megatron_mosaic.runtime.flags.judge import decided_by, facts_of, judge
@@ -77,7 +77,8 @@ def parse_and_validate_args(
     defaults = vars(megatrons[0].parse_known_args([])[0])
     # The values that Megatron's parser made, not the words: these are what counts.
     parsed = {dest: value for dest, value in vars(args).items() if dest in defaults and value != defaults[dest]}
-    give_way(args, typed)
+    for dest, nothing in emptied_by(typed).items():
+        setattr(args, dest, nothing)
     workload = workload_of(args)
     path = args.mosaic_plan or os.environ.get(PLAN_VARIABLE)
     plan = load_plan(path) if path else _data_parallel_plan(args, workload)

@@ -48,16 +48,12 @@ class CommandLine:
     @property
     def values(self) -> argparse.Namespace:
         """The arguments as a script sees them."""
-        values = argparse.Namespace(**{**self.defaults, **self.typed})
-        give_way(values, self.typed)
-        return values
+        return argparse.Namespace(**{**self.defaults, **self.typed, **emptied_by(self.typed)})
 
 
-def give_way(values: argparse.Namespace, typed: Mapping[str, Any]) -> None:
-    """Empty the defaults that exclude what was typed."""
-    for theirs, ours in GIVES_WAY:
-        if theirs in typed and ours not in typed:
-            setattr(values, ours, None)
+def emptied_by(typed: Mapping[str, Any]) -> dict[str, None]:
+    """The defaults that exclude what was typed, empty."""
+    return {ours: None for theirs, ours in GIVES_WAY if theirs in typed and ours not in typed}
 
 
 def read_command_line(words: Sequence[str], add_arguments: AddArguments, defaults: Mapping[str, object]) -> CommandLine:
