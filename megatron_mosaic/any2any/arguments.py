@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError, ArgumentParser, Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix, StackSizes, workload
+from megatron_mosaic.any2any.sizes import (
+    Any2AnySizes,
+    DigitsMix,
+    StackSizes,
+    require_query_groups,
+    require_rotated_channels,
+    workload,
+)
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan.workload import ModuleConfig, Workload
 from megatron_mosaic.plan.workload_file import load_workload_file
+from megatron_mosaic.runtime.flags.command_line import CommandLine, read_command_line
+from megatron_mosaic.runtime.flags.judge import Purpose, decided_by, facts_of, judge
+from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments, lr_mults_from_args
+from megatron_mosaic.runtime.training_arguments import apply_training, decide_arguments
 
 SIZES = Any2AnySizes()
 MIX = DigitsMix()
@@ -22,7 +35,7 @@ MEGATRON_DEFAULTS: dict[str, object] = {
     "num_attention_heads": SIZES.llm.num_heads,
     "ffn_hidden_size": SIZES.llm.ffn_hidden_size,
     "seq_length": SIZES.seq_length,
-    "max_position_embeddings": SIZES.seq_length,
+    "max_position_embeddings": None,  # as many as --seq-length
     "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": True,
     "tokenizer_type": "NullTokenizer",
@@ -42,7 +55,17 @@ MEGATRON_DEFAULTS: dict[str, object] = {
     "log_interval": 10,
     "eval_interval": 100,
     "eval_iters": 4,
+    # What the layers are built with, whatever Megatron's default is (blocks.config_from_args)
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "alltoall",
 }
+_STACK = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+_OF_DIGITS = (  # without effect where a model file describes the modules
+    *(f"{module}_{size}" for module in ("vision", "generator") for size in _STACK),
+    *("digits_text_only_frac", "digits_two_image_frac", "digits_generate_frac"),
+)
+_NOT_BUILT = ("shared_expert_size", "num_dense_layers", "q_latent_size", "kv_latent_size")  # of a model file
+_ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu")  # Megatron takes one of them
 
 
 def add_any2any_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -99,21 +122,67 @@ def sizes_from_args(args: Namespace) -> Any2AnySizes:
 def workload_from_args(args: Namespace) -> Workload:
     """The model that the arguments describe. With `--workload` Megatron's own arguments are set to its backbone."""
     batch = args.global_batch_size or 1
+    _require_one_activation(args)
     if args.workload is None:
+        args.max_position_embeddings = args.max_position_embeddings or args.seq_length
         return _frozen(workload(sizes_from_args(args), batch, mix_from_args(args)), args.freeze)
     model = replace(load_workload_file(args.workload), global_batch_size=batch)
-    backbone = model.backbone
-    for name, value in {
+    _require_buildable(args.workload, model)
+    _obey_file(args, model)
+    return _frozen(model, args.freeze)
+
+
+def _require_buildable(path: str, model: Workload) -> None:
+    """Refuse a model file whose layers the reference model would leave out."""
+    for module in model.modules:
+        for key in _NOT_BUILT:
+            if getattr(module, key):
+                raise ConfigError(
+                    f"{path}: module {module.name!r}: {key}",
+                    got=getattr(module, key),
+                    expected="0: the reference model does not build it",
+                    fix=f"leave {key} out, or plan without running",
+                )
+
+
+def _obey_file(args: Namespace, model: Workload) -> None:
+    """Set Megatron's arguments to the backbone of a model file; refuse what says otherwise."""
+    backbone, untouched = model.backbone, read_words([]).defaults
+    sizes = {
         "num_layers": backbone.num_layers,
         "hidden_size": backbone.hidden_size,
         "num_attention_heads": backbone.num_heads,
         "ffn_hidden_size": backbone.ffn_hidden_size,
+        "kv_channels": backbone.head_size,
+        "group_query_attention": backbone.query_groups != backbone.num_heads,
+        "num_query_groups": backbone.query_groups,
         "seq_length": backbone.tokens_per_item,
-        "max_position_embeddings": backbone.tokens_per_item,
         "vocab_size": backbone.vocab_size,
-    }.items():
+    }
+    for name, value in {**dict.fromkeys(_OF_DIGITS), **sizes}.items():
+        if getattr(args, name) not in (untouched[name], value):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}",
+                got=getattr(args, name),
+                expected=f"left out beside --workload: {args.workload} describes the modules and their data",
+                fix="write it into the file, or leave --workload out",
+            )
+    for name, value in sizes.items():
         setattr(args, name, value)
-    return _frozen(model, args.freeze)
+    args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
+    if any(module.gated for module in model.modules) and args.squared_relu:
+        raise ConfigError(
+            "--squared-relu",
+            got="set",
+            expected=f"not set: modules of {args.workload} are gated",
+            fix="leave it out, or set gated: false in the file",
+        )
+
+
+def _require_one_activation(args: Namespace) -> None:
+    chosen = [f"--{name.replace('_', '-')}" for name in _ACTIVATIONS if getattr(args, name)]
+    if len(chosen) > 1:
+        raise ConfigError(chosen[1], got=" with ".join(chosen), expected="one activation", fix=f"leave {chosen[1]} out")
 
 
 def _frozen(model: Workload, names: Sequence[str]) -> Workload:
@@ -138,23 +207,46 @@ def mix_from_args(args: Namespace) -> DigitsMix:
     )
 
 
-def workload_of_command_line(arguments: Sequence[str]) -> Workload:
+def read_words(words: Sequence[str], defaults: Mapping[str, Any] | None = None) -> CommandLine:
+    """The words of a command line of the reference model, read without Megatron; `defaults` win over its own."""
+    return read_command_line(
+        words,
+        lambda parser: add_mosaic_arguments(add_any2any_arguments(parser)),
+        {**MEGATRON_DEFAULTS, **(defaults or {})},
+    )
+
+
+def workload_of_command_line(words: Sequence[str]) -> Workload:
     """The workload that these command-line arguments describe, without importing Megatron: to check a plan early."""
-    parser = add_any2any_arguments(ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "vocab_size"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=MEGATRON_DEFAULTS[name])
-    parser.add_argument("--global-batch-size", type=int, default=None)
-    return workload_from_args(parse_known(parser, arguments))
+    return workload_from_args(read_words(words).values)
 
 
-def parse_known(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """What the parser (made with `exit_on_error=False`) knows of the arguments; ConfigError for a wrong value."""
-    try:
-        return parser.parse_known_args(list(arguments))[0]
-    except ArgumentError as error:
-        raise ConfigError(
-            error.argument_name or "arguments", got=error.message, expected="a value of its type", fix="correct it"
-        ) from error
+def judge_words(line: CommandLine, plan: Plan, purpose: Purpose) -> tuple[Workload, tuple[str, ...]]:
+    """(workload, sentences on arguments without effect). ConfigError, PlanError for what cannot run under the plan."""
+    model = workload_from_args(line.values)
+    validate_plan(plan, model)
+    apply_training(Namespace(), plan.training, line.typed)
+    decided = {**decided_by(plan, model.backbone.name), **decide_arguments(plan.training)}
+    notes = judge(line, purpose=purpose, decided=decided, facts=facts_of(model))
+    lr_mults_from_args(line.values, [module.name for module in model.modules])
+    _require_attention(line.values, model.backbone, plan)
+    return model, notes
+
+
+def _require_attention(args: Namespace, backbone: ModuleConfig, plan: Plan) -> None:
+    """What the backbone's layers would refuse, before a rank starts."""
+    if args.group_query_attention:
+        require_query_groups(args.num_query_groups, backbone.num_heads, plan.modules[backbone.name].layout.tp)
+    if args.use_rotary_position_embeddings or args.position_embedding_type == "rope":
+        require_rotated_channels(args.kv_channels or backbone.head_size, args.rotary_percent)
+
+
+def refuse_given(line: CommandLine, given: Sequence[str], command: str) -> None:
+    """Refuse arguments that the command gives its processes itself."""
+    for dest in given:
+        if dest in line.typed:
+            flag = f"--{dest.replace('_', '-')}"
+            raise ConfigError(flag, got="set", expected=f"left out: `{command}` gives it", fix=f"leave {flag} out")
 
 
 def _stack_from_args(args: Namespace, prefix: str) -> StackSizes:

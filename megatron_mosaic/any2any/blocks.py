@@ -29,8 +29,11 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor, nn
 
+from megatron_mosaic.any2any.sizes import require_query_groups
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import ModulePlan, Recompute
-from megatron_mosaic.plan.workload import ModuleConfig
+from megatron_mosaic.plan.workload import ModuleConfig, Role
 
 
 def build_block(
@@ -123,18 +126,21 @@ class ContextParallelAttention(DotProductAttention):
 
 def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) -> TransformerConfig:
     """Megatron's own config of `args`, with this module's sizes and this layout's degrees."""
-    from megatron.training.arguments import core_transformer_config_from_args
-
     layout, full = placed.layout, placed.recompute is Recompute.full
+    num_groups, head_size = module.query_groups, module.head_size
+    if module.role is Role.backbone:  # of which the command line may say more than the workload does
+        num_groups = args.num_query_groups if args.group_query_attention else num_groups
+        head_size = args.kv_channels or head_size
+    require_query_groups(num_groups, module.num_heads, layout.tp)
     resized = {
         "num_layers": module.num_layers,
         "hidden_size": module.hidden_size,
         "num_attention_heads": module.num_heads,
-        "kv_channels": module.head_size,
-        "group_query_attention": module.query_groups != module.num_heads,
-        "num_query_groups": module.query_groups,
+        "kv_channels": head_size,
+        "group_query_attention": num_groups != module.num_heads,
+        "num_query_groups": num_groups,
         "ffn_hidden_size": module.ffn_hidden_size,
-        "swiglu": module.gated or args.swiglu,
+        "swiglu": (module.gated and not args.quick_geglu) or args.swiglu,
         "seq_length": module.tokens_per_item,
         "num_experts": module.num_experts or None,
         # megatron-core has no biases in experts that are cut over tp; a model must not depend on its layout
@@ -164,4 +170,26 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         "recompute_num_layers": 1 if full else None,
         "recompute_modules": ["core_attn"],
     }
-    return core_transformer_config_from_args(Namespace(**(vars(args) | resized)))
+    if args.transformer_impl == "transformer_engine" and not HAVE_TE and cpu.is_cpu():
+        raise ConfigError(
+            "--transformer-impl",
+            got="transformer_engine",
+            expected="local: Transformer Engine is not installed",
+            fix="leave --transformer-impl out",
+        )
+    return _checked_config(Namespace(**(vars(args) | resized)), module.name)
+
+
+def _checked_config(args: Namespace, module: str) -> TransformerConfig:
+    """Megatron's config of a module's arguments; what it asserts of them as ConfigError."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    try:
+        return core_transformer_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"Megatron's configuration of module {module}",
+            got=str(error) or type(error).__name__,
+            expected="arguments that fit together and the module's layout",
+            fix="change one of them, or leave it out",
+        ) from error

@@ -21,6 +21,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_mosaic.any2any.blocks import config_from_args
+from megatron_mosaic.any2any.positions import Positions
 from megatron_mosaic.any2any.stages import BackboneStage, ItemStage
 from megatron_mosaic.definition import Batch
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard, integers
@@ -40,11 +41,13 @@ class Any2Any:
         build_config: BuildConfig,
         generator_loss_weight: float = 1.0,
         mean_over_samples: bool = False,
+        positions: Positions | None = None,
     ) -> None:
         self.workload = workload
         self._build_config = build_config
         self._generator_loss_weight = generator_loss_weight
         self._mean_over_samples = mean_over_samples
+        self._positions = positions or Positions()
         generators = [module.name for module in workload.modules if module.role is Role.generator]
         self.loss_names = ("lm loss", *(f"{name} loss" for name in generators))
 
@@ -56,6 +59,7 @@ class Any2Any:
             build_config=partial(config_from_args, args),
             generator_loss_weight=args.generator_loss_weight,
             mean_over_samples=args.loss_mean_over == "samples",
+            positions=Positions.from_args(args),
         )
 
     def build_stage(
@@ -67,7 +71,13 @@ class Any2Any:
         config = self._build_config(sizes, placed)
         if sizes.role is Role.backbone:
             return BackboneStage(
-                config, sizes, is_first=is_first, is_last=is_last, chunk=chunk, pg_collection=pg_collection
+                config,
+                sizes,
+                is_first=is_first,
+                is_last=is_last,
+                chunk=chunk,
+                pg_collection=pg_collection,
+                positions=self._positions,
             )
         return ItemStage(
             config,

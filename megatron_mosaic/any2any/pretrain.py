@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 scripts/pretrain_any2any.py --mosaic-plan plan.yaml 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_mosaic.any2any.arguments import (
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
+from megatron_mosaic.flight.process import begin_flight
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
@@ -64,27 +66,33 @@ def make_collate(args: Any, workload: Workload) -> Callable[[Sequence[Any]], dic
     return data.collate if args.workload is None else synthetic.collate(workload)
 
 
+def train() -> int:
+    """Train as the command line says. MosaicError if the input is wrong."""
+    args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
+    definition = Any2Any.from_args(args, workload_from_args(args))
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from megatron_mosaic.runtime.train import Runtime
+
+    workload = definition.workload
+    runtime = Runtime(args, plan, definition, make_collate(args, workload))
+    provider = runtime.data_provider(make_datasets(args, workload))
+    with runtime.finishing():
+        pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
+    return 0
+
+
 def main() -> int:
     """Train. Exit status 2 if the input is wrong, 1 if a rank failed."""
+    begin_flight(int(os.environ.get("RANK", "0")))
     try:
-        args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
-        definition = Any2Any.from_args(args, workload_from_args(args))
-        from megatron.core.enums import ModelType
-        from megatron.training import pretrain
-
-        from megatron_mosaic.runtime.train import Runtime
-
-        workload = definition.workload
-        runtime = Runtime(args, plan, definition, make_collate(args, workload))
-        provider = runtime.data_provider(make_datasets(args, workload))
-        with runtime.finishing():
-            pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
+        return train()
     except RankFailure:
         raise
     except MosaicError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -119,3 +119,26 @@ def _module(name: str, role: Role, stack: StackSizes, tokens_per_item: int, **mo
         tokens_per_item=tokens_per_item,
         **more,  # type: ignore[arg-type]
     )
+
+
+def require_query_groups(num_groups: int, num_heads: int, tp: int) -> None:
+    """ConfigError unless heads fall into so many groups that share keys and values, and the groups over tp ranks."""
+    if num_groups < 1 or num_heads % num_groups or num_groups % tp:
+        raise ConfigError(
+            "--num-query-groups",
+            got=f"{num_groups} for {num_heads} heads and tp {tp}",
+            expected="a divisor of the heads, and a multiple of tp",
+            fix="change --num-query-groups, or the backbone's tp in the plan",
+        )
+
+
+def require_rotated_channels(channels: int, percent: float) -> None:
+    """ConfigError unless so many of a head's channels fall into pairs that can be rotated."""
+    rotated = int(channels * percent)
+    if not 2 <= rotated <= channels or rotated % 2:
+        raise ConfigError(
+            "--rotary-percent",
+            got=f"{percent} of {channels} channels: {rotated}",
+            expected="an even number of channels, 2 or more",
+            fix="change --rotary-percent or --kv-channels",
+        )

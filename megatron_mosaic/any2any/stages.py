@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megatron_mosaic.any2any.blocks import build_block, split_over_tp
+from megatron_mosaic.any2any.positions import Positions
 from megatron_mosaic.definition import StageInputs, StageOutput
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role
 
@@ -116,13 +117,19 @@ class BackboneStage(MegatronModule):
         is_last: bool,
         chunk: int,
         pg_collection: ProcessGroupCollection,
+        positions: Positions,
     ) -> None:
         super().__init__(config)
         self.is_last, self.tp_group = is_last, pg_collection.tp
         if is_first:
             self.embedding = LanguageModelEmbedding(
-                config, module.vocab_size, module.tokens_per_item, tp_group=pg_collection.tp
+                config,
+                module.vocab_size,
+                max(positions.num_learned, module.tokens_per_item),
+                position_embedding_type=positions.kind,
+                tp_group=pg_collection.tp,
             )
+        self.rotary, self._num_positions = positions.build_rotary(config, pg_collection.cp), module.tokens_per_item
         mask = AttnMaskType.causal if module.causal else AttnMaskType.no_mask
         self.block = build_block(config, mask, is_last=is_last, chunk=chunk, pg_collection=pg_collection)
         if is_last:
@@ -145,11 +152,18 @@ class BackboneStage(MegatronModule):
             hidden = self.embedding(tokens, positions.expand_as(tokens))
             for source, rows in inputs.imports.items():
                 hidden = hidden.index_put(inputs.imports_at[source], rows.to(hidden.dtype))
-        hidden = self.block(hidden, attention_mask=None)
+        hidden = self.block(hidden, attention_mask=None, rotary_pos_emb=self._angles(inputs))
         if not self.is_last:
             return StageOutput(hidden=hidden)
         exports = {name: hidden[at] for name, at in inputs.exports_at.items()}
         return self._with_loss(hidden, inputs.tensors, exports)
+
+    def _angles(self, inputs: StageInputs) -> Tensor | None:
+        """[S/cp, 1, 1, rotated channels] of this cp rank's tokens, which need not follow each other."""
+        if self.rotary is None:
+            return None
+        angles: Tensor = self.rotary.get_emb(self._num_positions)
+        return angles[inputs.tensors["positions"]]
 
     def _with_loss(self, hidden: Tensor, tensors: Mapping[str, Tensor], exports: Mapping[str, Tensor]) -> StageOutput:
         """Cross entropy over this cp rank's tokens, weighted."""

@@ -77,10 +77,10 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     """Collective over all ranks. Rank 0 writes `measured.json`."""
     sys.argv[1:] = command
     args, _ = parse_and_validate_args(
-        lambda args: workload_of_command_line(command), pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
+        pretrain.workload_from_args, pretrain.add_any2any_arguments, pretrain.MEGATRON_DEFAULTS
     )
     dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
-    definition = Any2Any.from_args(args, workload_of_command_line(command))
+    definition = Any2Any.from_args(args, pretrain.workload_from_args(args))
     samples = pretrain.make_datasets(args, definition.workload)((256, 1, 1))[0]
     loads = [0.0]
     if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_mosaic.cli.imports import import_runtime
-from megatron_mosaic.cli.output import print_json, print_progress, print_table
+from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
@@ -25,7 +25,8 @@ def main(arguments: argparse.Namespace) -> int:
     from megatron_mosaic.parity.check import FORMAT, TOLERANCE, check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    require_checkable(plan, megatron_args, arguments.mosaic_schedule)
+    for note in require_checkable(plan, megatron_args, arguments.mosaic_schedule, steps=arguments.steps):
+        print_note(note)
     import_runtime()
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
     parity = check_plan(

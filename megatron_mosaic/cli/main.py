@@ -15,7 +15,7 @@ from typing import Never
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 
 DONE, NO, WRONG_INPUT = 0, 1, 2
-TERMINATED = 128 + signal.SIGTERM
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 # Subcommand -> module with `main(arguments) -> exit status`, imported when asked for: some of them import torch.
 COMMANDS = {
@@ -104,10 +104,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit status. SIGTERM ends it with 143, temporary files removed."""
+    """Run one subcommand; the exit status. SIGTERM ends it with 143, an interrupt with 130, temporary files removed."""
     words = sys.argv[1:] if words is None else words
     with _sigterm_as_exit():
-        return _run(words)
+        try:
+            return _run(words)
+        except KeyboardInterrupt:
+            print("mosaic: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _run(words: Sequence[str]) -> int:

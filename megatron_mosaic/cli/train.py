@@ -8,39 +8,44 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_mosaic.any2any.arguments import parse_known, workload_of_command_line
+from megatron_mosaic.any2any.arguments import judge_words, read_words, refuse_given
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
 from megatron_mosaic.launch.torchrun import run_torchrun
-from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.runtime.training_arguments import refuse_contradictions
+from megatron_mosaic.runtime.flags.command_line import CommandLine
+from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
+_GIVEN = ("mosaic_plan", "mosaic_report")  # to the ranks, by this command
+_NOT_PRICED = ("swiglu", "quick_geglu", "group_query_attention", "kv_channels")
 TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Launch torchrun, then print losses, the measured timeline and, with a profile, the predicted one."""
     plan = load_plan(arguments.plan)
-    _validate_length(arguments.megatron_args)
-    workload = workload_of_command_line(arguments.megatron_args)
-    validate_plan(plan, workload)
-    refuse_contradictions(plan.training, arguments.megatron_args)
+    line = read_words(arguments.megatron_args)
+    refuse_given(line, _GIVEN, "mosaic train")
+    workload, notes = judge_words(line, plan, Purpose.train)
+    _validate_length(line)
     schedule = load_training_schedule(plan, workload, arguments.mosaic_schedule)  # refuses what cannot be ordered
-    predicted = _predict(plan, workload, arguments.profile, schedule)
+    for note in notes:
+        print_note(note)
+    predicted = _predict(plan, workload, arguments.profile, schedule) if _is_priced(line) else None
     with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
         if arguments.mosaic_schedule:
@@ -103,20 +108,22 @@ def _read_report(directory: Path) -> tuple[list[dict[str, float]], dict[str, Any
     return read_losses(directory / "losses.jsonl"), json.loads(timeline.read_text())
 
 
-def _validate_length(megatron_args: Sequence[str]) -> None:
+def _validate_length(line: CommandLine) -> None:
     """ConfigError if these arguments train nothing."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("--train-iters", type=int, default=1)
-    parser.add_argument("--train-samples", type=int, default=1)
-    parser.add_argument("--skip-train", action="store_true")
-    given = parse_known(parser, megatron_args)
-    for flag, value in (("--train-iters", given.train_iters), ("--train-samples", given.train_samples)):
+    for dest in ("train_iters", "train_samples"):
+        value = line.typed.get(dest, 1)
         if value < 1:
+            flag = f"--{dest.replace('_', '-')}"
             raise ConfigError(flag, got=value, expected="at least 1: nothing would be trained", fix="raise it")
-    if given.skip_train:
-        raise ConfigError(
-            "--skip-train", got="set", expected="not set: nothing would be trained", fix="remove --skip-train"
-        )
+
+
+def _is_priced(line: CommandLine) -> bool:
+    """Whether the cost model knows the layers: what the command line changes of them is in no workload."""
+    changed = [dest for dest in _NOT_PRICED if line.typed.get(dest, line.defaults[dest]) != line.defaults[dest]]
+    if changed:
+        flags = ", ".join(f"--{dest.replace('_', '-')}" for dest in changed)
+        print_note(f"no prediction: the cost model knows nothing of {flags}")
+    return not changed
 
 
 def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Schedule) -> Timeline | None:

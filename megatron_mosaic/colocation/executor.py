@@ -12,8 +12,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_mosaic.colocation.flight import Flight
 from megatron_mosaic.errors import RankFailure, ScheduleError
+from megatron_mosaic.flight.process import flight_of
+from megatron_mosaic.flight.verdict import failure_of
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules import Action, Schedule, build_forward_only
@@ -29,7 +30,7 @@ class Executor:
     """Executor of one rank under one plan.
 
     `spans` are those of the last step, on the machine's monotonic clock, which all ranks of a host share; `step` counts
-    training steps.
+    training steps, those before a checkpoint included.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Executor:
         """`training`: the schedule of training steps, the plan's own or another one of its work."""
         self.plan, self.workload, self.rank, self.training = plan, workload, rank, training
         self._lanes = {lane for alike in rank_classes(plan) if rank in alike.ranks for lane in alike.lanes}
-        self.flight = Flight(rank)
+        self.flight = flight_of(rank)
         self.spans: list[Span] = []
         self.step = 0
         self._clock = clock
@@ -91,6 +92,10 @@ class Executor:
         self.spans = []
         self.step += not forward_only
 
+    def count_from(self, step: int) -> None:
+        """So many training steps are behind us, in the run that a checkpoint comes from."""
+        self.step = max(self.step, step)
+
     def record[Result](self, label: str, work: Callable[[], Result]) -> Result:
         """Run what belongs to no module (`~data`, `~grads`, `~optimizer`) as a span of its own lane."""
         start_s = self._clock()
@@ -103,16 +108,11 @@ class Executor:
     def doing(self, lane: str, action: str) -> Iterator[None]:
         """Note lane and action, so that a failure inside is reported with them."""
         where = f"step {self.step} lane {lane} action {action}"
-        self.flight.note(where)
         try:
+            self.flight.note(where)
             yield
         except RankFailure:
             raise
         except Exception as error:
-            self.flight.fail(f"{where} failed: {type(error).__name__}")
-            raise RankFailure(
-                f"rank {self.rank}, {where}",
-                got=f"{type(error).__name__}: {error}",
-                expected="the action to finish",
-                fix="see the traceback above; if it says a connection closed, another rank failed first",
-            ) from error
+            self.flight.note(f"{where} failed: {type(error).__name__}")
+            raise failure_of(self.flight, where, error) from error

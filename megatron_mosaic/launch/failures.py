@@ -1,47 +1,54 @@
-"""Which rank failed first, in which lane and action: from exit codes and flight files."""
+"""Which rank failed first, in which lane and action: from exit codes, verdicts and lines."""
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 from collections.abc import Mapping
 
-from megatron_mosaic.colocation.flight import failed_at_ns, read_flights
 from megatron_mosaic.errors import RankFailure
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def rank_failure(rank: int, got: str, directory: str, log: str = "", *, all_ranks: bool = False) -> RankFailure:
-    """The error that names a failed rank's lane and action; with `all_ranks`, everybody's."""
-    flights = read_flights(directory)
-    if all_ranks:
-        log = "\n".join(f"  rank {r}: {line}" for r, line in sorted(flights.items()))
-    return RankFailure(
-        f"rank {rank}, {flights.get(rank, 'before start-up')}",
-        got=got + (f"\n{log}" if log else ""),
-        expected="every rank to finish",
-        fix="look for the first traceback above; ranks whose connection closed are followers",
-    )
+from megatron_mosaic.flight.line import read_lines
+from megatron_mosaic.flight.suspects import GONE
+from megatron_mosaic.flight.verdict import fix_of_suspect, read_verdicts
 
 
 def first_cause(codes: Mapping[int, int], directory: str) -> int:
     """The rank whose failure made the others fail.
 
-    A rank killed by a signal comes first, then the rank that raised first; those lost their peer, and a SIGTERM is the
-    launcher's own, sent to whoever was left.
+    The first verdict names it. Where there is none, or it only says that a peer went away: a rank killed by a signal,
+    and then the lowest; a SIGTERM is the launcher's own, sent to whoever was left.
     """
+    verdicts = read_verdicts(directory)
+    if verdicts and (verdicts[0].suspect is not None or not verdicts[0].follows):
+        return verdicts[0].cause
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    if killed:
+        return min(killed)
+    if verdicts:
+        return verdicts[0].rank
+    return min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, rank))
 
-    def key(rank: int) -> tuple[int, float]:
-        code = codes[rank]
-        kind = 2 if code == -signal.SIGTERM else int(code > 0)
-        return kind, failed_at_ns(directory, rank)
 
-    return min(codes, key=key)
+def rank_failure(rank: int, got: str, directory: str, *, log: str = "", report: str = "") -> RankFailure:
+    """The error that names a failed rank's lane and action. `report`: what all ranks did, if no verdict says it."""
+    verdict = next((verdict for verdict in read_verdicts(directory) if verdict.cause == rank), None)
+    lines = read_lines(directory)
+    words = lines[rank].words if rank in lines else "before start-up"
+    fix = "look for the first traceback above; ranks whose connection closed are followers"
+    if verdict is not None:
+        report = verdict.report
+        if verdict.why:  # the rank moved on, or was ended by us: what it was at then counts
+            words = verdict.words
+            got = verdict.why if verdict.why != GONE else got
+        if verdict.suspect is not None:
+            fix = fix_of_suspect(rank)
+    return RankFailure(
+        f"rank {rank}, {words}",
+        got="\n".join(part for part in (got, log, report) if part),
+        expected="every rank to finish",
+        fix=fix,
+    )
 
 
-def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
-    """Ask Linux to send this process the signal when its parent dies, so that no rank outlives its launcher."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal_number))
+def describe_exit(code: int) -> str:
+    """`killed by SIGKILL`, or `exit code 3`."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

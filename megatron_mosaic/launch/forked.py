@@ -6,22 +6,26 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, mark_failed
-from megatron_mosaic.launch.failures import die_with_parent, first_cause, rank_failure
+from megatron_mosaic.flight.line import DIRECTORY_VARIABLE
+from megatron_mosaic.flight.parent import die_with_parent
+from megatron_mosaic.flight.process import begin_flight
+from megatron_mosaic.flight.suspects import find_suspect, read_states, render_states
+from megatron_mosaic.flight.verdict import judge
+from megatron_mosaic.launch import store
+from megatron_mosaic.launch.failures import describe_exit, first_cause, rank_failure
+from megatron_mosaic.launch.watch import Watch
 
 _LOG_TAIL_LINES = 30
-_PORTS = (15_000, 32_768)  # Linux gives connections 32,768 and above, others 49,152
 
 
 def run_forked(
@@ -39,17 +43,12 @@ def run_forked(
     distributed = sys.modules.get("torch.distributed")
     assert distributed is None or not distributed.is_initialized(), "forked ranks would inherit a process group"
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
-        shared = {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            DIRECTORY_VARIABLE: directory,
-            **(env or {}),
-        }
+    with tempfile.TemporaryDirectory(prefix="mosaic-") as directory, store.listen() as listener:
+        shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), DIRECTORY_VARIABLE: directory}
+        shared |= {**store.environment(listener.getsockname()[1]), **(env or {})}
+        inherited = (os.getpid(), listener, shared, directory)
         ranks = [
-            context.Process(target=_enter_rank, args=(rank, shared, directory, target, args))
-            for rank in range(world_size)
+            context.Process(target=_enter_rank, args=(rank, *inherited, target, args)) for rank in range(world_size)
         ]
         # A rank must not destroy what it inherited: a process group's destructor waits for threads that only we have.
         gc.collect()
@@ -59,26 +58,41 @@ def run_forked(
                 process.start()
         finally:
             gc.unfreeze()
-        deadline = time.monotonic() + timeout_s
         try:
-            while any(process.is_alive() for process in ranks):
-                failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-                if failed or time.monotonic() > deadline:
-                    break
-                time.sleep(0.02)
-            codes = [process.exitcode for process in ranks]
+            served = store.serve(listener)  # after the fork: it has a thread
+            _wait(ranks, directory, timeout_s)
+            del served
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        failures = {rank: code for rank, code in enumerate(codes) if code}
-        if failures:
-            rank = first_cause(failures, directory)
-            raise rank_failure(rank, f"exit code {codes[rank]}", directory, _log_tail(directory, rank))
-        if any(code is None for code in codes):
-            slow = codes.index(None)
-            raise rank_failure(slow, f"still running after {timeout_s:.0f} s", directory, _log_tail(directory, slow))
+
+
+def _wait(ranks: Sequence[BaseProcess], directory: str, timeout_s: float) -> None:
+    """Wait for all ranks. RankFailure at the first that fails, whose heart stops, or that outlasts the time."""
+    deadline, watch = time.monotonic() + timeout_s, Watch(directory)
+    while any(process.is_alive() for process in ranks):
+        time.sleep(0.02)
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            break
+        silent = watch.find_silent()
+        if silent is not None:
+            report = render_states(read_states(directory))
+            raise rank_failure(silent.rank, silent.why, directory, log=_log_tail(directory, silent.rank), report=report)
+    states = read_states(directory)
+    failures = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode}
+    if failures:
+        rank = first_cause(failures, directory)
+        got = describe_exit(failures[rank]) if rank in failures else "still there when the others failed"
+        raise rank_failure(rank, got, directory, log=_log_tail(directory, rank), report=render_states(states))
+    running = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+    if running:
+        suspect = find_suspect({rank: states[rank] for rank in running if rank in states})
+        rank, why = (suspect.rank, f"; {suspect.why}") if suspect else (running[0], "")
+        got = f"still running after {timeout_s:.0f} s{why}"
+        raise rank_failure(rank, got, directory, log=_log_tail(directory, rank), report=render_states(states))
 
 
 def with_command_line(arguments: Sequence[str], main: Callable[..., int], *args: Any) -> int:
@@ -88,11 +102,18 @@ def with_command_line(arguments: Sequence[str], main: Callable[..., int], *args:
 
 
 def _enter_rank(
-    rank: int, shared: Mapping[str, str], directory: str, target: Callable[..., object], args: Sequence[Any]
+    rank: int,
+    parent: int,
+    listener: Any,
+    shared: Mapping[str, str],
+    directory: str,
+    target: Callable[..., object],
+    args: Sequence[Any],
 ) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler cleans up after the parent
-    die_with_parent()
-    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
+    die_with_parent(parent)
+    listener.close()  # or the port would outlive the parent
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     log = os.open(_log_path(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -100,13 +121,14 @@ def _enter_rank(
     streams.enter_context(contextlib.redirect_stdout(out))  # a test runner may have replaced them
     streams.enter_context(contextlib.redirect_stderr(out))
     code = 1
+    flight = begin_flight(rank)
     try:
         result = target(*args)
         code = result if isinstance(result, int) else 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        mark_failed(directory, rank)  # before peers can notice
+    except BaseException as error:
+        judge(flight, error)  # before peers can notice
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -119,15 +141,6 @@ def _log_path(directory: str, rank: int) -> str:
 
 
 def _log_tail(directory: str, rank: int) -> str:
-    lines = Path(_log_path(directory, rank)).read_text(errors="replace").splitlines()
+    path = Path(_log_path(directory, rank))
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return "\n".join("  | " + line for line in lines[-_LOG_TAIL_LINES:])
-
-
-def _free_port() -> int:
-    """A free port below those that systems give to connections: none of the ranks' own takes it before it is used."""
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(*_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_mosaic.any2any.arguments import workload_of_command_line
-from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.any2any.arguments import judge_words, read_words, refuse_given
+from megatron_mosaic.errors import ConfigError, PlanError, RankFailure
 from megatron_mosaic.launch.forked import run_forked, with_command_line
-from megatron_mosaic.plan import Plan, validate_plan
+from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.training import Format
-from megatron_mosaic.runtime.training_arguments import refuse_contradictions
+from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 
 FORMAT = Format.fp32  # whatever the plan trains in: rounding has to stay far below mistakes
@@ -31,22 +32,17 @@ TOLERANCE = 1e-5  # relative
 # top-1 router that saw one image may be 1e-5 of what was summed. Then it has to agree within so many times what it
 # moves when the last bit of every weight does (ReferenceStep.rounding).
 _ROUNDINGS = 20
-_WITHOUT_ORACLE = ("--bf16", "--fp16", "--optimizer")
-# No warm-up and no decay: the reference has one learning rate. A large eps, because Adam's first step is otherwise the
-# *sign* of the gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
+# No warm-up and no decay unless asked for. A large eps, because Adam's first step is otherwise the *sign* of the
+# gradient: where that is zero but for rounding, two correct runs would step in opposite directions.
 # Small models on local processes: who waits for minutes waits for nothing.
-_STEADY = [
-    "--distributed-timeout-minutes",
-    "2",
-    "--lr-decay-style",
-    "constant",
-    "--lr-warmup-fraction",
-    "0.0",
-    "--adam-eps",
-    "1e-3",
-    "--eval-iters",
-    "0",
-]
+_STEADY = {
+    "distributed_timeout_minutes": 2,
+    "lr_decay_style": "constant",
+    "lr_warmup_fraction": 0.0,
+    "adam_eps": 1e-3,
+    "eval_iters": 0,
+}
+_GIVEN = ("mosaic_plan", "mosaic_report", "mosaic_dump_gradients", "mosaic_measure_activations")  # by the check itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +98,16 @@ def check_plan(
     `schedule`: a file with the order of training steps; the reference has none.
     """
     plan = in_fp32(load_plan(plan_path))
-    require_checkable(plan, megatron_args, schedule)
+    require_checkable(plan, megatron_args, schedule, steps=steps)
     from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
     from megatron_mosaic.parity import reference_run
-    from megatron_mosaic.runtime.arguments import PLAN_VARIABLE
+    from megatron_mosaic.runtime.flags.mosaic import PLAN_VARIABLE
 
     cpu.install()
     with contextlib.suppress(ImportError):  # the ranks say what is missing
         import sklearn.datasets  # noqa: F401  seconds to import; forked ranks inherit it
-    arguments = [*_STEADY, "--train-iters", str(steps), "--log-interval", "1000", *megatron_args]
+    arguments = [*_steady_words(megatron_args, steps), *megatron_args]
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
         checked = Path(directory) / "plan.yaml"
         save_plan(plan, checked)
@@ -119,11 +115,10 @@ def check_plan(
         ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
         ours += ["--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
         ours += ["--mosaic-schedule", schedule] if schedule else []
-        run_forked(plan.world_size, with_command_line, ours, pretrain.main)
+        _run(plan.world_size, directory, ours, pretrain.train)
         reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
         for measure_rounding in (False, True):  # takes six times as long, and few checks need it
-            run_reference = (with_command_line, reference, reference_run.main, directory, measure_rounding)
-            run_forked(1, *run_reference, env={PLAN_VARIABLE: ""})
+            _run(1, directory, reference, reference_run.main, directory, measure_rounding, env={PLAN_VARIABLE: ""})
             parity = _compare(plan, steps, Path(directory))
             if parity.grad_rel_err_max <= TOLERANCE:
                 break
@@ -135,21 +130,52 @@ def in_fp32(plan: Plan) -> Plan:
     return replace(plan, training=replace(plan.training, format=FORMAT)) if plan.training else plan
 
 
-def require_checkable(plan: Plan, megatron_args: Sequence[str] = (), schedule: str | None = None) -> None:
-    """PlanError unless the reference model with these arguments can run under the plan (in the order of the file).
-    Needs no torch."""
-    workload = workload_of_command_line(megatron_args)
-    validate_plan(plan, workload)
+def require_checkable(
+    plan: Plan, megatron_args: Sequence[str] = (), schedule: str | None = None, *, steps: int = 3
+) -> tuple[str, ...]:
+    """Sentences on arguments without effect. PlanError or ConfigError unless the reference model with these arguments
+    can run under the plan (in the order of the file) and has an oracle. Needs no torch."""
+    line = read_words(megatron_args, {**_STEADY, "train_iters": steps})
+    refuse_given(line, _GIVEN, "mosaic check")
+    workload, notes = judge_words(line, in_fp32(plan), Purpose.check)
     load_training_schedule(plan, workload, schedule)  # refuses what cannot be ordered
-    for flag in _WITHOUT_ORACLE:
-        if flag in megatron_args:
-            raise ConfigError(
-                flag,
-                got="set",
-                expected="not set: the reference is fp32 with AdamW",
-                fix=f"remove {flag} for the check",
-            )
-    refuse_contradictions(in_fp32(plan).training, megatron_args)
+    return notes
+
+
+def _steady_words(megatron_args: Sequence[str], steps: int) -> list[str]:
+    """What a check sets, as words; without the defaults that give way to what is typed."""
+    values = vars(read_words(megatron_args, _STEADY).values)
+    ours = {dest: value for dest, value in _STEADY.items() if values[dest] == value}
+    words = [(f"--{dest.replace('_', '-')}", str(value)) for dest, value in ours.items()]
+    return [word for pair in (*words, ("--train-iters", str(steps)), ("--log-interval", "1000")) for word in pair]
+
+
+def _run(
+    world_size: int,
+    directory: str,
+    words: Sequence[str],
+    main: Callable[..., int],
+    *args: object,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """`main(*args)` of a script on every rank. What a rank refuses is refused here; RankFailure if one fails."""
+    try:
+        run_forked(world_size, with_command_line, words, _keeping_refusal, directory, main, *args, env=env)
+    except RankFailure:
+        refusals = sorted(Path(directory).glob("refusal-*.json"))
+        if not refusals:
+            raise
+        refusal = json.loads(refusals[0].read_text())
+        raise ConfigError(**{part: refusal[part] for part in ("where", "got", "expected", "fix")}) from None
+
+
+def _keeping_refusal(directory: str, main: Callable[..., int], *args: object) -> int:
+    """On a rank: `main(*args)`; what is wrong with the input is left in a file."""
+    try:
+        return main(*args)
+    except (ConfigError, PlanError) as error:
+        (Path(directory) / f"refusal-{os.environ['RANK']}.json").write_text(json.dumps(error.as_dict()))
+        return 2
 
 
 def _compare(plan: Plan, steps: int, directory: Path) -> Parity:

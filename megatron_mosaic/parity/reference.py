@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, rows_of, shard_of
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
+from megatron_mosaic.parity.learning_rate import learning_rate_at
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.model import initialize_by_name
@@ -64,6 +65,7 @@ class Reference:
 
     def __init__(self, definition: ModelDefinition, groups: ProcessGroupCollection, args: Any) -> None:
         self._definition, self._args = definition, args
+        self._num_steps = 0
         if parallel_state._GLOBAL_MEMORY_BUFFER is None:
             parallel_state._set_global_memory_buffer()
         self.modules = nn.ModuleDict()
@@ -76,7 +78,7 @@ class Reference:
         trained = [(name, p) for name in factors for p in self.modules[name].parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": [p], "lr": factors[name] * args.lr, "weight_decay": args.weight_decay * (p.dim() > 1)}
+                {"params": [p], "factor": factors[name], "weight_decay": args.weight_decay * (p.dim() > 1)}
                 for name, p in trained
             ],
             betas=(args.adam_beta1, args.adam_beta2),
@@ -91,7 +93,10 @@ class Reference:
         rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients if moved}
         if self._args.clip_grad > 0:
             nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate_at(self._args, self._num_steps, group["factor"])
         self._optimizer.step()
+        self._num_steps += 1
         return ReferenceStep(losses=losses, gradients=gradients, rounding=rounding)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosaic.errors import ConfigError, MosaicError
+from megatron_mosaic.flight.process import noted
 from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_checkpointing, rebound_sharded_save
 from megatron_mosaic.parallel_state_ext.rng_states import PROCESS
@@ -82,6 +83,7 @@ class Checkpoints:
         checkpoint_io.install()
         rebind_checkpointing(save=self.save, load=self.load)
 
+    @noted("step {1} lane ~save action ~save")
     def save(self, iteration: int, model: list[MosaicModel], *args: Any, **kwargs: Any) -> None:
         """Megatron's save, and our two files in its directory before the tracker file names it.
 
@@ -102,6 +104,7 @@ class Checkpoints:
         except OSError as error:  # of this rank alone: the others end with it
             raise self._not_saved(directory, describe(error)) from error
 
+    @noted("set-up: lane ~load action ~load")
     def load(
         self, ddp_model: list[MosaicModel], optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:

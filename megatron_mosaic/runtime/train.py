@@ -32,6 +32,10 @@ from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.definition import ModelDefinition
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.flight.process import begin_flight, collective_timeout, end_flight, noted
+from megatron_mosaic.flight.results import ResultWatch
+from megatron_mosaic.flight.verdict import naming
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers, NotFinite, build_optimizer
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
@@ -65,10 +69,14 @@ class Runtime:
         """`collate` makes a batch of samples."""
         validate_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
-        timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        _initialize_distributed(args, timeout)
-        self.view = RankView.of(plan, dist.get_rank(), definition.workload.edges)
-        self.grids = Grids(self.view, timeout=timeout)
+        self._flight = begin_flight(args.rank)
+        ResultWatch(self._flight)
+        timeout = collective_timeout(args.distributed_timeout_minutes)
+        with naming(self._flight):
+            _initialize_distributed(args, timeout)
+            self._flight.note("set-up: process groups")
+            self.view = RankView.of(plan, dist.get_rank(), definition.workload.edges)
+            self.grids = Grids(self.view, timeout=timeout)
         self.scopes = Scopes(args.seed, self.view)
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
         training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
@@ -88,7 +96,8 @@ class Runtime:
         )
         draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
-        rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=lambda **_: self.step)
+        self._flight.note("set-up: Megatron")
+        rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=self._run_steps)
 
     @property
     def seams(self) -> dict[str, Any]:
@@ -105,6 +114,7 @@ class Runtime:
         slots = self.plan.modules[self.definition.workload.backbone.name].layout.dp
         return DataProvider(make_datasets=make_datasets, samples_per_microbatch=self.plan.micro_batch_size * slots)
 
+    @noted("set-up: model")
     def build_model(self, ddp_config: DistributedDataParallelConfig) -> MosaicModel:
         """This rank's stages, initialised by name and wrapped for data parallelism in their module's groups."""
         stages = {}
@@ -124,11 +134,17 @@ class Runtime:
         rng_states = RngStates(self.scopes, self.view.rank, self.plan.world_size)
         return MosaicModel(config, stages, ddp_config, self.grids.world_view(), rng_states)
 
+    def _run_steps(self, **_: Any) -> StepRunner:
+        """What Megatron's loop asks for, once it has loaded."""
+        self.executor.count_from(get_args().iteration)
+        return self.step
+
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
         """Around `pretrain()`: finish after it, also when the loop leaves by a clean exit (`--exit-interval`)."""
         try:
-            yield
+            with naming(self._flight):
+                yield
         except SystemExit as stop:
             if stop.code in (None, 0):
                 self._finish()
@@ -144,7 +160,9 @@ class Runtime:
             self.guard.remove()
         self.grids.destroy()
         dist.destroy_process_group()
+        end_flight()
 
+    @noted("set-up: optimizer")
     def _build_optimizer(
         self, config: Any, model_chunks: list[MosaicModel], config_overrides: Any = None, **_: Any
     ) -> ModuleOptimizers:
@@ -225,15 +243,26 @@ def _observers_from_args(args: argparse.Namespace, view: RankView) -> Observers:
     )
 
 
+@noted("set-up: meeting the other ranks")
 def _initialize_distributed(args: argparse.Namespace, timeout: timedelta) -> None:
     """Before `initialize_megatron`, because the groups are made from it; Megatron then finds it initialised."""
     if dist.is_initialized():
         return
     if not cpu.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(
-        backend=args.distributed_backend, world_size=args.world_size, rank=args.rank, timeout=timeout
-    )
+    try:
+        dist.init_process_group(
+            backend=args.distributed_backend, world_size=args.world_size, rank=args.rank, timeout=timeout
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"MASTER_PORT of {os.environ.get('MASTER_ADDR')}",
+            got=f"{os.environ.get('MASTER_PORT')}, which another program listens at",
+            expected="a free port: the ranks meet there",
+            fix="choose another (torchrun --master-port), or end that program",
+        ) from error
 
 
 def _agree_on_schedule(executor: Executor, world: dist.ProcessGroup) -> None:

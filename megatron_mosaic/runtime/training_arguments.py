@@ -7,7 +7,7 @@ Needs neither torch nor Megatron, so that a command line is refused before any p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -112,17 +112,6 @@ def apply_training(
                 fix=f"leave {text} out, or change the plan",
             )
         setattr(args, key, value)
-
-
-def refuse_contradictions(training: TrainingSetup | None, words: Sequence[str]) -> None:
-    """PlanError, ConfigError if a run with these words could not obey the plan's training."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    for key, flag in FLAGS.items():
-        if isinstance(flag.default, bool):
-            parser.add_argument(flag.text, dest=key, action="store_true")
-        else:
-            parser.add_argument(flag.text, dest=key, nargs="?")
-    apply_training(argparse.Namespace(), training, vars(parser.parse_known_args(list(words))[0]))
 
 
 def typed_of(args: argparse.Namespace, defaults: Mapping[str, object]) -> dict[str, object]:

@@ -33,7 +33,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def parse_default_args():
+def parse_default_args(*words):
     """Megatron's arguments as a script with the any2any defaults would have them, for one rank."""
 
     def add_arguments(parser):
@@ -42,10 +42,12 @@ def parse_default_args():
         return parser
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain"])
+        patch.setattr(sys, "argv", ["pretrain", *words])
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "1")
-        return validate_args(parse_args(add_arguments))
+        args = parse_args(add_arguments)
+        workload_from_args(args)  # sets what follows from others
+        return validate_args(args)
 
 
 @pytest.fixture(scope="module")

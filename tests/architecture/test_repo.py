@@ -46,6 +46,8 @@ LIGHT_MODULES = [
     "megatron_mosaic.cost_model",
     "megatron_mosaic.search",
     "megatron_mosaic.cli",
+    "megatron_mosaic.any2any.arguments",
+    "megatron_mosaic.parity.check",
 ]
 
 MAX_FILE_LINES = 400

@@ -229,11 +229,22 @@ def test_train_hands_unknown_words_on(monkeypatch):
         (["--digits-seed", "x"], "--digits-seed"),
         (["--bf16"], "--bf16"),
         (["--use-distributed-optimizer"], "--use-distributed-optimizer"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--hidden-drop", "0.1"], "--hidden-drop"),
+        (["--optimizer=muon"], "--optimizer"),
+        (["--fp16"], "--fp16"),
+        (["--window-size", "(2, 0)"], "--window-size"),
+        (["--pipeline-model-parallel-size", "4"], "--pipeline-model-parallel-size"),
+        (["--mosaic-plan", "other.yaml"], "--mosaic-plan"),
+        (["--rotary-base", "500"], "--rotary-base"),
+        (["stray"], "stray"),
     ],
 )
-def test_train_refuses_words_before_any_process_starts(capsys, plan, monkeypatch, words, where):
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_words_are_refused_before_any_process_starts(capsys, plan, monkeypatch, command, words, where):
     monkeypatch.setattr("megatron_mosaic.cli.train.run_torchrun", lambda *_, **__: pytest.fail("started"))
-    status, out, err = run(capsys, "train", plan, *words, "--json")
+    monkeypatch.setattr("megatron_mosaic.cli.check.import_runtime", lambda: pytest.fail("started"))
+    status, out, err = run(capsys, command, plan, *words, "--json")
     assert status == 2
     assert set(json.loads(out)) == {"error", "where", "got", "expected", "fix"}
     assert json.loads(out)["where"] == where
@@ -266,6 +277,15 @@ def test_a_run_without_a_step_is_wrong_input(capsys, plan, profile, monkeypatch)
     status, _, err = run(capsys, "train", plan)
     assert status == 2
     assert "no training step" in err
+
+
+def test_what_has_no_effect_and_what_is_not_priced_is_said(capsys, plan, profile, monkeypatch):
+    train(monkeypatch, [{"loss": 2.0}])
+    status, out, err = run(capsys, "train", plan, "--data-path", "text", "--swiglu", "--json")
+    assert status == 0 and "predicted" not in json.loads(out)
+    notes = err.splitlines()
+    assert notes[0].startswith("mosaic: note: --data-path has no effect here")
+    assert notes[1] == "mosaic: note: no prediction: the cost model knows nothing of --swiglu"
 
 
 def test_train_predicts_the_model_that_runs(capsys, plan, profile, monkeypatch):

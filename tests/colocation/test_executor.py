@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.colocation.executor import Executor
-from megatron_mosaic.colocation.flight import DIRECTORY_VARIABLE, read_flights
 from megatron_mosaic.errors import RankFailure, ScheduleError
+from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.schedules import Action, Kind, build_schedule, stage_graph
 from megatron_mosaic.schedules.passes import rank_programs
@@ -137,7 +137,7 @@ def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch)
     assert failure.value.where == "rank 2, step 2 lane llm.1 action llm.1B1"
     assert failure.value.got == "ZeroDivisionError: no tokens"
     assert isinstance(failure.value.__cause__, ZeroDivisionError)
-    assert read_flights(tmp_path) == {2: "step 2 lane llm.1 action llm.1B1 failed: ZeroDivisionError"}
+    assert read_lines(tmp_path)[2].words == "step 2 lane llm.1 action llm.1B1 failed: ZeroDivisionError"
 
 
 def test_a_failure_inside_is_reported_once() -> None:

@@ -23,7 +23,7 @@ from megatron.training import training as megatron_training
 
 from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.errors import RankFailure
-from megatron_mosaic.launch.forked import _free_port, run_forked, with_command_line
+from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, Plan
@@ -31,6 +31,7 @@ from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.model import MosaicModel
 from megatron_mosaic.runtime.parameters import Cut, cut_of, put_together, whole_name
 from megatron_mosaic.runtime.train import Runtime
+from tests.forked import free_port
 from tests.numerics import parity_cases as cases
 
 STEADY = ["--lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.0", "--eval-iters", "0"]
@@ -52,7 +53,7 @@ class Run:
 def run_all(runs: Sequence[Run], directory: Path) -> None:
     """The runs one after the other, in one world of forked ranks; each leaves `directory/<name>/`."""
     cpu.install()
-    ports = [_free_port() for _ in runs]
+    ports = [free_port() for _ in runs]
     for run in runs:
         (directory / run.name).mkdir()
         save_plan(run.plan, directory / run.name / "plan.yaml")
@@ -63,7 +64,9 @@ def _run_on_rank(runs: Sequence[Run], directory: Path, ports: Sequence[int]) -> 
     for run, port in zip(runs, ports, strict=True):
         if int(os.environ["RANK"]) >= run.plan.world_size:
             continue
-        os.environ.update(WORLD_SIZE=str(run.plan.world_size), MASTER_PORT=str(port))
+        # A world of its own, which its rank 0 serves: the launcher's store remembers the run before.
+        own_world = {"WORLD_SIZE": str(run.plan.world_size), "MASTER_PORT": str(port)}
+        os.environ.update(own_world, TORCHELASTIC_USE_AGENT_STORE="False")
         own = directory / run.name
         _dump_before_step(run.dump_at, own)
         files = ["--mosaic-plan", str(own / "plan.yaml"), "--mosaic-report", str(own)]

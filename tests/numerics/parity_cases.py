@@ -53,6 +53,12 @@ def recomputed(plan: Plan) -> Plan:
     return replace(plan, modules={**plan.modules, "llm": llm})
 
 
+def split_over_tp(plan: Plan) -> Plan:
+    """The same plan with sequence parallelism wherever tp is above 1."""
+    split = {name: replace(m, sequence_parallel=m.layout.tp > 1) for name, m in plan.modules.items()}
+    return replace(plan, modules=split)
+
+
 def written(plan: Plan, directory: Path) -> str:
     """The plan's file."""
     path = directory / "plan.yaml"

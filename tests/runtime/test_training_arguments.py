@@ -10,16 +10,21 @@ import pytest
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.runtime import training_arguments
+from megatron_mosaic.runtime.flags.command_line import read_command_line
 from megatron_mosaic.runtime.training_arguments import (
     FLAGS,
     apply_training,
     decide_arguments,
-    refuse_contradictions,
     typed_of,
 )
 
 NOTHING = {key: flag.default for key, flag in FLAGS.items()}
 FP32, BF16 = (TrainingSetup(format=each) for each in (Format.fp32, Format.bf16))
+
+
+def refuse_contradictions(training, words):
+    """As `mosaic train` reads them."""
+    apply_training(Namespace(), training, read_command_line(words, lambda parser: parser, {}).typed)
 
 
 @pytest.fixture

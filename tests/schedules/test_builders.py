@@ -114,6 +114,25 @@ def test_three_phase_is_three_phases():
     assert {a.module for a in order[:4]} == {a.module for a in order[-4:]} == {"vision"}
 
 
+@given(st.integers(2, 4), st.integers(2, 3), st.integers(1, 4), st.booleans())
+def test_interleaved_keeps_what_narayanan_says(p, chunks, groups, has_encoder):
+    """2 (p - s - 1) + (v - 1) p warm-up forwards on stage s, and the one that alternates. An encoder runs ahead."""
+    modules = ("vision", "llm") if has_encoder else ("llm",)
+    graph = StageGraph(
+        num_stages={"vision": 1, "llm": p} if has_encoder else {"llm": p},
+        edges=(("vision", "llm"),) if has_encoder else (),
+        units=dict.fromkeys(modules, 1),
+        num_microbatches=p * groups,
+        has_backward=frozenset(modules),
+        backbone="llm",
+        num_chunks={"llm": chunks},
+    )
+    work = SCHEDULES["interleaved"].build(graph).work
+    for stage in range(p):
+        alive = 2 * (p - stage - 1) + (chunks - 1) * p + 1
+        assert work.live_units(f"llm.{stage}") == min(alive, p * groups * chunks)
+
+
 @pytest.mark.parametrize("name", NESTING)
 def test_golden(name):
     modules = {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("0-3", Layout(dp=4))}

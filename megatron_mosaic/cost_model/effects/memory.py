@@ -85,7 +85,7 @@ FP32 = Precision(name="fp32", value_bytes=4, trained_bytes=16, gradient_bytes=4,
 
 
 def precision_of(setup: TrainingSetup) -> Precision:
-    """What values weigh in this number format. The formats of 16 bits and below keep parameters in 16 bits."""
+    """fp32 throughout, or 16-bit values with fp32 gradients and copies, whatever the format of the products."""
     if setup.format is Format.fp32:
         return FP32
     return replace(BF16, name=setup.format.value, fused_attention=setup.fused_attention)

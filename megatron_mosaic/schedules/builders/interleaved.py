@@ -20,7 +20,12 @@ from megatron_mosaic.schedules.stage_graph import StageGraph
 
 
 def interleaved(graph: StageGraph) -> Schedule:
-    """1F1B where modules with virtual stages interleave them. ScheduleError without any such module."""
+    """1F1B where modules with virtual stages interleave them. ScheduleError without any such module.
+
+    Modules with virtual stages warm up by Narayanan's formula, and what feeds them runs ahead as far as that needs: the
+    least that does not deadlock. Where no such order exists (units that the stages do not divide, chains of interleaved
+    modules) they warm up longer; the longest runs all forwards first and never waits for a backward.
+    """
     if not graph.num_chunks:
         raise ScheduleError(
             "schedule",
@@ -28,25 +33,43 @@ def interleaved(graph: StageGraph) -> Schedule:
             expected="virtual stages to interleave",
             fix="set schedule: 1f1b, or give a module vpp",
         )
-    # Later virtual stages keep more forwards in flight everywhere before them. How many depends on the whole graph, so
-    # longer and longer warm-ups are tried; the longest runs all forwards first and never waits for a backward.
     longest = graph.num_microbatches * max(graph.num_chunks.values())
     for extra in range(longest + 1):
-        try:
-            return schedule_in_turns("interleaved", graph, _lanes(graph, extra))
-        except ScheduleError:
-            if extra == longest:
-                raise
-    raise AssertionError("unreachable")
+        if (schedule := _least_ahead(graph, extra, longest)) is not None:
+            return schedule
+    raise ScheduleError(
+        "schedule: lanes", got="lanes that wait for each other", expected="an order", fix="report this plan"
+    )
 
 
-def _lanes(graph: StageGraph, extra: int) -> dict[str, tuple[Action, ...]]:
-    """Every lane, with `extra` forwards more before the first backward than the module alone would need."""
+def _least_ahead(graph: StageGraph, extra: int, longest: int) -> Schedule | None:
+    """The schedule whose feeding modules run ahead least; None if they would deadlock however far ahead they are.
+
+    Running further ahead never hurts, so the least is found by doubling and halving.
+    """
+    low, high, best = -1, 0, _try(graph, extra, 0)
+    while best is None and high < longest:
+        low, high = high, min(longest, 2 * high + 1)
+        best = _try(graph, extra, high)
+    while best is not None and high - low > 1:
+        middle = (low + high) // 2
+        found = _try(graph, extra, middle)
+        low, high, best = (middle, high, best) if found is None else (low, middle, found)
+    return best
+
+
+def _try(graph: StageGraph, extra: int, ahead: int) -> Schedule | None:
+    """Modules with virtual stages warm up with `extra` forwards more, those that feed them with `ahead` more."""
     lanes = {}
     for module, num_stages in graph.num_stages.items():
+        feeds = any(graph.reaches(module, chunked) for chunked in graph.num_chunks)
+        more = extra if graph.chunks(module) > 1 else ahead if feeds else 0
         for stage in range(num_stages):
-            lanes[f"{module}.{stage}"] = interleave(graph, module, stage, units_ahead(graph, module, stage) + extra)
-    return lanes
+            lanes[f"{module}.{stage}"] = interleave(graph, module, stage, units_ahead(graph, module, stage) + more)
+    try:
+        return schedule_in_turns("interleaved", graph, lanes)
+    except ScheduleError:
+        return None
 
 
 def interleave(graph: StageGraph, module: str, stage: int, ahead: int) -> tuple[Action, ...]:

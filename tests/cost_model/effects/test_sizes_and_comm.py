@@ -111,9 +111,8 @@ def test_static_bytes_are_megatrons_bytes_per_parameter():
 
 def test_precision_follows_the_format():
     assert precision_of(TrainingSetup(format=Format.fp32)) == FP32
-    for each in Format:
-        if each is not Format.fp32:
-            assert precision_of(TrainingSetup(format=each)) == replace(BF16, name=each.value)
+    low = [f for f in Format if f is not Format.fp32]
+    assert [precision_of(TrainingSetup(format=f)) for f in low] == [replace(BF16, name=f.value) for f in low]
     assert not precision_of(TrainingSetup(fused_attention=False)).fused_attention
 
 

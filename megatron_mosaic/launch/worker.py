@@ -1,0 +1,57 @@
+"""What torchrun starts for every rank of ours: the script, in a process that dies with torchrun and has a flight.
+
+Before the script's own imports, which take seconds. Called as python is: `-m MODULE ARGUMENTS` or `SCRIPT ARGUMENTS`.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Never
+
+from megatron_mosaic.flight.parent import die_with_parent
+from megatron_mosaic.flight.process import begin_flight
+from megatron_mosaic.flight.verdict import judge, stamp
+
+PARENT_VARIABLE = "MOSAIC_TORCHRUN_PID"
+
+
+def main(words: Sequence[str]) -> Never:
+    """Run the script and leave with its exit status, by the shortest way: a peer may be gone, its sockets half open."""
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    flight = begin_flight(int(os.environ["RANK"]))
+    code = 0
+    try:
+        _run(list(words))
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        if code:
+            stamp(flight, at_ns=time.monotonic_ns(), follows=False)
+    except BaseException as error:
+        code = 1
+        judge(flight, error)  # before peers can notice
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(words: list[str]) -> None:
+    if words[0] == "-m":
+        sys.argv[:] = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
