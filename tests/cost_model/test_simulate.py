@@ -72,6 +72,12 @@ def test_timeline_says_what_the_simulation_says(plan):
     timeline = simulation.timeline()  # its constructor refuses overlaps
     assert timeline.end_s == pytest.approx(simulation.step_s)
     assert {span.rank for span in timeline.spans} == {r for m in plan.modules.values() for r in m.ranks.ranks}
+    price = simulation.price
+    for alike, gradients_s, optimizer_s in zip(price.work.classes, price.gradients_s, price.optimizer_s, strict=True):
+        tail = {
+            s.label: s.end_s - s.start_s for s in timeline.spans if s.rank == alike.ranks.first and s.label[0] == "~"
+        }
+        assert tail == pytest.approx({"~grads": gradients_s, "~optimizer": optimizer_s})
     programs = rank_programs(plan, build_schedule(plan, WORKLOAD))
     for rank, program in programs.items():
         spans = sorted((s for s in timeline.spans if s.rank == rank and s.lane[0] != "~"), key=lambda s: s.start_s)

@@ -1,4 +1,4 @@
-"""Seconds of the collectives that add a stage's gradients up, after its last backward, and how much of them is seen."""
+"""Seconds of the collectives that add a stage's gradients up, after its last backward."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ from megatron_mosaic.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class RowPrediction:
     """Of one case."""
 
     step_s: float
     peak_bytes: float
 
 
-def estimate_case(case: Case, gpu: GpuType | None = None) -> Prediction:
+def estimate_case(case: Case, gpu: GpuType | None = None) -> RowPrediction:
     """The prediction of a case, on its own GPU type or on another set of constants."""
     cluster = replace(case.cluster, gpu=gpu) if gpu else case.cluster
     return _estimate(case.plan, case.workload, cluster, case.setup, case.fills_bubbles)
@@ -36,7 +36,7 @@ def estimate_case(case: Case, gpu: GpuType | None = None) -> Prediction:
 @lru_cache(maxsize=4096)
 def _estimate(
     plan: Plan, workload: Workload, cluster: Cluster, setup: TrainingSetup, fills_bubbles: bool
-) -> Prediction:
+) -> RowPrediction:
     """Repeated runs of one configuration are predicted once; of long steps two short ones are enough."""
     step = estimate_step(CostModel(workload, cluster, setup=setup).price(plan))
     hidden_s = 0.0
@@ -47,7 +47,7 @@ def _estimate(
             CostModel(replace(workload, modules=(backbone,), edges=()), cluster, setup=setup),
         )
         hidden_s = min(step.step_s - alone.step_s, _room_s(alone))
-    return Prediction(step_s=step.step_s - hidden_s, peak_bytes=step.simulation.peak_bytes)
+    return RowPrediction(step_s=step.step_s - hidden_s, peak_bytes=step.simulation.peak_bytes)
 
 
 def _room_s(simulation: Simulation) -> float:
