@@ -12,7 +12,9 @@ from pathlib import Path
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.schedules.schedule import NUMBER, Action, Schedule
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
+SCHEDULE_FILE = FileKind(what="a schedule as `mosaic show` prints it", error=ScheduleError, fix="check the path")
 _HEADER = re.compile(rf"schedule (\S+) microbatches=({NUMBER}) edges=(\S*) units=(\S+)")
 _UNIT = re.compile(rf"([^:]+):({NUMBER})")
 
@@ -63,14 +65,13 @@ def parse_schedule(text: str) -> Schedule:
 
 def load_schedule(path: str | Path) -> Schedule:
     """The schedule in a text file. ScheduleError names the file."""
+    text = read_text_file(path, SCHEDULE_FILE)
     try:
-        return parse_schedule(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(
-            str(path), got=str(error), expected="a schedule as `mosaic show` prints it", fix="check the path"
-        ) from error
+        return parse_schedule(text)
     except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
+        raise ScheduleError(
+            f"{show_path(path)}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
 
 
 def _parse_units(text: str) -> dict[str, int]:
