@@ -6,13 +6,14 @@ model=any2any-digits cluster=local workload.global_batch_size=32 search.max_tp=8
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type, local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Profile, default_profile_path, load_profile
@@ -21,27 +22,28 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.cluster import Cluster, Link
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.plan.workload_file import Count, ModelSection, make_workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, describe_violation
+from megatron_mosaic.plan.workload_file import Count, Items, ModelSection, make_workload
+from megatron_mosaic.plan.yaml_text import MAX_AMOUNT, MAX_COUNT, Schema, describe_violation
 from megatron_mosaic.search.space import SearchConfig
 
 GROUPS = ("model", "cluster", "workload", "search")
+_SHORT = reprlib.Repr(maxstring=100)
 _KIND_OF_CLUSTER = re.compile(r"\bcluster\.(gpu|local)\.")  # pydantic names the branch of the union in a path
-_GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
+
+# What Hydra is asked to parse: its grammar takes time with the square of a word, and its other words (deletions,
+# packages, keys of hydra itself, interpolations of the environment) are none of ours.
+_MAX_WORD, _MAX_KEY, _MAX_WORDS = 2000, 200, 20_000  # characters of a word, of its key, of all words
+_OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w[\w-]*)*)=(.*)", re.ASCII | re.DOTALL)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LinkSection(_Strict):
+class LinkSection(Schema):
     name: str
-    bytes_per_s: float = Field(allow_inf_nan=False, ge=1)
-    latency_s: float = Field(allow_inf_nan=False, le=10)  # beyond either is a slip
+    bytes_per_s: float = Field(ge=1, le=MAX_AMOUNT)
+    latency_s: float = Field(gt=0, le=10)  # beyond either is a slip
     source: str
 
 
-class GpuClusterSection(_Strict):
+class GpuClusterSection(Schema):
     kind: Literal["gpu"]
     name: str
     gpu: str
@@ -51,7 +53,7 @@ class GpuClusterSection(_Strict):
     inter: LinkSection
 
 
-class LocalClusterSection(_Strict):
+class LocalClusterSection(Schema):
     kind: Literal["local"]
     num_ranks: Count
 
@@ -59,7 +61,7 @@ class LocalClusterSection(_Strict):
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingSection(_Strict):
+class TrainingSection(Schema):
     format: Format = Format.bf16
     sharding: Sharding = Sharding.none
     gradient_overlap_frac: Share = 0.0
@@ -67,13 +69,13 @@ class TrainingSection(_Strict):
     expert_overlap_frac: Share = 0.0
 
 
-class WorkloadSection(_Strict):
+class WorkloadSection(Schema):
     global_batch_size: Count
-    items_per_sample: dict[str, float] = {}
+    items_per_sample: dict[str, Items] = {}
     training: TrainingSection = TrainingSection()
 
 
-class SearchSection(_Strict):
+class SearchSection(Schema):
     max_tp: Count
     max_pp: Count
     max_micro_batch_size: Count
@@ -81,7 +83,7 @@ class SearchSection(_Strict):
     min_gain_frac: float
 
 
-class Sections(_Strict):
+class Sections(Schema):
     """What the composed configuration must look like."""
 
     model: ModelSection
@@ -144,8 +146,7 @@ def load_workload(overrides: Sequence[str]) -> Workload:
 
 def compose_sections(overrides: Sequence[str]) -> Sections:
     """The composed and checked configuration."""
-    for override in overrides:
-        _validate_override(override)
+    _validate_words(overrides)
     data = _compose(overrides)
     try:
         return Sections.model_validate(data)
@@ -186,18 +187,41 @@ def _gpu_cluster(section: GpuClusterSection) -> Cluster:
     )
 
 
-def _validate_override(override: str) -> None:
-    if "=" not in override:
+def _validate_words(overrides: Sequence[str]) -> None:
+    """ConfigError unless every word is `key=value` with a key of a group and a value that stands for itself."""
+    if (length := sum(map(len, overrides))) > _MAX_WORDS:
         raise ConfigError(
-            f"override {override!r}", got="no =", expected="key=value, e.g. search.max_tp=8", fix="write key=value"
+            "overrides",
+            got=f"{len(overrides)} words of {length} characters",
+            expected=f"at most {_MAX_WORDS} characters",
+            fix="leave out what is at its default",
         )
-    match = _GROUP_OVERRIDE.fullmatch(override)
-    if match and match[2] not in group_options(match[1]):
+    for override in overrides:
+        _validate_word(override, where=f"override {_SHORT.repr(override)}")
+
+
+def _validate_word(override: str, *, where: str) -> None:
+    match = _OVERRIDE.fullmatch(override)
+    key, value = match.groups() if match else ("", "")
+    group = key.partition(".")[0]
+    for wrong, got, expected, fix in (
+        (len(override) > _MAX_WORD, f"{len(override)} characters", f"at most {_MAX_WORD}", "shorten it"),
+        (override.startswith("~"), "a deletion", "key=value: nothing can be deleted", "give the key another value"),
+        ("=" not in override, "no =", "key=value, e.g. search.max_tp=8", "write key=value"),
+        ("$" in override, "an interpolation ($)", "a value that stands for itself", "write the value"),
+        (not match or len(key) > _MAX_KEY, "a key with other characters", "group.key=value", "correct the key"),
+        (group not in GROUPS, group, f"a key of {', '.join(GROUPS)}", "correct the key"),
+        (key == group and override.startswith("+"), "a second file of a group", f"{group}=NAME", "leave out the +"),
+    ):
+        if wrong:
+            raise ConfigError(where, got=got, expected=expected, fix=fix)
+    if key == group and value not in (names := group_options(group)):
+        is_file = "/" in value or value.endswith(".yaml")
         raise ConfigError(
-            f"override {override!r}",
-            got=match[2] or "nothing",
-            expected=f"one of {list(group_options(match[1]))}",
-            fix=f"choose one, or add conf/{match[1]}/{match[2] or 'NAME'}.yaml",
+            where,
+            got=_SHORT.repr(value) if value else "nothing",
+            expected=f"one of {list(names)}" + (": files of one's own are not read here" if is_file else ""),
+            fix="choose one",
         )
 
 
@@ -213,9 +237,9 @@ def _compose(overrides: Sequence[str]) -> Mapping[str, Any]:
             data = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException, RecursionError) as error:
         message = " ".join(str(error).split("\n")[0].split())
-        where = next((f"override {o!r}" for o in overrides if o in str(error)), "overrides")
+        where = next((f"override {_SHORT.repr(o)}" for o in overrides if o in str(error)), "overrides")
         if where == "overrides" and (key := re.search(r"override '([^']*)'", str(error))):
-            where = next((f"override {o!r}" for o in overrides if o.lstrip("+~").startswith(key[1])), where)
+            where = next((f"override {_SHORT.repr(o)}" for o in overrides if o.lstrip("+").startswith(key[1])), where)
         raise ConfigError(
             where,
             got=message,
