@@ -6,6 +6,7 @@ model=any2any-digits cluster=local workload.global_batch_size=32 search.max_tp=8
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -25,23 +26,28 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import Cluster, ClusterSection, GpuClusterSection, Link, LocalClusterSection
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingOverrides, TrainingSection, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.plan.workload_file import Count, ModelSection, make_workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation
+from megatron_mosaic.plan.workload_file import Count, Items, ModelSection, make_workload
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation
 from megatron_mosaic.search.space import SearchConfig
 
 GROUPS = ("model", "cluster", "workload", "search")
 ClusterValues = GpuClusterSection | LocalClusterSection
 _OF_PLAN = "~plan"  # the option of the group `cluster` whose values are a plan's
-_GROUP_OVERRIDE = re.compile(r"\+*(" + "|".join(GROUPS) + r")=(.*)")
+_SHORT = reprlib.Repr(maxstring=100)
+
+# What Hydra is asked to parse: its grammar takes time with the square of a word, and its other words (deletions,
+# packages, keys of hydra itself, interpolations of the environment) are none of ours.
+_MAX_WORD, _MAX_KEY, _MAX_WORDS = 2000, 200, 20_000  # characters of a word, of its key, of all words
+_OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w[\w-]*)*)=(.*)", re.ASCII | re.DOTALL)
 
 
-class WorkloadSection(StrictModel):
+class WorkloadSection(Schema):
     global_batch_size: Count
-    items_per_sample: dict[str, float] = {}
+    items_per_sample: dict[str, Items] = {}
     training: TrainingOverrides = TrainingOverrides()
 
 
-class SearchSection(StrictModel):
+class SearchSection(Schema):
     max_tp: Count
     max_pp: Count
     max_micro_batch_size: Count
@@ -49,7 +55,7 @@ class SearchSection(StrictModel):
     min_gain_frac: float
 
 
-class Sections(StrictModel):
+class Sections(Schema):
     """What the composed configuration must look like."""
 
     model: ModelSection
@@ -162,8 +168,7 @@ def load_workload(overrides: Sequence[str]) -> Workload:
 
 def compose_sections(overrides: Sequence[str], cluster: Mapping[str, Any] | None = None) -> Sections:
     """The composed and checked configuration. `cluster`: values that the overrides start from, of no file of conf."""
-    for override in overrides:
-        _validate_override(override)
+    _validate_words(overrides)
     try:
         return Sections.model_validate(_compose(overrides, cluster))
     except ValidationError as error:
@@ -202,18 +207,41 @@ def _gpu_cluster(section: GpuClusterSection) -> Cluster:
     )
 
 
-def _validate_override(override: str) -> None:
-    if "=" not in override:
+def _validate_words(overrides: Sequence[str]) -> None:
+    """ConfigError unless every word is `key=value` with a key of a group and a value that stands for itself."""
+    if (length := sum(map(len, overrides))) > _MAX_WORDS:
         raise ConfigError(
-            f"override {override!r}", got="no =", expected="key=value, e.g. search.max_tp=8", fix="write key=value"
+            "overrides",
+            got=f"{len(overrides)} words of {length} characters",
+            expected=f"at most {_MAX_WORDS} characters",
+            fix="leave out what is at its default",
         )
-    match = _GROUP_OVERRIDE.fullmatch(override)
-    if match and match[2] not in group_options(match[1]):
+    for override in overrides:
+        _validate_word(override, where=f"override {_SHORT.repr(override)}")
+
+
+def _validate_word(override: str, *, where: str) -> None:
+    match = _OVERRIDE.fullmatch(override)
+    key, value = match.groups() if match else ("", "")
+    group = key.partition(".")[0]
+    for wrong, got, expected, fix in (
+        (len(override) > _MAX_WORD, f"{len(override)} characters", f"at most {_MAX_WORD}", "shorten it"),
+        (override.startswith("~"), "a deletion", "key=value: nothing can be deleted", "give the key another value"),
+        ("=" not in override, "no =", "key=value, e.g. search.max_tp=8", "write key=value"),
+        ("$" in override, "an interpolation ($)", "a value that stands for itself", "write the value"),
+        (not match or len(key) > _MAX_KEY, "a key with other characters", "group.key=value", "correct the key"),
+        (group not in GROUPS, group, f"a key of {', '.join(GROUPS)}", "correct the key"),
+        (key == group and override.startswith("+"), "a second file of a group", f"{group}=NAME", "leave out the +"),
+    ):
+        if wrong:
+            raise ConfigError(where, got=got, expected=expected, fix=fix)
+    if key == group and value not in (names := group_options(group)):
+        is_file = "/" in value or value.endswith(".yaml")
         raise ConfigError(
-            f"override {override!r}",
-            got=match[2] or "nothing",
-            expected=f"one of {list(group_options(match[1]))}",
-            fix=f"choose one, or add conf/{match[1]}/{match[2] or 'NAME'}.yaml",
+            where,
+            got=_SHORT.repr(value) if value else "nothing",
+            expected=f"one of {list(names)}" + (": files of one's own are not read here" if is_file else ""),
+            fix="choose one",
         )
 
 
@@ -234,9 +262,9 @@ def _compose(overrides: Sequence[str], cluster: Mapping[str, Any] | None) -> Map
             data = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
     except (HydraException, OmegaConfBaseException, RecursionError) as error:
         message = " ".join(str(error).split("\n")[0].split())
-        where = next((f"override {o!r}" for o in overrides if o in str(error)), "overrides")
+        where = next((f"override {_SHORT.repr(o)}" for o in overrides if o in str(error)), "overrides")
         if where == "overrides" and (key := re.search(r"override '([^']*)'", str(error))):
-            where = next((f"override {o!r}" for o in overrides if o.lstrip("+~").startswith(key[1])), where)
+            where = next((f"override {_SHORT.repr(o)}" for o in overrides if o.lstrip("+").startswith(key[1])), where)
         raise ConfigError(
             where,
             got=message,

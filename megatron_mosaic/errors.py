@@ -1,5 +1,7 @@
 """What a user is told when something cannot be done: where, got, expected, fix. One class per 'who must act'."""
 
+_MAX_CHARACTERS = 10_000  # of one part: room for a traceback, none for a file that was quoted whole
+
 
 class MosaicError(ValueError):
     """An error that the user can act on.
@@ -9,8 +11,8 @@ class MosaicError(ValueError):
     """
 
     def __init__(self, where: str, *, got: object, expected: str, fix: str) -> None:
-        self.where, self.got, self.expected, self.fix = where, str(got), expected, fix
-        super().__init__(f"{where}\n  got:      {self.got}\n  expected: {expected}\n  fix:      {fix}")
+        self.where, self.got, self.expected, self.fix = map(_cut, (where, str(got), expected, fix))
+        super().__init__(f"{self.where}\n  got:      {self.got}\n  expected: {self.expected}\n  fix:      {self.fix}")
 
     def as_dict(self) -> dict[str, str]:
         """The four parts, for `--json`."""
@@ -21,6 +23,11 @@ class MosaicError(ValueError):
             "expected": self.expected,
             "fix": self.fix,
         }
+
+
+def _cut(text: str) -> str:
+    half = _MAX_CHARACTERS // 2
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 class ConfigError(MosaicError):

@@ -68,21 +68,34 @@ def test_local_takes_the_profile(tmp_path, monkeypatch):
         (["vlm_7b"], "override 'vlm_7b'", "key=value"),
         (["search.max_tq=4"], "override 'search.max_tq=4'", "keys of the groups"),
         (["+search.max_tq=4"], "search.max_tq", "a key of this group"),
-        (["+serch.max_tp=4"], "serch", "a key of this group"),
+        (["+serch.max_tp=4"], "override '+serch.max_tp=4'", "a key of model, cluster, workload, search"),
         (["++model.modules.vision.hiden_size=4"], "model.modules.vision.hiden_size", "a key of this group"),
         (["+cluster.gpuz=4"], "cluster.gpuz", "a key of this group"),
         (["search.max_tp=four"], "search.max_tp", "valid integer"),
         (["search.max_tp=0"], "search.max_tp", "greater than or equal to 1"),
         (["search.memory_frac=2"], "search.memory_frac", "in (0, 1]"),
-        (["~search.max_tp"], "override '~search.max_tp'", "key=value"),
+        (["~search.max_tp"], "override '~search.max_tp'", "nothing can be deleted"),
+        (["~model=3"], "override '~model=3'", "nothing can be deleted"),
+        (["+++search.max_tp=3"], "override '+++search.max_tp=3'", "group.key=value"),
+        (["=1"], "override '=1'", "group.key=value"),
+        ([""], "override ''", "key=value"),
+        (["hydra.run.dir=x"], "override 'hydra.run.dir=x'", "a key of model"),
+        (["hydra/launcher=basic"], "override 'hydra/launcher=basic'", "group.key=value"),
+        (["+model@x=vlm_7b"], "override '+model@x=vlm_7b'", "group.key=value"),
+        (["+search=default"], "override '+search=default'", "search=NAME"),
+        (["search.max_tp=1,2"], "override 'search.max_tp=1,2'", "keys of the groups"),
+        (["search.max_tp=range(1,9)"], "override 'search.max_tp=range(1,9)'", "keys of the groups"),
+        (["search.max_tp=" + "9" * 5_000], "override 'search.max_tp=999", "at most 2000"),
+        (["search." + "a" * 300 + "=1"], "override 'search.aaa", "group.key=value"),
+        (["search.max_tp=1"] * 2_000, "overrides", "at most 20000 characters"),
         (["search.max_tp=["], "", "keys of the groups"),
         (["model.modules.vision.role=chef"], "model.modules.vision.role", "'encoder', 'backbone' or 'generator'"),
         (["model.modules.llm.num_heads=5"], "module 'llm': num_heads", "a divisor of hidden_size"),
         (["+workload.items_per_sample.audio=2"], "workload.items_per_sample.audio", "one of ['vision', 'llm'"),
         (["cluster.gpu=v100"], "cluster.gpu", "h100_sxm"),
         (["cluster.inter=null"], "cluster.inter", "a section"),
-        (["~cluster.intra=x"], "overrides", "keys of the groups"),
         (["cluster.intra.bytes_per_s=0"], "cluster.intra.bytes_per_s", "greater than or equal to 1"),
+        (["cluster.intra.latency_s=0"], "cluster.intra.latency_s", "greater than 0"),
         (["cluster.intra.latency_s=1e308"], "cluster.intra.latency_s", "less than or equal to 10"),
         (["cluster.inter.latency_s=1e400"], "cluster.inter.latency_s", "finite number"),
         (["cluster.inter.bytes_per_s=nan"], "cluster.inter.bytes_per_s", "finite number"),
@@ -91,7 +104,14 @@ def test_local_takes_the_profile(tmp_path, monkeypatch):
         (["cluster.gpus_per_node=1000000", "cluster.num_nodes=1000000"], "cluster.num_nodes", "at most 1048576 GPUs"),
         (["cluster=local", "cluster.num_ranks=1000000000"], "cluster.num_ranks", "less than or equal to 1048576"),
         (["workload.global_batch_size=1000000000"], "workload.global_batch_size", "less than or equal to 1048576"),
-        (["search.max_tp=" + "[" * 5_000], "", "keys of the groups"),
+        (["search.max_tp=" + "[" * 1_500], "", "keys of the groups"),
+        (["+workload.items_per_sample.vision=1e9"], "workload.items_per_sample.vision", "less than or equal to 10000"),
+        (["+workload.items_per_sample.vision=-1"], "workload.items_per_sample.vision", "greater than or equal to 0.00"),
+        (["+workload.items_per_sample.vision=inf"], "workload.items_per_sample.vision", "finite number"),
+        (["model.modules.vision.items_per_sample=nan"], "model.modules.vision.items_per_sample", "finite number"),
+        (["model.modules.vision.items_per_sample=1e9"], "model.modules.vision.items_per_sample", "or equal to 10000"),
+        (["search.memory_frac=nan"], "search.memory_frac", "finite number"),
+        (["workload.training.tp_overlap_frac=inf"], "workload.training.tp_overlap_frac", "finite number"),
         (["workload=tiny"], "override 'workload=tiny'", "one of ['default']"),
     ],
 )
@@ -112,6 +132,36 @@ def test_values_of_a_plan_are_taken_literally(text):
     values |= {"intra": link, "inter": link}
     found = compose_sections(["cluster.num_nodes=2"], values).cluster
     assert found.model_dump() == values | {"num_nodes": 2}
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "search.max_tp=${oc.env:SECRET}",
+        "search.max_tp=$\\{oc.env\\:SECRET\\}",  # Hydra's grammar would take the backslashes away
+        "model.name=${oc.env:SECRET}",
+        "model.modules.vision=${oc.env:SECRET}",
+        "+model@x=${oc.env:SECRET}",
+        "search=${oc.env:SECRET}",
+        "search.max_tp=${search.max_pp}",
+        "search.max_tp=${",
+    ],
+)
+def test_no_word_reads_the_environment(word, monkeypatch):
+    monkeypatch.setenv("SECRET", "opensesame")
+    with pytest.raises(ConfigError) as caught:
+        load_task([H100, word])
+    assert "opensesame" not in str(caught.value)
+    assert "interpolation" in caught.value.got
+
+
+@pytest.mark.parametrize("word", ["model=/path/x", "model=mine.yaml", "cluster=../x/y", "model=audio"])
+def test_advice_on_an_unknown_name_names_what_there_is(word):
+    with pytest.raises(ConfigError) as caught:
+        load_task([word])
+    assert ("files of one's own are not read" in caught.value.expected) == (word != "model=audio")
+    assert caught.value.fix == "choose one"
+    assert "conf/" not in str(caught.value)
 
 
 def test_sections_cover_the_groups():

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.yaml_text import FORM_NAME, FORM_SECTION, MAX_COUNT, StrictModel
+from megatron_mosaic.plan.yaml_text import FORM_NAME, FORM_SECTION, MAX_AMOUNT, MAX_COUNT, Schema
 
 
 def _require_positive(where: str, values: Mapping[str, float]) -> None:
@@ -126,19 +126,18 @@ class Cluster:
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 
 
-class LinkSection(StrictModel):
+class LinkSection(Schema):
     name: str
-    bytes_per_s: float = Field(allow_inf_nan=False, ge=1)
-    latency_s: float = Field(allow_inf_nan=False, le=10)  # beyond either is a slip
+    bytes_per_s: float = Field(ge=1, le=MAX_AMOUNT)
+    latency_s: float = Field(gt=0, le=10)  # beyond either is a slip
     source: str
 
 
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]  # of what the datasheet promises
+Share = Annotated[float, Field(strict=True, ge=1e-6, le=1)]  # of what the datasheet promises
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 
 
-class GpuTypeFile(StrictModel):
+class GpuTypeFile(Schema):
     """Fitted constants of a GPU type (`GpuType` says what each means), in a file of their own or inside a plan.
 
     A constant that is left out is not in `constants`. `sources` has an entry for each that is set.
@@ -150,9 +149,9 @@ class GpuTypeFile(StrictModel):
     attention_efficiency_frac: Share = 0.0
     bandwidth_frac: Share = 0.0
     network_frac: Share = 0.0
-    half_depth: Positive = 0.0
-    launch_s: Positive = 0.0
-    low_precision_frac: Positive = 0.0  # relative to 16 bit, so it may be above 1
+    half_depth: Annotated[float, Field(strict=True, gt=0, le=MAX_COUNT)] = 0.0
+    launch_s: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.0
+    low_precision_frac: Annotated[float, Field(strict=True, ge=1e-6, le=1e6)] = 0.0  # of 16 bit, may be above 1
     sources: Mapping[str, Text] = {}
 
     @property
@@ -180,7 +179,7 @@ def _form_of_gpu(value: object) -> str:
     return FORM_NAME if isinstance(value, str) else FORM_SECTION
 
 
-class GpuClusterSection(StrictModel):
+class GpuClusterSection(Schema):
     kind: Literal["gpu"]
     name: str
     gpu: Annotated[
@@ -196,7 +195,7 @@ class GpuClusterSection(StrictModel):
         return self.num_nodes * self.gpus_per_node
 
 
-class LocalClusterSection(StrictModel):
+class LocalClusterSection(Schema):
     """This machine. `profile`: the name of the one that a plan was made with."""
 
     kind: Literal["local"]

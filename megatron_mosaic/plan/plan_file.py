@@ -18,22 +18,24 @@ from megatron_mosaic.plan.training import TrainingSection, TrainingSetup
 from megatron_mosaic.plan.yaml_text import (
     FORM_NAME,
     FORM_SECTION,
+    MAX_AMOUNT,
     MAX_COUNT,
-    StrictModel,
+    Schema,
     describe_violation,
-    describe_yaml_error,
-    parse_yaml,
+    parse_section,
 )
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
+PLAN_FILE = FileKind(what="a plan file", error=PlanError, fix="make one with `mosaic plan --out FILE`")
 
 Degree = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 # YAML reads a bare `ranks: 0` as an integer; a single rank is fine without quotes
 RankText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-class LayoutFile(StrictModel):
+class LayoutFile(Schema):
     tp: Degree = 1
     cp: Degree = 1
     pp: Degree = 1
@@ -43,7 +45,7 @@ class LayoutFile(StrictModel):
     etp: Degree = 1
 
 
-class ModuleFile(StrictModel):
+class ModuleFile(Schema):
     ranks: RankText = Field(description='global ranks, e.g. "0-3,8-11"')
     layout: LayoutFile = LayoutFile()
     quota: float = Field(default=1.0, gt=0, le=1, description="share of the GPU's SMs; omitted = whole GPU")
@@ -52,9 +54,9 @@ class ModuleFile(StrictModel):
     sequence_parallel: bool = Field(default=False, strict=True, description="split tokens over tp between layers")
 
 
-class PredictedFile(StrictModel):
-    step_s: float
-    peak_bytes: float
+class PredictedFile(Schema):
+    step_s: float = Field(ge=0, le=MAX_AMOUNT)
+    peak_bytes: float = Field(ge=0, le=MAX_AMOUNT)
     cost_model: str
 
 
@@ -76,7 +78,7 @@ ScheduleField = Annotated[
 ]
 
 
-class PlanFile(StrictModel):
+class PlanFile(Schema):
     """Schema of a plan file, format version 1."""
 
     mosaic_plan: int = Field(strict=True, description="format version", ge=FORMAT_VERSION, le=FORMAT_VERSION)
@@ -99,26 +101,12 @@ def plan_schema() -> dict[str, Any]:
 
 def load_plan(path: str | Path) -> Plan:
     """The plan in a YAML file. PlanError names the file and the key."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise PlanError(
-            str(path), got="no such file", expected="a plan file", fix="make one with `mosaic plan --out FILE`"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(str(path), got=str(error), expected="a readable text file", fix="check the path") from error
-    return parse_plan(text, where=str(path))
+    return parse_plan(read_text_file(path, PLAN_FILE), where=show_path(path))
 
 
 def parse_plan(text: str, *, where: str = "plan") -> Plan:
     """The plan written in YAML text."""
-    try:
-        data = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise PlanError(where, got=describe_yaml_error(error), expected="valid YAML", fix="correct it there") from error
-    if not isinstance(data, dict):
-        raise PlanError(where, got=type(data).__name__, expected="a mapping with mosaic_plan: 1", fix="see the README")
+    data = parse_section(text, PLAN_FILE, where=where)
     try:
         checked = PlanFile.model_validate(data)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_mosaic.plan.yaml_text import StrictModel
+from megatron_mosaic.plan.yaml_text import Schema
 
 
 class Format(StrEnum):
@@ -54,7 +54,7 @@ DEFAULT_SETUP = TrainingSetup()
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingOverrides(StrictModel):
+class TrainingOverrides(Schema):
     """`workload.training` in overrides. `format` left out: what the cluster's kind trains in."""
 
     format: Format | None = None

@@ -8,13 +8,15 @@ from megatron_mosaic.plan.layout import ModulePlan
 from megatron_mosaic.plan.plan import Plan
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
+MAX_ACTIONS = 2**18  # of a step: what holds a schedule of more, its text or its timeline fills a machine's memory
+
 
 def validate_plan(
     plan: Plan, workload: Workload, cluster: Cluster | GpuClusterSection | LocalClusterSection | None = None
 ) -> None:
     """Raise PlanError unless the plan can run this workload (on this cluster).
 
-    Checked: names, digest, batch divisibility, the degrees of every layout against the module's sizes, ranks.
+    Checked: names, digest, batch divisibility, the degrees of every layout against the module's sizes, actions, ranks.
     """
     if plan.workload != workload.name:
         raise PlanError("workload", got=plan.workload, expected=workload.name, fix="use the plan of this workload")
@@ -43,6 +45,13 @@ def validate_plan(
             expected=f"a multiple of micro_batch_size x {workload.backbone.name}.dp = {lane_batch}",
             fix=f"use {max(1, plan.global_batch_size // lane_batch) * lane_batch}",
         )
+    if (num_actions := count_actions(plan, workload.backbone.name)) > MAX_ACTIONS:
+        raise PlanError(
+            "global_batch_size",
+            got=f"{num_actions} actions in a step",
+            expected=f"at most {MAX_ACTIONS}",
+            fix=f"lower it, or raise micro_batch_size, {workload.backbone.name}.dp or a unit",
+        )
     if cluster is not None and plan.world_size > cluster.num_ranks:
         raise PlanError(
             "world_size",
@@ -50,6 +59,15 @@ def validate_plan(
             expected=f"at most the {cluster.num_ranks} ranks of cluster {cluster.name!r}",
             fix="raise cluster.num_nodes (of cluster=local: cluster.num_ranks), or plan for this cluster",
         )
+
+
+def count_actions(plan: Plan, backbone: str) -> int:
+    """Forwards and backwards of all pipeline stages in one step."""
+    microbatches = plan.num_microbatches(backbone)
+    return sum(
+        2 * placed.layout.pp * placed.layout.vpp * -(-microbatches // (placed.unit or 1))
+        for placed in plan.modules.values()
+    )
 
 
 def _validate_names(plan: Plan, workload: Workload) -> None:

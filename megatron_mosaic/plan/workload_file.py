@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation, parse_section
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
+
+MODEL_FILE = FileKind(what="a model file like those in conf/model", error=ConfigError, fix="check the path")
 
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+# a mean; beyond either end it is a slip, and counts made of it would not fit in memory
+Items = Annotated[float, Field(ge=1e-6, le=1e4)]
 
 
-class ModuleSection(StrictModel):
+class ModuleSection(Schema):
     role: Role
     num_layers: Count
     hidden_size: Count
     num_heads: Count
     ffn_hidden_size: Count
     tokens_per_item: Count
-    items_per_sample: float = 1.0
+    items_per_sample: Items = 1.0
     num_query_groups: OptionalSize = 0
     vocab_size: OptionalSize = 0
     input_size: OptionalSize = 0
@@ -37,14 +42,14 @@ class ModuleSection(StrictModel):
     trains_projector: bool = False
 
 
-class EdgeSection(StrictModel):
+class EdgeSection(Schema):
     source: str
     target: str
     rows_per_item: Count
     width: Count
 
 
-class ModelSection(StrictModel):
+class ModelSection(Schema):
     name: str
     global_batch_size: Count
     modules: dict[str, ModuleSection]
@@ -70,20 +75,12 @@ def make_workload(
 
 def load_workload_file(path: str | Path) -> Workload:
     """The workload in a model file. ConfigError names the file and the key."""
-    try:
-        data: Any = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            str(path), got=str(error), expected="a model file like those in conf/model", fix="check the path"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            str(path), got=describe_yaml_error(error), expected="valid YAML", fix="correct it there"
-        ) from error
+    where = show_path(path)
+    data = parse_section(read_text_file(path, MODEL_FILE), MODEL_FILE, where=where)
     try:
         return make_workload(ModelSection.model_validate(data))
     except ValidationError as error:
-        raise ConfigError(**describe_violation(error, where=f"{path}: ", known="a key of a model file")) from error
+        raise ConfigError(**describe_violation(error, where=f"{where}: ", known="a key of a model file")) from error
 
 
 def format_workload(workload: Workload) -> str:

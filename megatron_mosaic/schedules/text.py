@@ -21,8 +21,10 @@ from megatron_mosaic.schedules.lane_work import LaneWork
 from megatron_mosaic.schedules.passes import take_turns
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 ORDER, TRACKS = "order", "tracks"  # no lane has such a name: theirs end in a stage
+SCHEDULE_FILE = FileKind(what="a schedule as `mosaic show` prints it", error=ScheduleError, fix="check the path")
 _HEADER = re.compile(rf"schedule (\S+) microbatches=({NUMBER}) edges=(\S*) units=(\S+)")
 _COUNT = re.compile(rf"([^:]+):({NUMBER})")
 
@@ -70,14 +72,13 @@ def parse_schedule(text: str, graph: StageGraph | None = None) -> Schedule:
 
 def load_schedule(path: str | Path, graph: StageGraph | None = None) -> Schedule:
     """The schedule in a text file. ScheduleError names the file."""
+    text = read_text_file(path, SCHEDULE_FILE)
     try:
-        return parse_schedule(Path(path).read_text(encoding="utf-8"), graph)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(
-            str(path), got=str(error), expected="a schedule as `mosaic show` prints it", fix="check the path"
-        ) from error
+        return parse_schedule(text, graph)
     except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error.where}", got=error.got, expected=error.expected, fix=error.fix) from error
+        raise ScheduleError(
+            f"{show_path(path)}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
 
 
 def _order_of(work: LaneWork, graph: StageGraph | None) -> tuple[Action, ...]:

@@ -13,6 +13,7 @@ from megatron_mosaic.cost_model.price import StepPrice
 from megatron_mosaic.cost_model.simulate import Simulation, estimate_step, simulate, simulate_planned
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions
 
 ESTIMATE_MARGIN = 1.05  # estimates within this factor of the best are simulated; the largest error seen is 4.9 %
 
@@ -23,6 +24,7 @@ class Verdict(StrEnum):
     simulated = "simulated"
     too_slow = "too slow by its lower bound"
     too_large = "needs more memory than a device has"
+    too_long = "has more actions in a step than can be laid out"
     not_measured = "the profile has no point for it"
 
 
@@ -77,6 +79,9 @@ class Evaluator:
         return len(self._bound_s)
 
     def _bound(self, plan: Plan) -> float:
+        if count_actions(plan, self.model.workload.backbone.name) > MAX_ACTIONS:
+            self.counts[Verdict.too_long] += 1
+            return math.inf
         price = self._prices[plan] = self.model.price(plan)
         return price.lower_bound_s if self._fits(price.lower_bound_bytes) else math.inf
 

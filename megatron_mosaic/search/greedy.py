@@ -20,6 +20,7 @@ from itertools import combinations, product
 
 from megatron_mosaic.errors import MosaicError, PlanError
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet
+from megatron_mosaic.plan.validate import MAX_ACTIONS
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
 from megatron_mosaic.search.evaluate import Evaluator, Verdict, best_of
@@ -232,6 +233,13 @@ def _infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
         )
     if evaluator.unmeasured is not None:
         return evaluator.unmeasured
+    if evaluator.counts[Verdict.too_long]:
+        return NoFeasiblePlan(
+            "search: actions",
+            got=f"more than {MAX_ACTIONS} actions in a step",
+            expected="fewer of them on some plan",
+            fix="lower workload.global_batch_size, raise search.max_micro_batch_size, or use more ranks",
+        )
     return NoFeasiblePlan(
         "search",
         got=f"no layout of all modules on {space.cluster.num_ranks} ranks",

@@ -149,6 +149,10 @@ def test_simulate(capsys, plan, profile, tmp_path):
         (["plan", "cluster=b200"], "override 'cluster=b200'"),
         (["plan", "+search.max_tq=1", "cluster=h100_1x8"], "search.max_tq"),
         (["plan", "cluster=local"], "profile.yaml"),
+        (["plan", "~model=3"], "override '~model=3'"),
+        (["compare", "model=/path/x"], "override 'model=/path/x'"),
+        (["simulate", "/dev/zero"], "/dev/zero"),
+        (["show", "."], "."),
         (["plan", "--frob"], "mosaic: arguments"),
         (["plan", *VLM, "--out", "missing/plan.yaml"], "missing/plan.yaml"),
         (["show"], "mosaic show: arguments"),
@@ -249,6 +253,20 @@ def test_words_are_refused_before_any_process_starts(capsys, plan, monkeypatch, 
     assert set(json.loads(out)) == {"error", "where", "got", "expected", "fix"}
     assert json.loads(out)["where"] == where
     assert "usage" not in err
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_wrong_plan_file_is_named_before_a_wrong_flag(capsys, plan, monkeypatch, tmp_path, command):
+    monkeypatch.setattr("megatron_mosaic.cli.train.run_torchrun", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("megatron_mosaic.cli.check.import_runtime", lambda: pytest.fail("started"))
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "bomb.yaml").write_text("a: &a {b: *a}\n")
+    plan.write_text(plan.read_text().replace("world_size: 4", "world_size: 3"))
+    for name, where in (("fifo", "fifo"), ("bomb.yaml", "bomb.yaml:1"), ("plan.yaml", "plan.yaml: modules.llm.ranks")):
+        status, out, err = run(capsys, command, tmp_path / name, "--num-layers", "abc", "--frob", "--json")
+        assert status == 2, err
+        assert json.loads(out)["error"] == "PlanError"
+        assert json.loads(out)["where"] == str(tmp_path / where)
 
 
 def train(monkeypatch, losses):

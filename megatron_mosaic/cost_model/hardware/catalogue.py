@@ -51,7 +51,7 @@ def _load_named(name: str) -> GpuType:
             "cluster.gpu",
             got=name,
             expected=f"one of {list(gpu_type_names())}",
-            fix=f"add cost_model/hardware/gpu_types/{name}.yaml with sources, or give a file: FILE.yaml",
+            fix="choose one, or give a file of measurements: FILE.yaml",
         )
     data = yaml.safe_load((files(__package__) / "gpu_types" / f"{name}.yaml").read_text(encoding="utf-8"))
     try:

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.cluster import CONSTANTS, GpuTypeFile
-from megatron_mosaic.plan.yaml_text import describe_violation, describe_yaml_error, lines_of_keys, parse_yaml
+from megatron_mosaic.plan.yaml_text import describe_violation, lines_of_keys, parse_section
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 FORMAT_VERSION = 1
 SUFFIX = ".yaml"
@@ -27,14 +28,9 @@ SUFFIX = ".yaml"
 
 def load_gpu_type_file(path: str | Path, bases: Collection[str]) -> GpuTypeFile:
     """What a file says. ConfigError names file and line; `bases` are the names that `base` may have."""
-    text, data = _read(Path(path), bases)
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}:1",
-            got=type(data).__name__,
-            expected=f"a mapping with gpu_type: {FORMAT_VERSION}",
-            fix=_remake(bases),
-        )
+    kind = FileKind(what="a GPU type file", error=ConfigError, fix=_remake(bases))
+    where, text = show_path(path), read_text_file(path, kind)
+    data = parse_section(text, kind, where=where)
     lines = lines_of_keys(text)
     try:
         found = GpuTypeFile.model_validate(data)
@@ -44,9 +40,9 @@ def load_gpu_type_file(path: str | Path, bases: Collection[str]) -> GpuTypeFile:
         if first["type"] == "float_type" and _is_number(first["input"]):
             number = yaml.safe_dump(float(first["input"])).split()[0]
             parts["fix"] = f"write {number}, with a point and without quotes: this is text in YAML"
-        parts["where"] = f"{path}:{_line(lines, first['loc'])}: {parts['where']}"
+        parts["where"] = f"{where}:{_line(lines, first['loc'])}: {parts['where']}"
         raise ConfigError(**parts) from error
-    _validate_names(str(path), found, lines, bases)
+    _validate_names(where, found, lines, bases)
     return found
 
 
@@ -55,24 +51,6 @@ def format_gpu_type_file(base: str, constants: Mapping[str, float], source: str)
     data: dict[str, Any] = {"gpu_type": FORMAT_VERSION, "base": base}
     data |= {name: float(f"{value:.5g}") for name, value in constants.items()}
     return yaml.safe_dump(data | {"sources": dict.fromkeys(constants, source)}, sort_keys=False, width=160)
-
-
-def _read(path: Path, bases: Collection[str]) -> tuple[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, parse_yaml(text)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            str(path), got="no such file", expected="a GPU type file, or a name without .yaml", fix=_remake(bases)
-        ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            f"{path}:{mark.line + 1}" if mark else str(path),
-            got=describe_yaml_error(error),
-            expected="a readable YAML file",
-            fix="correct the file",
-        ) from error
 
 
 def _validate_names(
@@ -118,4 +96,4 @@ def _is_number(value: object) -> bool:
 
 
 def _remake(bases: Collection[str]) -> str:
-    return f"mosaic calibrate --gpu-type BASE --out FILE writes one, BASE one of {sorted(bases)}"
+    return f"make one with `mosaic calibrate --gpu-type BASE --out FILE`, BASE one of {sorted(bases)}"

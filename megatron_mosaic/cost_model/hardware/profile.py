@@ -25,14 +25,17 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from megatron_mosaic.errors import ProfileError
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, StrictModel, describe_violation, describe_yaml_error, parse_yaml
+from megatron_mosaic.plan.yaml_text import MAX_AMOUNT, MAX_COUNT, MAX_SECONDS, Schema, describe_violation, parse_section
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 FORMAT_VERSION = 1
 CALIBRATE = "run `mosaic calibrate`"
+PROFILE = FileKind(what="a profile of this machine", error=ProfileError, fix=f"{CALIBRATE}, or give --profile")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True, ge=1)]
+Amount = Annotated[float, Field(ge=1, le=MAX_AMOUNT)]  # of bytes or operations, also per second
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_AMOUNT)]
 Degree = Annotated[int, Field(ge=1, le=MAX_COUNT)]  # a key of a mapping: JSON knows text keys only, so "2" is 2
 
 
@@ -64,7 +67,7 @@ def _ascending[Row](key: Callable[[Row], Any], what: str) -> Callable[[Sequence[
     return check
 
 
-class Provenance(StrictModel):
+class Provenance(Schema):
     """Where, when and with which software the numbers were measured."""
 
     cpu_model: str = Field(min_length=1)
@@ -72,16 +75,16 @@ class Provenance(StrictModel):
     versions: Mapping[str, str]
 
 
-class Machine(StrictModel):
+class Machine(Schema):
     """The whole host: `flops_per_s` of a large fp32 matrix product, `memory_bytes_per_s` of a large copy, all cores."""
 
     cores: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-    memory_bytes: Positive
-    flops_per_s: Positive
-    memory_bytes_per_s: Positive
+    memory_bytes: Amount
+    flops_per_s: Amount
+    memory_bytes_per_s: Amount
 
 
-class ModulePoint(StrictModel):
+class ModulePoint(Schema):
     """Seconds of one part for `items` items on one rank, while all `tp` ranks of the group run it.
 
     Communication inside the tp group is included. `pre` and `post` exclude the layers.
@@ -89,32 +92,32 @@ class ModulePoint(StrictModel):
 
     part: Part
     items: Count
-    forward_s: NonNegative
-    backward_s: NonNegative
+    forward_s: Seconds
+    backward_s: Seconds
 
 
-class CollectivePoint(StrictModel):
+class CollectivePoint(Schema):
     """Seconds of one operation. `bytes`: of the full tensor (all_reduce: the buffer; all_gather: the gathered result;
     reduce_scatter: the input; p2p: the message)."""
 
     bytes: Count
-    seconds: Positive
+    seconds: PositiveSeconds
 
 
-class OptimizerPoint(StrictModel):
+class OptimizerPoint(Schema):
     """Seconds of one optimizer step of one rank over this many parameters of its own."""
 
     params: Count
-    seconds: Positive
+    seconds: PositiveSeconds
 
 
-class Overheads(StrictModel):
+class Overheads(Schema):
     """Seconds beyond the modules' own: of each action, of each step, and of loading each sample of the global batch
     (on every rank). Zero: not seen in the measurement."""
 
-    action_s: NonNegative = 0.0
-    step_s: NonNegative = 0.0
-    sample_s: NonNegative = 0.0
+    action_s: Seconds = 0.0
+    step_s: Seconds = 0.0
+    sample_s: Seconds = 0.0
 
 
 ModulePoints = Annotated[
@@ -130,7 +133,7 @@ OptimizerPoints = Annotated[
 ]
 
 
-class Profile(StrictModel):
+class Profile(Schema):
     """A measured table. Constructor: known keys, finite numbers, ascending points."""
 
     mosaic_profile: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
@@ -159,25 +162,12 @@ def default_profile_path() -> Path:
 
 def load_profile(path: str | Path) -> Profile:
     """The profile in a YAML (or JSON) file. ProfileError names the file and the key."""
-    path = Path(path)
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ProfileError(
-            str(path), got="no such file", expected="a profile of this machine", fix=f"{CALIBRATE}, or give --profile"
-        ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(
-            str(path), got=describe_yaml_error(error), expected="a readable YAML file", fix=CALIBRATE
-        ) from error
-    if not isinstance(data, dict):
-        raise ProfileError(
-            str(path), got=type(data).__name__, expected="a mapping with mosaic_profile: 1", fix=CALIBRATE
-        )
+    where = show_path(path)
+    data = parse_section(read_text_file(path, PROFILE), PROFILE, where=where)
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        parts = describe_violation(error, where=f"{path}: ", known="a key of the profile format")
+        parts = describe_violation(error, where=f"{where}: ", known="a key of the profile format")
         raise ProfileError(**parts | {"fix": f"{CALIBRATE} again"}) from error
 
 

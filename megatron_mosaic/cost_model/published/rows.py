@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.plan.yaml_text import MAX_COUNT
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 Row = Mapping[str, str]
 
@@ -59,6 +61,7 @@ _GPUS = (
     ("a800", "a100_sxm_80gb", 8, 200e9, 25e9),
     ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
 )
+TABLE = FileKind(what="a CSV table in UTF-8", error=ConfigError, fix="correct the file, or move it away")
 _LARGE = 1e9  # parameters
 _MAX_MEASURED = 1e15  # of seconds, tokens, TFLOPs or bytes in a cell; its inverse is the least
 _MAX_STAGES = 1024  # the time of a prediction grows with them
@@ -74,15 +77,13 @@ _FORMATS = (
 
 def load_table(path: Path) -> tuple[list[str], list[Row]]:
     """Column names and rows of a CSV file; a byte order mark is no part of them. ConfigError if it cannot be read."""
+    lines = io.StringIO(read_text_file(path, TABLE), newline="")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = [name.strip() for name in next(csv.reader(file), ())]
-            table = csv.DictReader(file, names)
-            rows: list[Row] = [{key: (value or "").strip() for key, value in row.items() if key} for row in table]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise ConfigError(
-            str(path), got=str(error), expected="a CSV table in UTF-8", fix="correct the file, or move it away"
-        ) from error
+        names = [name.strip() for name in next(csv.reader(lines), ())]
+        table = csv.DictReader(lines, names)
+        rows: list[Row] = [{key: (value or "").strip() for key, value in row.items() if key} for row in table]
+    except csv.Error as error:
+        raise ConfigError(show_path(path), got=str(error), expected=TABLE.what, fix=TABLE.fix) from error
     return names, rows
 
 

@@ -85,8 +85,9 @@ def test_a_plan_is_made_with_the_file(path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "where", "got", "expected", "fix"),
     [
-        ("0.87", "0", ":3: bandwidth_frac", "0", "greater than 0", "correct the value"),
-        ("0.87", "-0.5", ":3: bandwidth_frac", "-0.5", "greater than 0", "correct the value"),
+        ("0.87", "0", ":3: bandwidth_frac", "0", "or equal to 0.000001", "correct the value"),
+        ("0.87", "-0.5", ":3: bandwidth_frac", "-0.5", "or equal to 0.000001", "correct the value"),
+        ("4.5e-6", "2.0", ":4: launch_s", "2.0", "less than or equal to 1", "correct the value"),
         ("0.87", "87", ":3: bandwidth_frac", "87", "less than or equal to 1", "correct the value"),
         ("0.87", ".nan", ":3: bandwidth_frac", "nan", "finite number", "correct the value"),
         ("4.5e-6", ".inf", ":4: launch_s", "inf", "finite number", "correct the value"),
@@ -110,9 +111,16 @@ def test_a_plan_is_made_with_the_file(path, monkeypatch):
         ("base: h100_sxm\n", "", ":1: base", "nothing", "present", "add base"),
         ("gpu_type: 1", "gpu_type: 2", ":1: gpu_type", "2", "less than or equal to 1", "correct the value"),
         ("gpu_type: 1\n", "", ":1: gpu_type", "nothing", "present", "add gpu_type"),
-        ("launch_s: 4.5e-6", "base: h200_sxm", ":4", "'base' stands twice", "readable YAML", "correct the file"),
-        ("  launch_s: many", "  - launch_s: many", ":", "parsing", "readable YAML", "correct the file"),
-        ("sources:", "sources: &s\n  launch_us: *s", ":6: sources.launch_us", "launch_us", "valid string", "correct"),
+        ("launch_s: 4.5e-6", "base: h200_sxm", ":4", "'base' stands twice", "valid YAML", "correct it there"),
+        ("  launch_s: many", "  - launch_s: many", ":", "parsing", "valid YAML", "correct it there"),
+        (
+            "sources:",
+            "sources: &s\n  launch_us: *s",
+            ":6",
+            "stands inside of what it names",
+            "valid YAML",
+            "correct it",
+        ),
     ],
 )
 def test_refuses_by_line(path, old, new, where, got, expected, fix):
@@ -127,7 +135,7 @@ def test_refuses_by_line(path, old, new, where, got, expected, fix):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("", ":1"), ("- 1", ":1"), ("[1", ":2"), ("a: 1\n\x00", ""), ("[" * 100_000, "")]
+    ("text", "line"), [("", ""), ("- 1", ""), ("[1", ":2"), ("a: 1\n\x00", ""), ("[" * 100_000, ":1")]
 )
 def test_refuses_what_is_no_mapping(path, text, line):
     with pytest.raises(ConfigError) as caught:
@@ -148,5 +156,5 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00base")
     for name in ("folder.yaml", "bytes.yaml"):
-        with pytest.raises(ConfigError, match="readable YAML"):
+        with pytest.raises(ConfigError, match="a readable text file"):
             load_gpu_type(str(tmp_path / name))

@@ -71,7 +71,7 @@ def test_load_refuses(change, where, tmp_path):
     assert "mosaic calibrate" in caught.value.fix
 
 
-@pytest.mark.parametrize("text", ["[1", "- 1", "\x00", "[" * 100_000, "digest: a\ndigest: a", "date: 2026-99-99"])
+@pytest.mark.parametrize("text", ["", "[1", "- 1", "[" * 100_000, "digest: a\ndigest: a", "date: 2026-99-99"])
 def test_load_refuses_what_is_no_profile(text, tmp_path):
     path = tmp_path / "profile.yaml"
     path.write_text(text)
