@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
-from megatron_mosaic.flight.process import begin_flight
+from megatron_mosaic.flight.process import begin_early
 from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
@@ -36,7 +36,7 @@ _STOCK_ARGUMENTS = {
 
 def main(words: Sequence[str]) -> int:
     """Run the script. Exit status 2 if plan or arguments are wrong; the script's own otherwise."""
-    begin_flight(int(os.environ.get("RANK", "0")))
+    begin_early()
     try:
         script, plan_path, arguments = _split_command_line(words)
         plan = load_plan(plan_path)

@@ -5,7 +5,6 @@ torchrun --nproc-per-node 4 scripts/pretrain_any2any.py --mosaic-plan plan.yaml 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from megatron_mosaic.any2any.arguments import (
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
-from megatron_mosaic.flight.process import begin_flight
+from megatron_mosaic.flight.process import begin_early
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
@@ -85,7 +84,7 @@ def train() -> int:
 
 def main() -> int:
     """Train. Exit status 2 if the input is wrong, 1 if a rank failed."""
-    begin_flight(int(os.environ.get("RANK", "0")))
+    begin_early()
     try:
         return train()
     except RankFailure:

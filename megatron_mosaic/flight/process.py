@@ -37,6 +37,13 @@ class Begun:
 _begun: Begun | None = None
 
 
+def begin_early() -> None:
+    """Begin the flight before arguments are read, if the environment says which rank this is."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    if rank is not None:
+        begin_flight(int(rank))
+
+
 def begin_flight(rank: int) -> Flight:
     """The flight of this process, with a beating heart; the one that it has, if it has begun one."""
     global _begun

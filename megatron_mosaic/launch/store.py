@@ -33,6 +33,7 @@ def serve(listener: socket.socket, timeout: timedelta = timedelta(minutes=5)) ->
 def environment(port: int) -> dict[str, str]:
     """What tells local ranks to meet there, and to connect to each other on the loopback interface."""
     found = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    found |= {"TORCHELASTIC_RESTART_COUNT": "0"}  # some versions of torch make it a part of every key
     return found | interfaces()
 
 

@@ -151,3 +151,11 @@ def test_a_failure_inside_is_reported_once() -> None:
     with pytest.raises(RankFailure) as failure:
         executor.record("~grads", fail)
     assert failure.value is inner
+
+
+def test_steps_before_a_checkpoint_count() -> None:
+    executor = make_executor(2)
+    executor.count_from(7)
+    executor.begin_step()
+    executor.count_from(7)  # asked again, for an evaluation
+    assert executor.step == 8

@@ -5,7 +5,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ import pytest
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.directory import make_directory, name_of_job
 from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, line_path, read_lines
-from megatron_mosaic.flight.process import TIMEOUT_VARIABLE, collective_timeout
+from megatron_mosaic.flight.process import TIMEOUT_VARIABLE, begin_flight, collective_timeout
 
 JOB = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
 
@@ -141,7 +140,18 @@ def test_a_child_of_a_rank_is_ended_alone(ranks) -> None:
     ranks[0].stdin.flush()
     child = psutil.Process(int(ranks[0].stdout.readline()))
     child.send_signal(signal.SIGTERM)
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert ranks[0].poll() is None
+
+
+def test_what_an_earlier_job_of_the_same_name_left_is_gone(elsewhere, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_mosaic.flight.process._begun", None)
+    monkeypatch.setattr("megatron_mosaic.flight.process.Farewell", lambda flight: None)
+    directory = Path(make_directory())
+    for name in ("rank-00003", "failed-00003", "told", "rank-00004"):
+        (directory / name).write_text("old words")
+    begin_flight(3)
+    assert read_lines(directory)[3].words == "start-up"
+    assert sorted(path.name for path in directory.iterdir()) == ["rank-00003", "rank-00004"]
+    monkeypatch.delenv(DIRECTORY_VARIABLE)
