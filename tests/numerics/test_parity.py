@@ -90,7 +90,7 @@ def test_a_plan_is_checked_in_fp32_with_its_own_sharding(tmp_path, monkeypatch) 
     finish = Runtime._finish
 
     def note(self: Runtime) -> None:
-        if self.grids.rank == 0:
+        if self.view.rank == 0:
             used = [self._args.bf16, self._args.use_distributed_optimizer, self.plan.training.format]
             (tmp_path / "used.json").write_text(json.dumps(used))
         finish(self)
