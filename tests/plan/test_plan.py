@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, validate_plan
+from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions
+from megatron_mosaic.schedules import build_schedule
 from tests.cases import LLM, WORKLOAD, make_cluster, make_plan, plans
 
 EVERYONE = Layout(dp=4)
@@ -168,6 +170,12 @@ def test_validate_refuses_batches_that_do_not_divide():
     _refused(replace(plan, global_batch_size=18), "global_batch_size", "llm.dp = 4")
 
 
+def test_validate_refuses_a_step_that_no_memory_holds():
+    largest = MAX_ACTIONS // count_actions(replace(GOOD, global_batch_size=1), "llm")
+    validate_plan(replace(GOOD, global_batch_size=largest), WORKLOAD)
+    _refused(replace(GOOD, global_batch_size=largest + 1), "global_batch_size", f"at most {MAX_ACTIONS}")
+
+
 def test_validate_refuses_a_smaller_cluster():
     _refused(GOOD, "world_size", "at most the 2 ranks", make_cluster(2))
 
@@ -176,3 +184,5 @@ def test_validate_refuses_a_smaller_cluster():
 def test_generated_plans_are_valid(plan):
     validate_plan(plan, WORKLOAD)
     assert LLM.num_layers % plan.modules["llm"].layout.pp == 0
+    lanes = build_schedule(plan, WORKLOAD).lanes.values()
+    assert count_actions(plan, "llm") == sum(map(len, lanes))

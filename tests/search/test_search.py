@@ -213,6 +213,12 @@ def test_no_layout_is_an_answer():
         find_plan(CostModel(odd, make_cluster(2)), SearchConfig())
 
 
+def test_steps_of_too_many_actions_are_left_out():
+    prime = replace(WORKLOAD, global_batch_size=999_983)  # one micro-batch size, one dp
+    with pytest.raises(NoFeasiblePlan, match="more than 262144 actions in a step"):
+        find_plan(CostModel(prime, make_cluster(2)), SearchConfig())
+
+
 def test_local_search_uses_what_the_profile_has():
     profile = make_profile(tps=(1,))  # no tp 2 was measured
     result = find_plan(CostModel(WORKLOAD, local_cluster(profile, 4), profile), SearchConfig())
