@@ -1,7 +1,7 @@
 """Every kind of fault at every moment ends the run in time, names rank, lane and action, and leaves nothing behind.
 
 A few cells run in every suite, on forked ranks. All of them, under torchrun, with the table of how each ended:
-    pytest -m slow -s tests/faults/test_campaign.py
+    pytest -q -s -m slow tests/faults/test_campaign.py
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,19 +158,16 @@ def test_a_fault_ends_the_run_and_is_named(tmp_path, cell) -> None:
     assert CELLS[cell](forked, tmp_path).orphans == 0
 
 
+@pytest.fixture(scope="module")
+def table() -> None:
+    """The head of the table whose rows the tests print."""
+    sys.__stdout__.write(f"\n{HEADER}\n")
+
+
 @pytest.mark.slow
-def test_the_whole_campaign(tmp_path, capsys) -> None:
-    failures = []
+@pytest.mark.parametrize("cell", CELLS, ids=", ".join)
+def test_campaign(tmp_path, capsys, table, cell) -> None:
+    outcome = CELLS[cell](torchrun, tmp_path)
     with capsys.disabled():
-        print(f"\n{HEADER}")
-        for number, (cell, run) in enumerate(CELLS.items()):
-            directory = tmp_path / str(number)
-            directory.mkdir()
-            try:
-                outcome = run(torchrun, directory)
-                print(outcome.as_row(*cell), flush=True)
-                assert outcome.orphans == 0, outcome
-            except (AssertionError, pytest.skip.Exception) as error:
-                print(f"| {' | '.join(cell)} | {type(error).__name__} |", flush=True)
-                failures += [f"{cell}: {error}"] if isinstance(error, AssertionError) else []
-    assert not failures, "\n".join(failures)
+        print(outcome.as_row(*cell), flush=True)
+    assert outcome.orphans == 0
