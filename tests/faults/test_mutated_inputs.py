@@ -44,6 +44,8 @@ world_size: 4
 global_batch_size: 8
 micro_batch_size: 2
 schedule: 1f1b
+cluster: {kind: local, num_ranks: 4}
+training: {format: fp32}
 modules:
   vision: {ranks: 0-1, layout: {dp: 2}, quota: 0.5, recompute: full}
   llm: {ranks: 0-3, layout: {tp: 2, pp: 2}, sequence_parallel: true}
@@ -57,6 +59,8 @@ world_size: 8
 global_batch_size: 32
 micro_batch_size: 2
 schedule: interleaved
+cluster: h100_1x8
+training: {format: bf16, sharding: optimizer}
 modules:
   vision: {ranks: "0-1,4-5", layout: {dp: 4}}
   llm: {ranks: 0-7, layout: {tp: 2, pp: 2, vpp: 2, dp: 2}, recompute: selective}
@@ -70,7 +74,6 @@ launch_s: 2.0e-6
 half_depth: 300.0
 sources: {bandwidth_frac: made up, launch_s: made up, half_depth: made up}
 """
-BF16 = "workload.training={format: bf16, sharding: optimizer}"
 PROFILE = format_profile(make_profile(DIGITS))
 SCHEDULE = format_schedule(build_schedule(parse_plan(PLAN), DIGITS))
 QUICK = ["model=any2any-digits", "workload.global_batch_size=8", "search.max_tp=2", "search.max_pp=2"]
@@ -117,8 +120,8 @@ KINDS = {
         PLAN, ["show", "FILE"], ["show", "FILE", "--json"], ["simulate", "FILE"], ["check", "FILE"], ["train", "FILE"],
     ),
     "plan on GPUs": _file_case(
-        PLAN_ON_GPUS, ["show", "FILE"], ["simulate", "FILE", "cluster=h100_1x8", BF16],
-        ["simulate", "FILE", "cluster=h100_1x8", BF16, "--json"],
+        PLAN_ON_GPUS, ["show", "FILE"], ["simulate", "FILE", "cluster=h100_1x8"],
+        ["simulate", "FILE", "cluster=h100_1x8", "--json"],
     ),
     "model": _file_case(
         MODEL, ["check", "sound.yaml", "--model", "FILE"], ["train", "sound.yaml", "--workload", "FILE"],
@@ -212,7 +215,7 @@ def test_sound_inputs_pass(directory):
     for words, status in (
         (["show", "sound.yaml"], 0),
         (["show", "gpus.yaml"], 0),
-        (["simulate", "gpus.yaml", "cluster=h100_1x8", BF16], 0),
+        (["simulate", "gpus.yaml", "cluster=h100_1x8"], 0),
         (["simulate", "sound.yaml"], 0),
         (["plan", *GPUS], 0),
         (["compare", *QUICK, "cluster=local"], 0),
