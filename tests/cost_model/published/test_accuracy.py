@@ -74,8 +74,8 @@ def test_a_table_is_found_however_its_header_is_written(tmp_path, how):
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        ("row_id,n_gpus\n1,8\n".encode("utf-16"), "can't decode"),
-        (b"row_id,n_gpus\n\xe9,8\n", "can't decode"),
+        ("row_id,n_gpus\n1,8\n".encode("utf-16"), "not UTF-8"),
+        (b"row_id,n_gpus\n\xe9,8\n", "not UTF-8"),
         (b"row_id,n_gpus\n" + b"9" * 200_000 + b",8\n", "field larger than"),
     ],
     ids=["utf-16", "latin-1", "long"],

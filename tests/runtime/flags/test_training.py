@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
-from megatron_mosaic.runtime import training_arguments
+from megatron_mosaic.runtime.flags import training as training_module
 from megatron_mosaic.runtime.flags.command_line import read_command_line
 from megatron_mosaic.runtime.flags.training import (
     FLAGS,
@@ -30,7 +30,7 @@ def refuse_contradictions(training, words):
 @pytest.fixture
 def engine(monkeypatch):
     """Transformer Engine as if it were installed."""
-    monkeypatch.setattr(training_arguments, "find_spec", lambda name: name)
+    monkeypatch.setattr(training_module, "find_spec", lambda name: name)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_low_formats_with_transformer_engine(engine, number_format, decided):
     ],
 )
 def test_what_the_runtime_cannot_do_is_refused_with_the_reason(monkeypatch, setup, where, reason):
-    monkeypatch.setattr(training_arguments, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_module, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match=reason) as caught:
         decide_arguments(setup)
     assert caught.value.where == where
