@@ -23,7 +23,7 @@ CRASHED = 70
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one command ended. `status` is negative where a signal ended it; memory is its growth over the parent's."""
+    """How one command ended. `status` is negative where a signal ended it; memory is what it grew by."""
 
     status: int
     cpu_s: float
@@ -40,19 +40,19 @@ def run_limited(
     cpu_limit_s: int = CPU_LIMIT_S,
 ) -> Outcome:
     """Run `mosaic WORDS` in a child of this process, `before` first; `directory` takes its output."""
-    out, err = directory / "stdout", directory / "stderr"
-    held = _status_bytes("VmRSS")
+    out, err, held = directory / "stdout", directory / "stderr", directory / "held"
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
+        held.write_text(str(_status_bytes("VmRSS")))  # less than the parent's: a fork maps no files that are only read
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit_s, cpu_limit_s + 1))
         os._exit(_in_child(list(map(str, words)), out, err, before))
     _, raw, usage = os.wait4(child, 0)
     return Outcome(
         status=os.waitstatus_to_exitcode(raw),
         cpu_s=usage.ru_utime + usage.ru_stime,
-        memory_bytes=max(0, usage.ru_maxrss * 1024 - held),
+        memory_bytes=max(0, usage.ru_maxrss * 1024 - int(held.read_text())),
         out=out.read_text(encoding="utf-8", errors="replace"),
         err=err.read_text(encoding="utf-8", errors="replace"),
     )

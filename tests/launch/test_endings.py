@@ -85,7 +85,13 @@ def test_a_job_is_heard_on_the_loopback_alone_and_dies_with_its_torchrun(job) ->
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 @pytest.mark.parametrize("told", [signal.SIGKILL, signal.SIGINT])
 def test_a_job_dies_with_the_process_that_started_torchrun(job, told) -> None:
-    code = "import sys; from megatron_mosaic.launch.torchrun import run_torchrun; run_torchrun(2, sys.argv[1:])"
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    code = """
+import signal, sys
+from megatron_mosaic.launch.torchrun import run_torchrun
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_torchrun(2, sys.argv[1:])
+"""
     (job / "tmp").mkdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(job / "tmp")}
     command = [sys.executable, "-c", code, str(job / "worker.py"), str(job / "met")]

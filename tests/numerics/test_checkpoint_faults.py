@@ -303,7 +303,7 @@ def test_a_full_disk_says_so_and_the_checkpoint_before_stays_the_last(disk, tmp_
     assert (disk / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert not (disk / "iter_0000004" / manifest.MANIFEST_FILE).exists()
     shutil.rmtree(disk / "iter_0000004")
-    run_all([Run(name="resumed", plan=SMALL_PLAN, arguments=("--load", *save[1:]))], tmp_path)
+    run_all([Run(name="resumed", plan=SMALL_PLAN, arguments=("--load", str(disk)))], tmp_path)
     assert len(losses(tmp_path, "resumed")) == 2
 
 
