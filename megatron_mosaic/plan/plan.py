@@ -14,7 +14,9 @@ from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.layout import ModulePlan
 from megatron_mosaic.plan.training import TrainingSetup
 
-NESTING = frozenset({"three_phase", "nested"})  # schedules that lay whole units of other modules around the backbone
+# Schedules that lay whole units of other modules around the backbone, and those that run modules of one rank at once
+NESTING = frozenset({"three_phase", "nested", "overlap"})
+CONCURRENT = frozenset({"overlap"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,20 @@ class Plan:
         return FrozenMap(
             {name: placed.unit or (1 if name == backbone else default) for name, placed in self.modules.items()}
         )
+
+    def tracks(self, backbone: str) -> FrozenMap[str, int]:
+        """Module -> its track, for those that run beside others of their ranks: under a schedule that does so, modules
+        that have a quota, where another one with a quota shares ranks. The backbone and all others take turns."""
+        found: list[str] = []
+        if self.schedule.name in CONCURRENT:
+            limited = {name: placed for name, placed in self.modules.items() if placed.quota.share < 1}
+            found = [
+                name
+                for name, placed in limited.items()
+                if name != backbone
+                and any(other != name and placed.ranks.overlaps(limited[other].ranks) for other in limited)
+            ]
+        return FrozenMap({name: track for track, name in enumerate(found, start=1)})
 
     def num_microbatches(self, backbone: str) -> int:
         """Backbone microbatches per optimizer step."""

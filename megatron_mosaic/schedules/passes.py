@@ -110,7 +110,7 @@ def schedule_in_order(name: str, graph: StageGraph, order: tuple[Action, ...]) -
         units=graph.units,
         lanes={lane: tuple(actions) for lane, actions in lanes.items()},
     )
-    return Schedule(name=name, work=work, order=order)
+    return Schedule(name=name, work=work, order=order, tracks=graph.lane_tracks)
 
 
 def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from megatron_mosaic.schedules.rank_classes import classes_of_lanes, rank_classe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGraph:
-    """Stages per module (and virtual stages on each), edges, microbatches of a step, which modules run backward, and
-    which lanes share ranks. Plans that differ only in the number of ranks have one graph: it is what schedules are
-    kept by."""
+    """Stages per module (and virtual stages on each), edges, microbatches of a step, which modules run backward, which
+    lanes share ranks, and which modules run beside the others on theirs. Plans that differ only in the number of ranks
+    have one graph: it is what schedules are kept by."""
 
     num_stages: Mapping[str, int]
     edges: tuple[tuple[str, str], ...]
@@ -26,9 +26,10 @@ class StageGraph:
     backbone: str = ""  # its microbatches are what units count; builders that nest others around it need it
     num_chunks: Mapping[str, int] = FrozenMap()
     occupies: Mapping[str, frozenset[int]] = FrozenMap()
+    tracks: Mapping[str, int] = FrozenMap()  # module -> track; those that are left out are on track 0
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "units", "num_chunks"):
+        for name in ("num_stages", "units", "num_chunks", "tracks"):
             object.__setattr__(self, name, FrozenMap(getattr(self, name)))
         own = {lane: frozenset({-1 - number}) for number, lane in enumerate(self.lanes)}
         object.__setattr__(self, "occupies", FrozenMap(own | dict(self.occupies)))
@@ -46,6 +47,7 @@ class StageGraph:
             backbone=workload.backbone.name,
             num_chunks={name: module.layout.vpp for name, module in placed.items() if module.layout.vpp > 1},
             occupies=classes_of_lanes(rank_classes(plan)),
+            tracks=plan.tracks(workload.backbone.name),
         )
 
     @property
@@ -64,6 +66,19 @@ class StageGraph:
     def reaches(self, module: str, other: str) -> bool:
         """Whether anything of the module flows into the other."""
         return any(target == other or self.reaches(target, other) for target in self.consumers(module))
+
+    @property
+    def lane_tracks(self) -> Mapping[str, int]:
+        """Lane -> track, for those off track 0."""
+        return {f"{m}.{stage}": track for m, track in self.tracks.items() for stage in range(self.num_stages[m])}
+
+    def takes_turns(self, module: str, other: str) -> bool:
+        """Whether they share ranks and a track there."""
+        ours, theirs = (
+            frozenset[int]().union(*[self.occupies[f"{m}.{stage}"] for stage in range(self.num_stages[m])])
+            for m in (module, other)
+        )
+        return self.tracks.get(module, 0) == self.tracks.get(other, 0) and not ours.isdisjoint(theirs)
 
     def microbatches_of(self, module: str, unit: int) -> range:
         """The backbone microbatches that a unit covers."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
 _AXIS = re.compile(r"(tp|cp|pp|vpp|dp|ep|etp|unit)([0-9]+)")
+_SHARE = re.compile(r"share([0-9.]+)")
 A, B, G, H = "image", "audio", "generator", "speech"
 
 
@@ -47,16 +48,18 @@ MOE = workload((A, BACKBONE), backbone=EXPERTS, **{A: EXPERTS})
 
 
 def placed(text: str) -> ModulePlan:
-    """`"0-3 tp2 dp2 sp full unit2"`."""
+    """`"0-3 tp2 dp2 sp full unit2 share0.5"`."""
     ranks, *words = text.split()
     axes = {match[1]: int(match[2]) for word in words if (match := _AXIS.fullmatch(word))}
-    flags = {word for word in words if not _AXIS.fullmatch(word)}
+    shares = [float(match[1]) for word in words if (match := _SHARE.fullmatch(word))]
+    flags = {word for word in words if not _AXIS.fullmatch(word) and not _SHARE.fullmatch(word)}
     assert flags <= {"sp", "full", "selective"}, flags
     unit = axes.pop("unit", 0)
     recompute = next((Recompute(flag) for flag in flags if flag != "sp"), Recompute.none)
     return ModulePlan(
         ranks=RankSet.parse(ranks),
         layout=Layout(**axes),
+        quota=Quota(share=shares[0] if shares else 1.0),
         unit=unit,
         recompute=recompute,
         sequence_parallel="sp" in flags,
@@ -278,7 +281,7 @@ OURS = [
     pair("scattered ranks", "0,2,5,7 tp2 dp2", "1,3,4,6 cp2 pp2"),
 ]
 # Units of several microbatches nested around the pipeline: the encoder's forwards run ahead, a generator's turn back
-_AROUND: list[tuple[str, Workload, int, dict[str, str]]] = [
+AROUND: list[tuple[str, Workload, int, dict[str, str]]] = [
     ("pp1", ANY, 4, {A: "0-1 dp2", BACKBONE: "0-1 tp2", G: "1"}),
     ("pp2", ANY, 8, {A: "0-3 dp4", BACKBONE: "0-3 pp2 dp2", G: "0-3 tp2 dp2"}),
     ("pp4, a ragged end", ONE, 7, {A: "0-3 tp2 dp2 unit2", BACKBONE: "0-3 pp4"}),
@@ -289,6 +292,6 @@ _AROUND: list[tuple[str, Workload, int, dict[str, str]]] = [
 NESTED = [
     case(schedule, name, model, schedule=schedule, microbatches=count, **modules)
     for schedule in ("nested", "three_phase")
-    for name, model, count, modules in _AROUND
+    for name, model, count, modules in AROUND
 ]
 CASES = [*COLOCATED, *DISJOINT, *GRAPHS, *BRIDGE, *OURS, *NESTED]

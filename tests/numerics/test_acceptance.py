@@ -9,6 +9,7 @@ from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload_file import format_workload
 from tests.numerics.acceptance_cases import CASES, Case
+from tests.numerics.schedule_cases import ALWAYS, SLOW
 
 pytestmark = pytest.mark.dist
 
@@ -28,6 +29,15 @@ def test_layout(case, tmp_path) -> None:
     assert parity.grad_rel_err_max > 0, "no rounding at all: was anything computed?"
     if case.group == "2.7.6":
         assert parity.empty_units_by_module["image"] > 0, "no lane was ever without an image"
+
+
+@pytest.mark.parametrize(
+    "case", [*ALWAYS, *[pytest.param(case, marks=pytest.mark.slow) for case in SLOW]], ids=lambda case: case.id
+)
+def test_schedule(case, tmp_path) -> None:
+    parity = check_case(case, tmp_path)
+    assert parity.ok, parity.as_dict()
+    assert parity.grad_rel_err_max > 0, "no rounding at all: was anything computed?"
 
 
 def test_table_has_every_group() -> None:

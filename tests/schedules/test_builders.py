@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
-from megatron_mosaic.plan import Layout, ScheduleChoice
-from megatron_mosaic.schedules import SCHEDULES, build, build_schedule
+from megatron_mosaic.plan import Layout, Quota, ScheduleChoice
+from megatron_mosaic.schedules import SCHEDULES, Action, Kind, build, build_schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from tests.cases import WORKLOAD, make_plan
 from tests.goldens import assert_golden
 
-NESTING = ("three_phase", "nested")
+NESTING = ("three_phase", "nested", "overlap")
 
 
 @st.composite
@@ -43,6 +43,8 @@ def graphs(draw) -> StageGraph:
             trained.add(module)
     stages = {module: draw(st.sampled_from([1, 1, 2])) for module in modules} | {"llm": draw(st.integers(1, 4))}
     chunked = stages["llm"] > 1 and draw(st.booleans())
+    lanes = [f"{module}.{stage}" for module, count in stages.items() for stage in range(count)]
+    others = [module for module in modules if module != "llm"]
     return StageGraph(
         num_stages=stages,
         edges=tuple(edges),
@@ -51,6 +53,8 @@ def graphs(draw) -> StageGraph:
         has_backward=frozenset(trained),
         backbone="llm",
         num_chunks={"llm": 2} if chunked else {},
+        occupies=dict.fromkeys(lanes, frozenset({0})) if draw(st.booleans()) else {},
+        tracks={module: track for track, module in enumerate(others, start=1) if draw(st.booleans())},
     )
 
 
@@ -114,6 +118,53 @@ def test_three_phase_is_three_phases():
     assert {a.module for a in order[:4]} == {a.module for a in order[-4:]} == {"vision"}
 
 
+@given(st.integers(1, 20), st.booleans(), st.booleans(), st.booleans())
+def test_overlap_hides_what_runs_beside_the_backbone(num_microbatches, has_encoder, has_generator, at_once):
+    """One rank, every forward 1 and backward 2: beside each other only the first forward and what is left behind the
+    last backward show; in turns everything adds up."""
+    graph = one_of_each(p=1, encoder=1, generator=1, num_microbatches=num_microbatches)
+    modules = [m for m, wanted in (("vision", has_encoder), ("llm", True), ("generator", has_generator)) if wanted]
+    graph = replace(
+        graph,
+        num_stages=dict.fromkeys(modules, 1),
+        units=dict.fromkeys(modules, 1),
+        edges=tuple(edge for edge in graph.edges if {*edge} <= {*modules}),
+        has_backward=frozenset(modules),
+        occupies={f"{module}.0": frozenset({0}) for module in modules},
+        tracks={m: track for track, m in enumerate(modules, start=1) if m != "llm"} if at_once else {},
+    )
+    schedule = SCHEDULES["overlap"].build(graph)
+    free: dict[int, int] = {}
+    end: dict[Action, int] = {}
+    for action in schedule.order:
+        track = schedule.tracks[action.lane]
+        start = max([free.get(track, 0), *[end[need] for need in schedule.needs(action)]])
+        end[action] = free[track] = start + (1 if action.kind is Kind.F else 2)
+    if not at_once:
+        assert max(end.values()) == 3 * len(modules) * num_microbatches
+        return
+    alone = 3 * has_encoder + 3 * has_generator  # the first forward, the last backward; the last unit's generator
+    assert max(end.values()) <= 3 * num_microbatches + alone
+    if num_microbatches > 1 and has_encoder:
+        assert schedule.work.live_units("vision.0") == min(num_microbatches, 2 + has_generator)
+
+
+def test_tracks_are_those_that_have_quotas_and_share_ranks():
+    modules = {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(dp=4)), "generator": ("2-3", Layout(dp=2))}
+    plan = replace(make_plan(modules), schedule=ScheduleChoice("overlap"))
+
+    def tracks(name: str, **shares: float) -> dict[str, int]:
+        placed = {m: replace(each, quota=Quota(share=shares.get(m, 1.0))) for m, each in plan.modules.items()}
+        limited = replace(plan, schedule=ScheduleChoice(name), modules=placed)
+        return {lane: track for lane, track in build_schedule(limited, WORKLOAD).tracks.items() if track}
+
+    assert tracks("overlap", vision=0.3, llm=0.7, generator=0.3) == {"vision.0": 1, "generator.0": 2}
+    assert tracks("overlap", vision=0.3, llm=0.7) == {"vision.0": 1}
+    assert tracks("overlap", llm=0.7) == tracks("overlap") == {}  # nobody else is limited: they take turns
+    assert tracks("overlap", vision=0.3, generator=0.3) == {}  # they share no ranks
+    assert tracks("nested", vision=0.3, llm=0.7) == {}
+
+
 @given(st.integers(2, 4), st.integers(2, 3), st.integers(1, 4), st.booleans())
 def test_interleaved_keeps_what_narayanan_says(p, chunks, groups, has_encoder):
     """2 (p - s - 1) + (v - 1) p warm-up forwards on stage s, and the one that alternates. An encoder runs ahead."""
@@ -137,6 +188,8 @@ def test_interleaved_keeps_what_narayanan_says(p, chunks, groups, has_encoder):
 def test_golden(name):
     modules = {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(tp=2, pp=2)), "generator": ("0-3", Layout(dp=4))}
     plan = replace(make_plan(modules, global_batch_size=8), schedule=ScheduleChoice(name))
+    limited = {m: replace(placed, quota=Quota(share=0.5)) for m, placed in plan.modules.items()}
+    plan = replace(plan, modules=limited)  # tracks, where a schedule knows them
     assert_golden(f"schedule_{name}", format_schedule(build_schedule(plan, WORKLOAD)))
 
 

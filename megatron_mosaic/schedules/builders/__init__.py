@@ -12,6 +12,7 @@ from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules.builders.interleaved import interleaved
 from megatron_mosaic.schedules.builders.nested import nested
 from megatron_mosaic.schedules.builders.one_f_one_b import forward_only, one_f_one_b
+from megatron_mosaic.schedules.builders.overlap import overlap
 from megatron_mosaic.schedules.builders.three_phase import three_phase
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
@@ -30,8 +31,9 @@ SCHEDULES = {
     "interleaved": Builder(interleaved),
     "three_phase": Builder(three_phase),
     "nested": Builder(nested, ("warmup_units",)),
+    "overlap": Builder(overlap),
 }
-PLANNED = ("overlap", "bubble_fill", "waves")
+PLANNED = ("bubble_fill", "waves")
 
 
 def build_schedule(plan: Plan, workload: Workload, num_microbatches: int = 0) -> Schedule:

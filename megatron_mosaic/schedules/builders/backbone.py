@@ -43,10 +43,13 @@ class BackboneClock:
         return tuple(sorted(self.start, key=lambda action: (self.start[action], action.stage)))
 
 
-def run_backbone(graph: StageGraph) -> BackboneClock:
+def run_backbone(graph: StageGraph, beside: frozenset[str] = frozenset()) -> BackboneClock:
     """1F1B (interleaved where it has virtual stages), with as many forwards more before the first backward as the
-    modules behind it ask for: a backward waits for the last microbatch of every unit that its own is part of."""
-    waits = _last_forwards(graph)
+    modules behind it ask for: a backward waits for the last microbatch of every unit that its own is part of.
+
+    Behind modules that run `beside` the backbone it goes on with the forwards of a unit more before it wants gradients.
+    """
+    waits = _last_forwards(graph, beside)
     least = max([forward.unit - backward.unit for backward, forward in waits.items()], default=0)
     longest = graph.num_microbatches * graph.chunks(graph.backbone)
     for extra in range(least, longest + 1):
@@ -108,25 +111,27 @@ def _run(
     )
 
 
-def _last_forwards(graph: StageGraph) -> dict[Action, Action]:
+def _last_forwards(graph: StageGraph, beside: frozenset[str]) -> dict[Action, Action]:
     """Backward of the last virtual stage -> the forward there that it waits for, of another microbatch of a unit."""
     module = graph.backbone
     stage, chunk = graph.num_stages[module] - 1, graph.chunks(module) - 1
     found = {}
     for m in range(graph.num_microbatches if module in graph.has_backward else 0):
-        last = _last_before_return(graph, module, range(m, m + 1))
+        last = _last_before_return(graph, module, range(m, m + 1), beside)
         found[Action(module, stage, Kind.B, m, chunk)] = Action(module, stage, Kind.F, last, chunk)
     return found
 
 
-def _last_before_return(graph: StageGraph, module: str, covered: range) -> int:
+def _last_before_return(graph: StageGraph, module: str, covered: range, beside: frozenset[str]) -> int:
     """The last microbatch that must have left the backbone before gradients of these can come back to the module."""
     found = covered[-1]
     for target in graph.consumers(module):
         if target in graph.has_backward:
             for unit in graph.units_covering(target, covered):
-                again = _last_before_return(graph, target, graph.microbatches_of(target, unit))
+                again = _last_before_return(graph, target, graph.microbatches_of(target, unit), beside)
                 found = max(found, again, _last_before_forward(graph, target, unit))
+                if target in beside and unit + 1 < graph.num_units(target):
+                    found = max(found, graph.microbatches_of(target, unit + 1)[-1])
     return found
 
 
