@@ -44,9 +44,14 @@ def render_deadlock(work: LaneWork, cursor: Mapping[str, int], done: set[Action]
     lines = ["lanes that wait for each other:"]
     for lane, action in stuck.items():
         at = cursor[lane]
-        row = [str(a).removeprefix(lane) for a in work.lanes[lane][max(0, at - _AROUND) : at + _AROUND + 1]]
-        row[at - max(0, at - _AROUND)] = f">{row[at - max(0, at - _AROUND)]}<"
+        row = render_row([str(a).removeprefix(lane) for a in work.lanes[lane]], at)
         needs = [need for need in work.needs(action) if need not in done]
         waits = ", ".join(f"{need} ({need.lane} stands at {stuck[need.lane]})" for need in needs)
-        lines.append(f"{lane:<{width}} | {' '.join(row)}  waits for {waits}")
+        lines.append(f"{lane:<{width}} | {row}  waits for {waits}")
     return "\n".join(lines)
+
+
+def render_row(names: Sequence[str], at: int) -> str:
+    """A few names around one that is pointed at: `F0 F1 >B0< B1`."""
+    first = max(0, at - _AROUND)
+    return " ".join(f">{name}<" if i == at else name for i, name in enumerate(names[first : at + _AROUND + 1], first))

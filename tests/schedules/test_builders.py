@@ -14,48 +14,9 @@ from megatron_mosaic.schedules.stage_graph import StageGraph
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from tests.cases import WORKLOAD, make_plan
 from tests.goldens import assert_golden
+from tests.schedules.graphs import graphs
 
 NESTING = ("three_phase", "nested", "overlap")
-
-
-@st.composite
-def graphs(draw) -> StageGraph:
-    """1-3 encoders (the first may feed the second, and a generator), 0-2 generators (in a chain or not), a module that
-    feeds a generator alone; any stages, units and chunks; some of them frozen."""
-    encoders = [f"encoder{i}" for i in range(draw(st.integers(1, 3)))]
-    generators = [f"generator{i}" for i in range(draw(st.integers(0, 2)))]
-    aside = ["aside"] if generators and draw(st.booleans()) else []
-    modules = [*encoders, *aside, "llm", *generators]
-    edges = [(encoder, "llm") for encoder in encoders] + [("llm", generator) for generator in generators]
-    if len(encoders) > 1 and draw(st.booleans()):
-        edges.append(("encoder0", "encoder1"))
-        if draw(st.booleans()):
-            edges.remove(("encoder0", "llm"))
-    if generators and draw(st.booleans()):
-        edges.append(("encoder0", "generator0"))
-    if len(generators) > 1 and draw(st.booleans()):
-        edges.append(("generator0", "generator1"))
-    edges += [("aside", "generator0")] if aside else []
-    trained: set[str] = set()
-    for module in modules:
-        behind = any(target == module and source in trained for source, target in edges)
-        if behind or draw(st.sampled_from([True, True, False])):
-            trained.add(module)
-    stages = {module: draw(st.sampled_from([1, 1, 2])) for module in modules} | {"llm": draw(st.integers(1, 4))}
-    chunked = stages["llm"] > 1 and draw(st.booleans())
-    lanes = [f"{module}.{stage}" for module, count in stages.items() for stage in range(count)]
-    others = [module for module in modules if module != "llm"]
-    return StageGraph(
-        num_stages=stages,
-        edges=tuple(edges),
-        units={module: draw(st.integers(1, 5)) for module in modules} | {"llm": 1},
-        num_microbatches=draw(st.integers(1, 16)),
-        has_backward=frozenset(trained),
-        backbone="llm",
-        num_chunks={"llm": 2} if chunked else {},
-        occupies=dict.fromkeys(lanes, frozenset({0})) if draw(st.booleans()) else {},
-        tracks={module: track for track, module in enumerate(others, start=1) if draw(st.booleans())},
-    )
 
 
 @pytest.mark.parametrize("name", NESTING)
