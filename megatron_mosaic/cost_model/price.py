@@ -13,6 +13,7 @@ from megatron_mosaic.cost_model.effects.boundary_traffic import Message, boundar
 from megatron_mosaic.cost_model.effects.gradients import gradient_sync_s
 from megatron_mosaic.cost_model.effects.memory import LaneMemory, stage_memory
 from megatron_mosaic.cost_model.effects.parameters import updated_parameters
+from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.profile import Operation
 from megatron_mosaic.cost_model.machine import Machine
 from megatron_mosaic.cost_model.source import CostSource
@@ -20,6 +21,7 @@ from megatron_mosaic.cost_model.work import Lane, StageWork, StepWork, of_kind
 from megatron_mosaic.plan.training import Sharding
 from megatron_mosaic.schedules.actions import Kind
 
+_INSIDE, _ACROSS = Group.on_one_node(2), Group(2, 2, 1)  # two ranks of one node, of two
 _NEVER_HIDDEN_FRAC = 0.1  # of the gradients' traffic: the last bucket has no backward left beside it
 
 
@@ -72,14 +74,15 @@ class StepPrice:
     def transfer_s(self, since: int, to: int) -> float:
         """Seconds from the end of an action of one lane to the start of the one on another that needs its result."""
         source, target = self.work.lanes[since], self.work.lanes[to]
-        message = self._message(source, target)
-        return self.source.comm.estimate(
-            Operation.p2p, message.pair, message.values * self.source.precision.value_bytes
+        message, size, comm = self._message(source, target), self.source.precision.value_bytes, self.source.comm
+        return max(
+            comm.estimate(Operation.p2p, _INSIDE, message.intra_values * size),
+            comm.estimate(Operation.p2p, _ACROSS, message.inter_values * size),
         )
 
     def _message(self, source: Lane, target: Lane) -> Message:
         if source.module == target.module:
-            return stage_message(source, target, self.work.gpus_per_node)
+            return stage_message(source, target, self.work.gpus_per_node, self.source.setup.scatters_messages)
         edge = next((e for e in self.work.edges if (e.source, e.target) == (source.module, target.module)), None)
         if edge is None:  # a gradient, on its way back
             return self._message(target, source)

@@ -46,6 +46,7 @@ class TrainingSetup:
     gradient_overlap_frac: float = 0.0  # of the backward passes, what hides gradient traffic
     tp_overlap_frac: float = 0.0  # of the tp traffic that hides behind matrix products
     expert_overlap_frac: float = 0.0  # of the all-to-alls
+    scatters_messages: bool = False  # between pipeline stages each tp rank sends a part: Megatron until 2022
     offloads_encoders: bool = False  # activations of encoders wait in the host's memory
 
 

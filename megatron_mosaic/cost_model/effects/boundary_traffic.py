@@ -1,12 +1,13 @@
-"""How much of an edge's rows the busiest rank receives and sends: what the runtime's routes come to, in closed form.
+"""How much of an edge's rows ranks receive and send inside a node and across nodes, as the runtime's routes have it.
 
     source rank holds [i/ds, (i+1)/ds) of the items, every (cp x sp)-th token     a rank in both sides keeps
     target rank needs [j/dt, (j+1)/dt) of the items, every (cp x sp)-th token     what it has: no message
 
-Every row goes once to every rank that needs it and lacks it, and a source's replicas share the sending. Exact where
-slots hold consecutive items (tests compare it with the runtime's StepMap). On partly overlapping ranks the runtime
-keeps items where they are and fills slots with the rest: what a rank receives is at most this, but what is sent may
-be more, in few cases (source 0,2,4 dp3, target 0-2,4 dp4: 640 rows, here 512).
+Every row goes once to every rank that needs it and lacks it; replica t of target group g reads from replica
+(g + t) mod n of the n that hold a row. NVLink and the network carry their rows side by side, each for its busiest rank.
+Exact where slots hold consecutive items (tests compare it with the runtime's StepMap). On partly overlapping ranks the
+runtime keeps items where they are and fills slots with the rest: what a rank receives is at most this, but what is sent
+may be more, in few cases.
 """
 
 from __future__ import annotations
@@ -28,92 +29,108 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one rank sends another between two actions: so many values, over this pair of ranks."""
+    """What the busiest rank moves between two actions, in values: inside its node, and across nodes at the same
+    time."""
 
-    values: float
-    pair: Group
+    intra_values: float
+    inter_values: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Shares of all rows of a global microbatch; the way back is the same with the two swapped."""
+    """Shares of all rows of a global microbatch over links of one class; the way back is the same, swapped."""
 
     received_frac: float  # by the rank that receives most
-    sent_frac: float  # by the rank that sends most, if a source's replicas share evenly
+    sent_frac: float  # by the rank that sends most
+    total_frac: float  # by all ranks
 
     @property
     def busiest_frac(self) -> float:
         return max(self.received_frac, self.sent_frac)
 
 
-def stage_message(source: Lane, target: Lane, gpus_per_node: int) -> Message:
+def stage_message(source: Lane, target: Lane, gpus_per_node: int, scattered: bool) -> Message:
     """Between two stages of a module: the hidden states [tokens, items, hidden] of a dp slot, or their gradients.
 
-    Between nodes each tp rank sends its part, put together over NVLink (Narayanan et al. 2021, section 4.1).
+    Each tp rank sends its own: the whole tensor, a part of it under sequence parallelism (megatron.core
+    pipeline_parallel/schedules.py, get_tensor_shapes). `scattered`: a part in any case, put together over NVLink
+    (Narayanan et al. 2021, section 4.1; gone from Megatron since).
     """
-    pair, work = Group.pair(source.ranks.first, target.ranks.first, gpus_per_node), source.work
-    split = work.layout.cp * work.layout.tp if pair.nodes > 1 else work.hidden_split
-    width = work.module.tokens_per_item * work.module.hidden_size / split
-    return Message(values=work.items * width, pair=pair)
+    work = source.work
+    split = work.layout.cp * work.layout.tp if scattered else work.hidden_split
+    values = work.items * work.module.tokens_per_item * work.module.hidden_size / split
+    if Group.pair(source.ranks.first, target.ranks.first, gpus_per_node).nodes == 1:
+        return Message(intra_values=values, inter_values=0.0)
+    return Message(intra_values=0.0, inter_values=values)
 
 
 def boundary_message(edge: Edge, source: Lane, target: Lane, gpus_per_node: int) -> Message:
     """Between two modules: the rows of the edge, or their gradients, that the busiest rank sends or receives."""
-    low = min(source.ranks.first, target.ranks.first)
-    high = max(source.ranks.last, target.ranks.last)
     carrier = target.work if source.work.module.role is Role.backbone else source.work
-    frac = boundary_traffic(source, target).busiest_frac if high > low else 0.0
-    items = carrier.items * carrier.layout.dp
-    return Message(values=frac * items * edge.rows_per_item * edge.width, pair=Group.pair(low, high, gpus_per_node))
+    values = carrier.items * carrier.layout.dp * edge.rows_per_item * edge.width
+    intra, inter = boundary_traffic(source, target, gpus_per_node)
+    return Message(intra_values=values * intra.busiest_frac, inter_values=values * inter.busiest_frac)
 
 
-def boundary_traffic(source: Lane, target: Lane) -> Traffic:
-    """From the last stage of one module to the first of another."""
-    return _traffic(*((lane.ranks, lane.work.layout, lane.work.sequence_parallel) for lane in (source, target)))
+def boundary_traffic(source: Lane, target: Lane, gpus_per_node: int) -> tuple[Traffic, Traffic]:
+    """From the last stage of one module to the first of another: inside nodes, and across."""
+    sides = [(lane.ranks, lane.work.layout, lane.work.sequence_parallel) for lane in (source, target)]
+    return _traffic(*sides, gpus_per_node)
 
 
 _Placement = tuple[RankSet, Layout, bool]  # ranks of a stage, layout of its module, sequence parallelism
 
 
 @lru_cache(maxsize=4096)
-def _traffic(source: _Placement, target: _Placement) -> Traffic:
+def _traffic(source: _Placement, target: _Placement, gpus_per_node: int) -> tuple[Traffic, Traffic]:
     sends, needs = _side(*source), _side(*target)
-    needed = np.full(len(needs.ranks), 1 / (needs.num_slots * needs.num_shards))
-    _, at_source, at_target = np.intersect1d(sends.ranks, needs.ranks, assume_unique=True, return_indices=True)
-    kept = np.zeros_like(needed)
-    kept[at_target] = _overlap(sends, needs, at_source, at_target)
-    received = needed - kept
-    return Traffic(received_frac=float(received.max()), sent_frac=float(received.sum()) / len(sends.ranks))
+    sender, receiver, frac = _messages(sends, needs)
+    crosses = sender // gpus_per_node != receiver // gpus_per_node
+    size = 1 + int(max(sends.ranks.max(), needs.ranks.max()))
+
+    def over(chosen: NDArray[np.bool_]) -> Traffic:
+        received, sent = (np.bincount(ends[chosen], frac[chosen], size) for ends in (receiver, sender))
+        return Traffic(received_frac=float(received.max()), sent_frac=float(sent.max()), total_frac=float(sent.sum()))
+
+    return over(~crosses), over(crosses)
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """Ranks of one stage, and what each of them holds."""
+    """Ranks of one stage in groups of replicas: [slots, shards of the tokens, replicas]."""
 
     ranks: Integers
-    dp: Integers
-    shard: Integers  # of the tokens
-    num_slots: int
-    cuts: tuple[int, int]  # cp, and tp under sequence parallelism
-
-    @property
-    def num_shards(self) -> int:
-        return self.cuts[0] * self.cuts[1]
+    cuts: tuple[int, int]  # of the tokens: by cp, and by tp under sequence parallelism
 
 
 def _side(ranks: RankSet, layout: Layout, sequence_parallel: bool) -> _Side:
-    dp, cp, tp = np.indices(layout.degrees[2::-1]).reshape(3, -1)  # of the ranks of a stage, tp fastest
     split = layout.tp if sequence_parallel else 1
     each = np.concatenate([np.arange(*span) for span in ranks.spans])
-    return _Side(each, dp, cp * split + tp % split, layout.dp, (layout.cp, split))
+    return _Side(each.reshape(layout.dp, layout.cp * split, layout.tp // split), (layout.cp, split))
 
 
-def _overlap(sends: _Side, needs: _Side, at_source: Integers, at_target: Integers) -> Floats:
-    """Share of all rows that a rank on both sides has and needs."""
-    i, j = sends.dp[at_source] / sends.num_slots, needs.dp[at_target] / needs.num_slots
-    items = np.minimum(i + 1 / sends.num_slots, j + 1 / needs.num_slots) - np.maximum(i, j)
-    if sends.cuts == needs.cuts:
-        tokens = (sends.shard[at_source] == needs.shard[at_target]) / sends.num_shards
-    else:  # of shards that are cut differently, what two random ones have in common; all of one side's if it is whole
-        tokens = np.full(len(at_source), 1 / (sends.num_shards * needs.num_shards))
-    return np.asarray(np.maximum(items, 0.0) * tokens)
+def _messages(sends: _Side, needs: _Side) -> tuple[Integers, Integers, Floats]:
+    """Sender, receiver and share of all rows of every message.
+
+    Of shards that are cut differently, two have in common what two random ones would.
+    """
+    pairs = _slots_in_common(len(sends.ranks), len(needs.ranks))
+    i, j, items = (each[:, None, None, None] for each in pairs)  # by pair of slots, held shard, needed shard, reader
+    _, num_held, num_holders = sends.ranks.shape
+    _, num_needed, num_readers = needs.ranks.shape
+    alike = sends.cuts == needs.cuts
+    held, needed, reader = np.ogrid[: 1 if alike else num_held, :num_needed, :num_readers]
+    held = needed if alike else held
+    receiver = needs.ranks[j, needed, reader]
+    sender = sends.ranks[i, held, (j * num_needed + needed + reader) % num_holders]
+    kept = (sends.ranks[i, held] == receiver[..., None]).any(axis=-1)
+    frac = items / (num_held if alike else num_held * num_needed)
+    sender, receiver, frac, kept = np.broadcast_arrays(sender, receiver, frac, kept)
+    return sender[~kept], receiver[~kept], frac[~kept]
+
+
+def _slots_in_common(num_sources: int, num_targets: int) -> tuple[Integers, Integers, Floats]:
+    """Source slot, target slot and the share of all items that both have, for those that have any."""
+    cuts = np.union1d(np.arange(num_sources + 1) * num_targets, np.arange(num_targets + 1) * num_sources)
+    first = cuts[:-1]
+    return first // num_targets, first // num_sources, np.diff(cuts) / (num_sources * num_targets)

@@ -338,6 +338,7 @@ def _setup(row: Row, backbone: ModuleConfig) -> TrainingSetup:
         sharding=sharding,
         fused_attention=not old,
         dropout=old,
+        scatters_messages=old,
         gradient_overlap_frac=overlap,
         tp_overlap_frac=0.8 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
