@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.cost_model.layers import count_layers
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload
@@ -42,6 +43,8 @@ class StageWork:
 
     module: ModuleConfig
     layout: Layout
+    dense_layers: int  # of the stage, all its chunks together
+    expert_layers: int  # and those whose MLP is a mixture of experts
     first: bool  # of the module's stages
     last: bool
     items: int  # that the busiest dp slot takes in one full unit, at the mean count
@@ -63,7 +66,7 @@ class StageWork:
 
     @property
     def layers(self) -> int:
-        return self.module.num_layers // self.layout.pp
+        return self.dense_layers + self.expert_layers
 
     @property
     def num_ranks(self) -> int:
@@ -85,15 +88,10 @@ class StageWork:
         return self.layout.cp * (self.layout.tp if self.sequence_parallel else 1)
 
     @property
-    def layers_by_mlp(self) -> tuple[tuple[bool, float], ...]:
-        """(whether the MLP is dense, so many layers): of a mixture of experts, at the mean over its stages."""
-        shares = (True, self.module.dense_frac), (False, self.sparse_frac)
-        return tuple((dense, self.layers * frac) for dense, frac in shares if frac)
-
-    @property
-    def sparse_frac(self) -> float:
-        """Of its layers, those with experts."""
-        return 1 - self.module.dense_frac
+    def layers_by_mlp(self) -> tuple[tuple[bool, int], ...]:
+        """(whether the MLP is dense, so many layers)."""
+        counts = (True, self.dense_layers), (False, self.expert_layers)
+        return tuple((dense, count) for dense, count in counts if count)
 
     def parts(self, kind: Kind = Kind.F) -> dict[Part, int]:
         """How often an action of this kind goes through each part."""
@@ -198,9 +196,12 @@ def _list_module(
     lanes = []
     for stage in range(placed.layout.pp):
         ranks = placed.stage_ranks(stage)
+        dense_layers, expert_layers = count_layers(module, placed.layout, stage)
         work = StageWork(
             module=module,
             layout=placed.layout,
+            dense_layers=dense_layers,
+            expert_layers=expert_layers,
             first=stage == 0,
             last=stage == placed.layout.pp - 1,
             items=items,

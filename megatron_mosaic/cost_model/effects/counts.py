@@ -23,16 +23,13 @@ def _norm_size(module: ModuleConfig) -> int:
 
 
 def count_expert_parameters(module: ModuleConfig, ep: int, etp: int = 1) -> float:
-    """Parameters of the routed experts of one layer on one rank, at the mean over dense and sparse layers."""
+    """Parameters of the routed experts of one layer on one rank."""
     wide = 3 if module.gated else 2
-    return (
-        (1 - module.dense_frac) * module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
-    )
+    return module.num_experts / (ep * etp) * wide * module.hidden_size * module.ffn_hidden_size
 
 
-def _count_wide(module: ModuleConfig, tp: int) -> float:
-    """Parameters on one rank of a layer with experts (without the routed ones, at the mean over its layers), or with
-    latent attention."""
+def _count_wide(module: ModuleConfig, tp: int, dense: bool) -> float:
+    """Parameters on one rank of a layer of a mixture (without its routed experts), or with latent attention."""
     h, wide, latent = module.hidden_size, 3 if module.gated else 2, module.kv_latent_size
     heads, size = module.num_heads, module.head_size
     if latent:
@@ -41,22 +38,26 @@ def _count_wide(module: ModuleConfig, tp: int) -> float:
         whole = h * (latent + 64) + (h * query if module.q_latent_size else 0)
     else:
         attention, whole = h * (2 * heads * size + 2 * _kv_size(module)), 0
-    dense_frac = module.dense_frac
-    dense_size = module.dense_ffn_size if module.num_experts else module.ffn_hidden_size
-    mlp = dense_frac * dense_size + (1 - dense_frac) * module.shared_expert_size
-    return (
-        (attention + wide * h * mlp) / tp + whole + (1 - dense_frac) * h * module.num_experts + 2 * _norm_size(module)
-    )
+    router = 0 if dense else h * module.num_experts
+    mlp = _mlp_size(module) if dense else module.shared_expert_size
+    return (attention + wide * h * mlp) / tp + whole + router + 2 * _norm_size(module)
 
 
-def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1) -> float:
-    """Parameters of one part (for `layer`: of one layer) on one rank of a tp group."""
+def _mlp_size(module: ModuleConfig) -> int:
+    """Width of a dense MLP."""
+    return module.dense_ffn_size if module.num_experts else module.ffn_hidden_size
+
+
+def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1, *, dense: bool | None = None) -> float:
+    """Parameters of one part on one rank of a tp group; `layer`: of one layer, with experts if the module has any
+    unless it is a `dense` one."""
     h, f, kv = module.hidden_size, module.ffn_hidden_size, _kv_size(module)
     q = module.num_heads * module.head_size
     norm = _norm_size(module)
     bias = 0 if module.gated else 1
     if part is Part.layer and (module.num_experts or module.kv_latent_size):
-        return _count_wide(module, tp) + count_expert_parameters(module, ep)
+        without = not module.num_experts if dense is None else dense
+        return _count_wide(module, tp, without) + (0.0 if without else count_expert_parameters(module, ep))
     if part is Part.layer:
         column = (h + bias) * (q + 2 * kv) + (h + bias) * f * (2 if module.gated else 1)  # split with their biases
         row = q * h + f * h  # split; their biases and the norms are replicated
@@ -115,8 +116,10 @@ def count_activation_bytes(
     fused_attention: bool,
     split: bool = False,
     dropout: bool = False,
+    dense: bool | None = None,
 ) -> float:
-    """Bytes that the forward of one part keeps for the backward, per item and rank. `split`: sequence parallelism.
+    """Bytes that the forward of one part keeps for the backward, per item and rank. `split`: sequence parallelism;
+    `dense` as in `count_parameters`.
 
     Korthikanti et al. 2022, section 4.2: s*b*h*(10 + 24/t + 5*a*s/(h*t)) for f = 4h in 2-byte values; the last term is
     the attention matrix, which a fused kernel does not keep. The 24 is 8 (Q, K, V, attention output) + 4*f/h here.
@@ -128,11 +131,11 @@ def count_activation_bytes(
         q = module.num_heads * module.head_size
         f_kept = float(f)
         routed = 0.0
-        if module.num_experts:
-            dense_frac = module.dense_frac
-            active = module.moe_top_k * f + module.shared_expert_size
-            f_kept = dense_frac * module.dense_ffn_size + (1 - dense_frac) * active
-            routed = (1 - dense_frac) * module.moe_top_k * 4.0 * h  # rows that enter and leave the experts
+        if module.num_experts and dense:
+            f_kept = float(module.dense_ffn_size)
+        elif module.num_experts:
+            f_kept = float(module.moe_top_k * f + module.shared_expert_size)
+            routed = module.moe_top_k * 4.0 * h  # rows that enter and leave the experts
         if module.kv_latent_size:  # expanded keys and values, and what they are expanded from
             attention = 8.0 * q + 2.0 * (module.q_latent_size + module.kv_latent_size) + 256.0 * module.num_heads
         else:
@@ -155,6 +158,9 @@ def count_logits_bytes(module: ModuleConfig, tp: int, value_bytes: int) -> float
 
 def module_parameters(module: ModuleConfig) -> float:
     """Parameters of the whole module."""
-    return module.num_layers * count_parameters(module, Part.layer) + sum(
-        count_parameters(module, part) for part in (Part.pre, Part.post)
+    dense = module.num_dense_layers if module.num_experts else module.num_layers
+    layers = dense * count_parameters(module, Part.layer, dense=True)
+    layers += (
+        (module.num_layers - dense) * count_parameters(module, Part.layer, dense=False) if module.num_experts else 0
     )
+    return layers + sum(count_parameters(module, part) for part in (Part.pre, Part.post))

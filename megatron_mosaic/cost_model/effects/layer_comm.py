@@ -23,8 +23,11 @@ class LayerComm:
         times = of_kind({Kind.F: 1, Kind.B: 2 if work.recompute is Recompute.full else 1}, kind)
         if kind is not Kind.F and not work.reaches_layers:
             return 0.0
-        within = self._ring_s(work, kind, times) + self._experts_s(work, times)
-        return self._tensor_s(work, times) + work.layers * within
+        return (
+            self._tensor_s(work, times)
+            + work.layers * self._ring_s(work, kind, times)
+            + work.expert_layers * self._experts_s(work, times)
+        )
 
     def _tensor_s(self, work: StageWork, times: int) -> float:
         """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).
@@ -36,9 +39,10 @@ class LayerComm:
         config = work.module
         num_bytes = work.tokens * config.hidden_size * self.value_bytes
         exposed = 1 - self.setup.tp_overlap_frac
-        each = 2 - work.sparse_frac * (work.layout.etp == 1 and not config.shared_expert_size)
+        alone = work.layout.etp == 1 and not config.shared_expert_size
+        count = 2 * work.layers - work.expert_layers * alone
         all_reduce_s = self.comm.estimate(Operation.all_reduce, work.groups.tp, num_bytes)
-        return exposed * times * each * work.layers * all_reduce_s
+        return exposed * times * count * all_reduce_s
 
     def _ring_s(self, work: StageWork, kind: Kind, times: int) -> float:
         """Of a layer. Keys and values travel around the cp ring while attention computes on those that are here (Liu,
@@ -64,14 +68,14 @@ class LayerComm:
         return of_kind({Kind.F: forward_s, Kind.B: backward_s + (times - 1) * forward_s}, kind)
 
     def _experts_s(self, work: StageWork, times: int) -> float:
-        """Of a layer, at the mean over its stage: tokens go to their experts and come back."""
+        """Of a layer with experts: tokens go to them and come back."""
         config, group = work.module, work.groups.ep
         if work.layout.ep == 1:
             return 0.0
         copies = _distinct(group.nodes if group.nodes > 1 else work.layout.ep, config.moe_top_k)
         num_bytes = work.tokens / work.layout.tp * copies * config.hidden_size * self.value_bytes
         crossing_s = self.comm.estimate(Operation.all_to_all, group, num_bytes)
-        return times * 2 * crossing_s * work.sparse_frac * (1 - self.setup.expert_overlap_frac)
+        return times * 2 * crossing_s * (1 - self.setup.expert_overlap_frac)
 
 
 def _distinct(places: int, choices: int) -> float:

@@ -120,7 +120,11 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
             optimizer=state * count / (shards if level > 0 else 1),
         )
     if setup.sharding is Sharding.parameters and not module.frozen:
-        layer = count_parameters(module, Part.layer, layout.tp, layout.ep * layout.etp)
+        sizes = [
+            count_parameters(module, Part.layer, layout.tp, layout.ep * layout.etp, dense=dense)
+            for dense, _ in work.layers_by_mlp
+        ]
+        layer = max(sizes, default=0.0)
         held += Memory(buffers=2.0 * value * layer)
     return held
 
@@ -134,15 +138,16 @@ def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory
     if setup.offloads_encoders and work.module.role is Role.encoder:
         return Memory()
     parts = work.parts()
-    layers = (
-        _hidden_bytes(work, precision)
-        if work.recompute is Recompute.full
-        else _kept_bytes(work, Part.layer, precision, setup)
-    )
+    if work.recompute is Recompute.full:
+        layers = work.layers * _hidden_bytes(work, precision)
+    else:
+        layers = sum(
+            count * _kept_bytes(work, Part.layer, precision, setup, dense) for dense, count in work.layers_by_mlp
+        )
     pre, post = (_kept_bytes(work, part, precision, setup) for part in (Part.pre, Part.post))
     logits = work.items * count_logits_bytes(work.module, work.layout.tp, precision.value_bytes) / work.layout.cp
     return Memory(
-        activations=parts[Part.layer] * layers + parts[Part.pre] * pre + parts[Part.post] * (post - logits),
+        activations=layers + parts[Part.pre] * pre + parts[Part.post] * (post - logits),
         logits=parts[Part.post] * logits,
     )
 
@@ -155,7 +160,8 @@ def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup
     matrix = module.hidden_size * width * (2 if module.gated else 1) / work.layout.tp
     passing = 0.0 if module.frozen else precision.gradient_bytes * matrix
     if work.recompute is Recompute.full:
-        passing += _kept_bytes(work, Part.layer, precision, setup)
+        layers = [_kept_bytes(work, Part.layer, precision, setup, dense) for dense, _ in work.layers_by_mlp]
+        passing += max(layers, default=0.0)
     return precision.library_bytes + passing
 
 
@@ -165,7 +171,9 @@ def _hidden_bytes(work: StageWork, precision: Precision) -> float:
     return precision.value_bytes * work.items * module.tokens_per_item * module.hidden_size / work.hidden_split
 
 
-def _kept_bytes(work: StageWork, part: Part, precision: Precision, setup: TrainingSetup) -> float:
+def _kept_bytes(
+    work: StageWork, part: Part, precision: Precision, setup: TrainingSetup, dense: bool | None = None
+) -> float:
     """What the forward of a part keeps of a unit, unless it is recomputed as a whole."""
     each = count_activation_bytes(
         work.module,
@@ -175,6 +183,7 @@ def _kept_bytes(work: StageWork, part: Part, precision: Precision, setup: Traini
         fused_attention=precision.fused_attention or work.recompute is Recompute.selective,
         split=work.sequence_parallel,
         dropout=setup.dropout,
+        dense=dense,
     )
     return work.items * each / work.layout.cp
 

@@ -7,6 +7,7 @@ from megatron_mosaic.cost_model.effects.counts import (
     count_parameters,
     count_projector_parameters,
 )
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.training import Sharding
@@ -17,9 +18,14 @@ def stage_parameters(work: StageWork) -> float:
     module, layout = work.module, work.layout
     tied = module.vocab_size and not module.untied_output
     copy = module.vocab_size * module.hidden_size / layout.tp if tied and work.last and not work.first else 0.0
-    return copy + sum(
-        count * count_parameters(module, part, layout.tp, layout.ep * layout.etp)
-        for part, count in work.parts().items()
+    ends = sum(work.parts()[part] * count_parameters(module, part, layout.tp) for part in (Part.pre, Part.post))
+    return (
+        copy
+        + ends
+        + sum(
+            count * count_parameters(module, Part.layer, layout.tp, layout.ep * layout.etp, dense=dense)
+            for dense, count in work.layers_by_mlp
+        )
     )
 
 
@@ -39,9 +45,7 @@ def frozen_parameters(work: StageWork) -> float:
 
 def stage_expert_parameters(work: StageWork) -> float:
     """Parameters of the routed experts of one stage on one rank."""
-    if not work.module.num_experts:
-        return 0.0
-    return work.layers * count_expert_parameters(work.module, work.layout.ep, work.layout.etp)
+    return work.expert_layers * count_expert_parameters(work.module, work.layout.ep, work.layout.etp)
 
 
 def shards_of(layout: Layout) -> tuple[int, int]:

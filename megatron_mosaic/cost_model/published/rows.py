@@ -234,9 +234,6 @@ def _backbone(row: Row, number: _Numbers) -> ModuleConfig:
         "causal": family not in ("dit", "bert"),
         "untied_output": is_gated(name),
     }
-    pieces = number.degree("pp") * number.degree("vpp")
-    # Stages that hold the embedding or the loss take fewer layers: the others decide, and have the rounded number
-    fields["num_layers"] = -(-layers // pieces) * pieces
     try:
         return ModuleConfig(**fields | (card or {}))
     except ConfigError as error:

@@ -19,6 +19,7 @@ from megatron_mosaic.cost_model.effects.parameters import stage_parameters
 from megatron_mosaic.cost_model.groups import Group, stage_groups
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Operation, Part
+from megatron_mosaic.cost_model.layers import count_layers
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan import Layout, RankSet, Recompute
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
@@ -46,6 +47,8 @@ def stage(module: ModuleConfig, layout: Layout | None = None, number: int = 0, *
         "share": 1.0,
         "groups": stage_groups(RankSet.block(number * size, size), layout, layout.num_ranks),
     }
+    dense_layers, expert_layers = count_layers(module, layout, number)
+    fields |= {"dense_layers": dense_layers, "expert_layers": expert_layers}
     return StageWork(module=module, layout=layout, first=number == 0, last=number == layout.pp - 1, **fields | changes)
 
 
