@@ -54,7 +54,8 @@ class GpuType:
     # Fitted to published steps; the defaults are ideal hardware, for which closed forms hold exactly
     attention_efficiency_frac: float = 1.0  # of flops_per_s that a fused attention kernel reaches
     bandwidth_frac: float = 1.0  # of memory_bytes_per_s that elementwise kernels reach
-    network_frac: float = 1.0  # of a link's bandwidth that collectives reach
+    intra_frac: float = 1.0  # of the bandwidth between GPUs of a node that collectives reach
+    network_frac: float = 1.0  # and of that between nodes
     half_depth: float = 1.0  # inner dimension at which a matrix product reaches half its efficiency
     launch_s: float = 1e-9  # host time to launch a kernel: a lower bound of its duration
     low_precision_frac: float = 1.0  # efficiency of 8- and 4-bit matrix products, relative to 16 bit
@@ -62,7 +63,7 @@ class GpuType:
     fp4_flops_per_s: float = 0.0
 
     def __post_init__(self) -> None:
-        fitted = ("attention_efficiency_frac", "bandwidth_frac", "network_frac", "half_depth", "launch_s")
+        fitted = ("attention_efficiency_frac", "bandwidth_frac", "intra_frac", "network_frac", "half_depth", "launch_s")
         _require_positive(f"GPU type {self.name!r}", {key: getattr(self, key) for key in fitted})
         numbers = {
             key: getattr(self, key)
@@ -148,6 +149,7 @@ class GpuTypeFile(Schema):
     gemm_efficiency_frac: Share = 0.0
     attention_efficiency_frac: Share = 0.0
     bandwidth_frac: Share = 0.0
+    intra_frac: Share = 0.0
     network_frac: Share = 0.0
     half_depth: Annotated[float, Field(strict=True, gt=0, le=MAX_COUNT)] = 0.0
     launch_s: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.0

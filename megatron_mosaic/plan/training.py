@@ -35,6 +35,23 @@ class Sharding(StrEnum):
     parameters = "parameters"  # stage 3, FSDP
 
 
+class Dispatcher(StrEnum):
+    """How tokens go to their experts (`--moe-token-dispatcher-type`)."""
+
+    alltoall = "alltoall"  # a copy for every expert, straight to its rank
+    flex = "flex"  # DeepEP: once to every node, there on to the ranks
+
+
+class Recomputed(StrEnum):
+    """Parts of a layer that selective recomputation computes again (`--recompute-modules`)."""
+
+    core_attn = "core_attn"
+    layernorm = "layernorm"
+    mlp = "mlp"  # of a layer without experts
+    moe_act = "moe_act"  # activation functions of the experts
+    moe = "moe"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSetup:
     """The defaults are the planner's: bf16, fused attention, nothing sharded, nothing overlapped."""
@@ -46,6 +63,11 @@ class TrainingSetup:
     gradient_overlap_frac: float = 0.0  # of the backward passes, what hides gradient traffic
     tp_overlap_frac: float = 0.0  # of the tp traffic that hides behind matrix products
     expert_overlap_frac: float = 0.0  # of the all-to-alls
+    expert_dispatcher: Dispatcher = Dispatcher.alltoall
+    cuda_graphs: bool = False  # layers are launched as a whole
+    gradient_format: Format = Format.fp32  # of the buffer that gradients are added in, and of their traffic
+    recomputed: frozenset[Recomputed] = frozenset({Recomputed.core_attn})  # where a module's recomputation is selective
+    full_recompute_frac: float = 1.0  # of a stage's layers, those that full recomputation is about
     scatters_messages: bool = False  # between pipeline stages each tp rank sends a part: Megatron until 2022
     offloads_encoders: bool = False  # activations of encoders wait in the host's memory
 
@@ -63,6 +85,8 @@ class TrainingOverrides(Schema):
     gradient_overlap_frac: Share = 0.0
     tp_overlap_frac: Share = 0.0
     expert_overlap_frac: Share = 0.0
+    expert_dispatcher: Dispatcher = Dispatcher.alltoall
+    cuda_graphs: bool = False
 
 
 class TrainingSection(TrainingOverrides):

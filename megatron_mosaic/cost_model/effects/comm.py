@@ -6,7 +6,8 @@ n ranks, B bytes of the full tensor, latency a, bandwidth w:
     all_reduce                    2 (n-1) a + 2 (n-1)/n B/w
     all_gather, reduce_scatter      (n-1) a +   (n-1)/n B/w
     all_to_all                      (n-1) a +   (n-1)/n B/w      B: what one rank sends; across N nodes of g ranks
-                                        N a +   (n-g)/n B/w      what leaves a node, each rank through its own port
+                                        N a +   (n-g)/n B/w      what leaves a node, each rank through its own port;
+                                                                 what stays in it takes NVLink at the same time
     p2p                                   a +           B/w
 
 Across nodes every GPU brings its own network port: a group with g ranks on each node can drive g ports at once.
@@ -33,14 +34,17 @@ class RingComm:
 
     def __init__(self, cluster: Cluster) -> None:
         self.intra, self.inter = cluster.intra, cluster.inter
-        self._frac = cluster.gpu.network_frac
+        gpu = cluster.gpu
+        self._intra_bytes_per_s = cluster.intra.bytes_per_s * gpu.intra_frac
+        self._inter_bytes_per_s = cluster.inter.bytes_per_s * gpu.network_frac
 
     def estimate(self, operation: Operation, group: Group, num_bytes: float) -> float:
         if group.size == 1 or num_bytes == 0:
             return 0.0
         if operation is Operation.p2p:
-            link = self.intra if group.nodes == 1 else self.inter
-            return link.latency_s + num_bytes / (link.bytes_per_s * self._frac)
+            if group.nodes == 1:
+                return self.intra.latency_s + num_bytes / self._intra_bytes_per_s
+            return self.inter.latency_s + num_bytes / self._inter_bytes_per_s
         return self._collective(operation, group, num_bytes)
 
     def _collective(self, operation: Operation, group: Group, num_bytes: float) -> float:
@@ -48,16 +52,17 @@ class RingComm:
         n, nodes, intra, inter = group.size, group.nodes, self.intra, self.inter
         rounds = 2 if operation is Operation.all_reduce else 1
         if nodes == 1:
-            latency_s, bytes_per_s = (n - 1) * intra.latency_s, intra.bytes_per_s
+            latency_s, bytes_per_s = (n - 1) * intra.latency_s, self._intra_bytes_per_s
         elif operation is Operation.all_to_all:
-            leaving = (n - group.fewest) / n  # of what a rank sends, the share for other nodes
-            return nodes * inter.latency_s + leaving * num_bytes / (inter.bytes_per_s * self._frac)
+            leaving, staying = (n - group.fewest) / n, (group.fewest - 1) / n  # shares of what a rank sends
+            across_s = leaving * num_bytes / self._inter_bytes_per_s
+            return nodes * inter.latency_s + max(across_s, staying * num_bytes / self._intra_bytes_per_s)
         else:
-            bytes_per_s = min(intra.bytes_per_s, group.fewest * inter.bytes_per_s)
+            bytes_per_s = min(self._intra_bytes_per_s, group.fewest * self._inter_bytes_per_s)
             hops = (n - 1) * inter.latency_s
             # beyond a ring's reach trees take over: their latency grows with the logarithm (NCCL 2.4)
             latency_s = min(hops, (n // nodes - 1) * intra.latency_s + 2 * (nodes - 1).bit_length() * inter.latency_s)
-        return rounds * (latency_s + (n - 1) / n * num_bytes / (bytes_per_s * self._frac))
+        return rounds * (latency_s + (n - 1) / n * num_bytes / bytes_per_s)
 
 
 class MeasuredComm:

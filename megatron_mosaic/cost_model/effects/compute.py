@@ -67,7 +67,7 @@ class AnalyticCompute:
             seconds += count * each
         return seconds
 
-    def _parts(self, work: StageWork) -> list[tuple[Work, float]]:
+    def _parts(self, work: StageWork) -> list[tuple[Work, int]]:
         module, layout = work.module, work.layout
         parts = [
             (
@@ -81,12 +81,12 @@ class AnalyticCompute:
         tokens, h = work.tokens, module.hidden_size
         if work.first:
             gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
-            parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1.0))
+            parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1))
         if work.last:
             widths = [width for width in (module.vocab_size / layout.tp, module.output_size) if width]
             # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
             moved = tokens * (4 * h + 16 * module.vocab_size / layout.tp)
-            parts.append((Work(tuple(Gemm(tokens, width, h) for width in widths), moved, 10), 1.0))
+            parts.append((Work(tuple(Gemm(tokens, width, h) for width in widths), moved, 10), 1))
         return parts
 
 

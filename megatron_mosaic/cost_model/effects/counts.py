@@ -117,6 +117,7 @@ def count_activation_bytes(
     split: bool = False,
     dropout: bool = False,
     dense: bool | None = None,
+    product_bytes: float = 0.0,
 ) -> float:
     """Bytes that the forward of one part keeps for the backward, per item and rank. `split`: sequence parallelism;
     `dense` as in `count_parameters`.
@@ -124,7 +125,12 @@ def count_activation_bytes(
     Korthikanti et al. 2022, section 4.2: s*b*h*(10 + 24/t + 5*a*s/(h*t)) for f = 4h in 2-byte values; the last term is
     the attention matrix, which a fused kernel does not keep. The 24 is 8 (Q, K, V, attention output) + 4*f/h here.
     Without dropout the matrix is kept once (2) and no masks are (of the 10, 8 are left).
+
+    `product_bytes`: of a value that is kept as the input of a matrix product (0: as any other). Of the 8 these are
+    norms' outputs, 4; of the MLP what its activation function makes. Attention keeps what it makes in 2 bytes, and the
+    projection behind it its own copy if that is smaller.
     """
+    product = (product_bytes or value_bytes) * 2 / value_bytes  # in 2-byte values
     s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
     scale = value_bytes / 2
     if part is Part.layer:
@@ -135,15 +141,16 @@ def count_activation_bytes(
             f_kept = float(module.dense_ffn_size)
         elif module.num_experts:
             f_kept = float(module.moe_top_k * f + module.shared_expert_size)
-            routed = module.moe_top_k * 4.0 * h  # rows that enter and leave the experts
+            routed = module.moe_top_k * (2.0 + product) * h  # rows that leave and enter the experts
         if module.kv_latent_size:  # expanded keys and values, and what they are expanded from
             attention = 8.0 * q + 2.0 * (module.q_latent_size + module.kv_latent_size) + 256.0 * module.num_heads
         else:
             attention = 4.0 * q + 4.0 * _kv_size(module)
-        divided = attention + 2.0 * f_kept * (3 if module.gated else 2) + routed
+        copied = product * q if product < 2 else 0.0
+        divided = attention + copied + f_kept * ((4.0 if module.gated else 2.0) + product) + routed
         matrix = 0.0 if fused_attention else (5.0 if dropout else 2.0) * module.num_heads * s
         masks = 2.0 if dropout else 0.0
-        between = (8.0 + masks) * h / (tp if split else 1)
+        between = (4.0 + 2 * product + masks) * h / (tp if split else 1)
         return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:
         return scale * s * 2.0 * module.input_size

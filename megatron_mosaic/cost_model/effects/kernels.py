@@ -22,6 +22,7 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))
 # do, between the 0.81 and 0.92 of Dao 2023 (FlashAttention-2), figures 4 and 5
 _HEAD_LOSS = 24
 _LAYER_LAUNCHES, _MIXTURE_LAUNCHES = 20.0, 24.0  # kernels of a layer's forward, and what a mixture of experts adds
+_GRAPH_LAUNCH_S = 1e-6  # of a kernel inside a CUDA graph, which the device launches itself
 _ROPE_CHANNELS = 64  # of the decoupled key of latent attention (DeepSeek-V2, table 1; V3 keeps it)
 
 
@@ -174,7 +175,11 @@ def forward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, comm
     """Seconds of a part's forward with `comm_s` of its collectives; the host's launches hide behind both."""
     products = sum(gemm_s(gpu, gemm, num_sms, setup.format) for gemm in work.gemms)
     busy = products + stream_s(gpu, work.moved_bytes, num_sms) + core_s(gpu, work, num_sms)
-    return max(busy + comm_s, work.launches * gpu.launch_s)
+    return max(busy + comm_s, work.launches * _launch_s(gpu, setup))
+
+
+def _launch_s(gpu: GpuType, setup: TrainingSetup) -> float:
+    return min(gpu.launch_s, _GRAPH_LAUNCH_S) if setup.cuda_graphs else gpu.launch_s
 
 
 def backward_s(
@@ -192,4 +197,4 @@ def backward_s(
     core = 2.5 * work.core_flops / (gpu.flops_per_s * gpu.attention_efficiency_frac * num_sms / gpu.num_sms)
     core += 2 * sum(gemm_s(gpu, gemm, num_sms, Format.bf16) for gemm in work.core_gemms)
     busy += core + stream_s(gpu, 1.5 * work.core_bytes, num_sms)
-    return max(busy + comm_s, 1.7 * work.launches * gpu.launch_s)
+    return max(busy + comm_s, 1.7 * work.launches * _launch_s(gpu, setup))

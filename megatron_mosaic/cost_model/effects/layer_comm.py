@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from megatron_mosaic.cost_model.effects.comm import RingComm
-from megatron_mosaic.cost_model.effects.kernels import core_s, layer_work
+from megatron_mosaic.cost_model.effects.kernels import Gemm, attention_gemms, core_s, gemm_s, layer_work, mlp_gemms
+from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.profile import Operation
 from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
-from megatron_mosaic.plan.training import TrainingSetup
+from megatron_mosaic.plan.training import Dispatcher, TrainingSetup
 from megatron_mosaic.schedules.actions import Kind
 
 
@@ -24,13 +25,14 @@ class LayerComm:
         if kind is not Kind.F and not work.reaches_layers:
             return 0.0
         return (
-            self._tensor_s(work, times)
+            self._tensor_s(work, kind, times)
             + work.layers * self._ring_s(work, kind, times)
             + work.expert_layers * self._experts_s(work, times)
         )
 
-    def _tensor_s(self, work: StageWork, times: int) -> float:
-        """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3).
+    def _tensor_s(self, work: StageWork, kind: Kind, times: int) -> float:
+        """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3), or
+        reduce-scatters and all-gathers of the same bytes under sequence parallelism.
 
         A mixture of whole experts (etp 1) has the one of its attention, unless a shared expert is split.
         """
@@ -42,7 +44,23 @@ class LayerComm:
         alone = work.layout.etp == 1 and not config.shared_expert_size
         count = 2 * work.layers - work.expert_layers * alone
         all_reduce_s = self.comm.estimate(Operation.all_reduce, work.groups.tp, num_bytes)
-        return exposed * times * count * all_reduce_s
+        return exposed * (times * count * all_reduce_s + self._gathered_again_s(work, kind, num_bytes))
+
+    def _gathered_again_s(self, work: StageWork, kind: Kind, num_bytes: float) -> float:
+        """Sequence parallelism keeps a part of a split matrix's input; its backward gathers all of it for the matrix's
+        gradient while the input's is computed (Korthikanti et al. 2022, section 4.2.2). What that does not hide."""
+        if kind is Kind.F or not work.sequence_parallel or work.module.frozen:
+            return 0.0
+        config, tp = work.module, work.layout.tp
+        gather_s = self.comm.estimate(Operation.all_gather, work.groups.tp, num_bytes)
+        exposed_s = 0.0
+        for dense, count in work.layers_by_mlp:
+            inputs = [attention_gemms(config, work.tokens, tp)[0]]
+            inputs += mlp_gemms(config, work.tokens, tp, work.layout.ep, dense)[:1] if dense else []
+            for g in inputs:
+                meanwhile_s = gemm_s(self.gpu, Gemm(g.m, g.k, g.n), self.gpu.num_sms, self.setup.format)
+                exposed_s += count * max(0.0, gather_s - meanwhile_s)
+        return exposed_s
 
     def _ring_s(self, work: StageWork, kind: Kind, times: int) -> float:
         """Of a layer. Keys and values travel around the cp ring while attention computes on those that are here (Liu,
@@ -72,10 +90,22 @@ class LayerComm:
         config, group = work.module, work.groups.ep
         if work.layout.ep == 1:
             return 0.0
-        copies = _distinct(group.nodes if group.nodes > 1 else work.layout.ep, config.moe_top_k)
-        num_bytes = work.tokens / work.layout.tp * copies * config.hidden_size * self.value_bytes
-        crossing_s = self.comm.estimate(Operation.all_to_all, group, num_bytes)
+        num_bytes = work.tokens / work.layout.tp * config.hidden_size * self.value_bytes
+        if self.setup.expert_dispatcher is Dispatcher.alltoall:
+            crossing_s = self.comm.estimate(Operation.all_to_all, group, config.moe_top_k * num_bytes)
+        else:
+            crossing_s = self._deduplicated_s(group, config.moe_top_k, num_bytes)
         return times * 2 * crossing_s * (1 - self.setup.expert_overlap_frac)
+
+    def _deduplicated_s(self, group: Group, top_k: int, num_bytes: float) -> float:
+        """A token goes once to every node that has experts of its choice, and from there once to each of their ranks
+        (DeepSeek-V3, 2024, section 3.2.2)."""
+        hop = Group.on_one_node(group.fewest)
+        if group.nodes == 1:
+            return self.comm.estimate(Operation.all_to_all, group, _distinct(group.size, top_k) * num_bytes)
+        across = Group(group.nodes, group.nodes, 1)
+        across_s = self.comm.estimate(Operation.all_to_all, across, _distinct(group.nodes, top_k) * num_bytes)
+        return across_s + self.comm.estimate(Operation.all_to_all, hop, _distinct(group.size, top_k) * num_bytes)
 
 
 def _distinct(places: int, choices: int) -> float:

@@ -74,21 +74,41 @@ class Precision:
     trained_bytes: int  # per parameter that is trained
     gradient_bytes: int
     fused_attention: bool
+    product_bytes: float  # of a value that is kept as a matrix product's input
     library_bytes: float = 0.0  # workspaces that libraries take from PyTorch's allocator
 
 
 BF16 = Precision(
-    name="bf16", value_bytes=2, trained_bytes=18, gradient_bytes=4, fused_attention=True, library_bytes=0.1e9
+    name="bf16",
+    value_bytes=2,
+    trained_bytes=18,
+    gradient_bytes=4,
+    fused_attention=True,
+    product_bytes=2.0,
+    library_bytes=0.1e9,
 )
 # The CPU runtime. Fused attention kernels are 16-bit
-FP32 = Precision(name="fp32", value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False)
+FP32 = Precision(
+    name="fp32", value_bytes=4, trained_bytes=16, gradient_bytes=4, fused_attention=False, product_bytes=4.0
+)
+# A block of 32 (mxfp8) or 16 (nvfp4) values has a scale of a byte (OCP MX 1.0; NVIDIA, "Introducing NVFP4")
+_PRODUCT_BYTES = {Format.fp8: 1.0, Format.mxfp8: 1.0 + 1 / 32, Format.nvfp4: 0.5 + 1 / 16}
 
 
 def precision_of(setup: TrainingSetup) -> Precision:
-    """fp32 throughout, or 16-bit values with fp32 gradients and copies, whatever the format of the products."""
+    """fp32 throughout, or 16-bit values with fp32 copies. Low formats keep inputs of products as the products read
+    them (Transformer Engine casts them in the forward)."""
     if setup.format is Format.fp32:
         return FP32
-    return replace(BF16, name=setup.format.value, fused_attention=setup.fused_attention)
+    gradient_bytes = 4 if setup.gradient_format is Format.fp32 else 2
+    return replace(
+        BF16,
+        name=setup.format.value,
+        fused_attention=setup.fused_attention,
+        gradient_bytes=gradient_bytes,
+        trained_bytes=BF16.trained_bytes - BF16.gradient_bytes + gradient_bytes,
+        product_bytes=_PRODUCT_BYTES.get(setup.format, 2.0),
+    )
 
 
 def stage_memory(work: StageWork, precision: Precision, setup: TrainingSetup) -> LaneMemory:
@@ -184,6 +204,7 @@ def _kept_bytes(
         split=work.sequence_parallel,
         dropout=setup.dropout,
         dense=dense,
+        product_bytes=precision.product_bytes,
     )
     return work.items * each / work.layout.cp
 

@@ -32,12 +32,13 @@ BOUNDS = {
     "gemm_efficiency_frac": (0.3, 0.75, 0.98),
     "attention_efficiency_frac": (0.15, 0.45, 0.9),
     "bandwidth_frac": (0.2, 0.7, 0.95),
-    "network_frac": (0.2, 0.75, 0.95),
+    "intra_frac": (0.4, 0.8, 0.95),
+    "network_frac": (0.3, 0.8, 0.95),
     "half_depth": (10.0, 200.0, 2000.0),
     "launch_s": (1e-6, 30e-6, 40e-6),
     "low_precision_frac": (0.3, 0.9, 1.3),
 }
-OWN = ("gemm_efficiency_frac", "network_frac")  # what power limits and networks make of the same SMs
+OWN = ("gemm_efficiency_frac", "intra_frac", "network_frac")  # what power limits and networks make of the same SMs
 _PRIOR_WEIGHT = 0.2  # twice or half the usual value costs as much as an error of 3 % in one of the files
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.cost_model.effects.compute import AnalyticCompute
 from megatron_mosaic.cost_model.effects.counts import module_parameters
-from megatron_mosaic.cost_model.effects.kernels import Gemm, gemm_s, stream_s
+from megatron_mosaic.cost_model.effects.kernels import Gemm, forward_s, gemm_s, layer_work, stream_s
 from megatron_mosaic.cost_model.effects.parameters import shards_of
 from megatron_mosaic.cost_model.hardware.catalogue import gpu_type_names, load_gpu_type
 from megatron_mosaic.cost_model.published.accuracy import PUBLISHED
@@ -18,6 +18,7 @@ from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.training import Format, TrainingSetup
+from tests.cases import VISION
 
 IDEAL = replace(
     load_gpu_type("a100_sxm_80gb"), gemm_efficiency_frac=1.0, half_depth=1e-9, bandwidth_frac=1.0, num_sms=128
@@ -98,3 +99,12 @@ def _parameters(file: str, word: str) -> float:
 def test_parameters_of_published_mixtures_and_models(word, published):
     # the models' own cards
     assert _parameters("megatron_bridge_perf", word) == pytest.approx(published, rel=0.02)
+
+
+def test_launches_bind_small_layers_and_no_longer_under_cuda_graphs():
+    # 20 launches a forward of a layer that the GPU is done with long before
+    tiny = layer_work(replace(VISION, num_layers=1), 1, 1, 1, 1, False, True, TrainingSetup())
+    gpu = load_gpu_type("h100_sxm")
+    assert forward_s(gpu, tiny, gpu.num_sms, TrainingSetup()) == 20 * gpu.launch_s
+    graphed = forward_s(gpu, tiny, gpu.num_sms, TrainingSetup(cuda_graphs=True))
+    assert graphed <= 20e-6 < 20 * gpu.launch_s

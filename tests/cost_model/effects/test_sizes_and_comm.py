@@ -14,6 +14,7 @@ from megatron_mosaic.cost_model.effects.counts import (
     count_parameters,
     module_parameters,
 )
+from megatron_mosaic.cost_model.effects.gradients import gradient_sync_s
 from megatron_mosaic.cost_model.effects.memory import BF16, FP32, LaneMemory, Precision, precision_of, stage_memory
 from megatron_mosaic.cost_model.effects.parameters import stage_parameters
 from megatron_mosaic.cost_model.groups import Group, stage_groups
@@ -114,9 +115,36 @@ def test_static_bytes_are_megatrons_bytes_per_parameter():
 
 def test_precision_follows_the_format():
     assert precision_of(TrainingSetup(format=Format.fp32)) == FP32
-    low = [f for f in Format if f is not Format.fp32]
-    assert [precision_of(TrainingSetup(format=f)) for f in low] == [replace(BF16, name=f.value) for f in low]
+    sizes = {"fp16": 2, "bf16": 2, "fp8": 1, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
+    for name, product_bytes in sizes.items():
+        expected = replace(BF16, name=name, product_bytes=product_bytes)
+        assert precision_of(TrainingSetup(format=Format(name))) == expected
     assert not precision_of(TrainingSetup(fused_attention=False)).fused_attention
+
+
+def test_gradients_weigh_what_their_format_says():
+    parameters = module_parameters(LLM)
+    setup = TrainingSetup(gradient_format=Format.bf16)
+    static = memory(stage(LLM), precision_of(setup), setup).static
+    assert (static.parameters, static.gradients, static.optimizer) == (2 * parameters, 2 * parameters, 12 * parameters)
+    # and their all-reduce moves half
+    comm = RingComm(make_cluster(4))
+    whole, half = (
+        gradient_sync_s(stage(LLM, Layout(dp=4)), comm, precision_of(each), each) for each in (DEFAULT_SETUP, setup)
+    )
+    assert whole - half == pytest.approx(1.5 * 2 * parameters / 100e9)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_formats_keep_inputs_of_products_as_they_are_read(gated):
+    # in bytes per token, fp8: norms' inputs 4h, their outputs 2h, Q K V and attention's output 8h, its copy for the
+    # projection h; fc1's output 2f (twice when gated), fc2's input f
+    module = replace(LLM, gated=gated)
+    h, f, tokens = module.hidden_size, module.ffn_hidden_size, module.tokens_per_item
+    kept = count_activation_bytes(module, Part.layer, 1, value_bytes=2, fused_attention=True, product_bytes=1.0)
+    assert kept == tokens * ((4 + 2 + 8 + 1) * h + (4 if gated else 2) * f + f)
+    usual = count_activation_bytes(module, Part.layer, 1, value_bytes=2, fused_attention=True)
+    assert usual == tokens * ((4 + 4 + 8) * h + (6 if gated else 4) * f)
 
 
 @pytest.mark.parametrize(
