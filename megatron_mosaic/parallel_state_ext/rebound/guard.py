@@ -13,8 +13,8 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
-from types import FrameType, FunctionType
+from collections.abc import Callable, Collection, Mapping
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 from megatron.core import parallel_state
@@ -78,12 +78,12 @@ class Guard:
             self._pair(function, self._guarded(name, function))
         helper = getattr(megatron_utils, _GROUP_OR_AMBIENT)
         self._pair(helper, self._guarded_helper(helper))
-        _replace_everywhere(self._replaced)
+        _HOLDERS.replace(self._replaced)
         return self
 
     def remove(self) -> None:
         """Put every accessor back, also where a module has imported it in the meantime."""
-        _replace_everywhere(self._originals)
+        _HOLDERS.replace(self._originals)
         self._replaced, self._originals = {}, {}
 
     def _pair(self, original: FunctionType, guarded: Callable[..., Any]) -> None:
@@ -148,9 +148,33 @@ def accessors() -> Mapping[str, FunctionType]:
     }
 
 
-def _replace_everywhere(by_id: Mapping[int, Any]) -> None:
-    """Wherever a loaded module holds one of these objects under any name, put the other in its place."""
-    for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
+class _Holders:
+    """Which modules hold an accessor under which name. Each module is looked at once: forked ranks inherit the list."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._found: list[tuple[ModuleType, str]] = []
+
+    def look(self, wanted: Collection[int]) -> None:
+        """Note who holds objects of these ids, among the modules that were loaded since the last look."""
+        fresh = sys.modules.keys() - self._seen
+        self._seen |= fresh
+        for module in map(sys.modules.get, fresh):
+            held = getattr(module, "__dict__", {}) if module else {}
+            self._found += [(module, name) for name, value in held.items() if id(value) in wanted]
+
+    def replace(self, by_id: Mapping[int, Any]) -> None:
+        """Wherever a loaded module holds one of these objects under any name, put the other in its place."""
+        self.look(by_id.keys())
+        for module, name in self._found:
+            value = module.__dict__.get(name)
             if id(value) in by_id:
                 setattr(module, name, by_id[id(value)])
+
+
+_HOLDERS = _Holders()
+
+
+def find_holders() -> None:
+    """Look for accessors in all modules loaded so far, for ranks that are forked later."""
+    _HOLDERS.look({id(function) for function in (*accessors().values(), getattr(megatron_utils, _GROUP_OR_AMBIENT))})
