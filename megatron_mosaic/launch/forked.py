@@ -51,14 +51,12 @@ def run_forked(
             context.Process(target=_enter_rank, args=(rank, *inherited, target, args)) for rank in range(world_size)
         ]
         # A rank must not destroy what it inherited: a process group's destructor waits for threads that only we have.
+        # Nothing is unfrozen later: to look again at all that was ever imported takes longer than a small rank's step.
         gc.collect()
         gc.freeze()
         try:
             for process in ranks:
                 process.start()
-        finally:
-            gc.unfreeze()
-        try:
             served = store.serve(listener)  # after the fork: it has a thread
             _wait(ranks, directory, timeout_s)
             del served
