@@ -21,7 +21,7 @@ from megatron_mosaic.plan.workload import ModuleConfig, Workload
 from megatron_mosaic.plan.workload_file import load_workload_file
 from megatron_mosaic.runtime.flags.command_line import CommandLine, read_command_line
 from megatron_mosaic.runtime.flags.judge import Purpose, decided_by, facts_of, judge
-from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments, lr_mults_from_args
+from megatron_mosaic.runtime.flags.mosaic import lr_mults_from_args
 from megatron_mosaic.runtime.flags.training import apply_training, decide_arguments
 
 SIZES = Any2AnySizes()
@@ -209,11 +209,7 @@ def mix_from_args(args: Namespace) -> DigitsMix:
 
 def read_words(words: Sequence[str], defaults: Mapping[str, Any] | None = None) -> CommandLine:
     """The words of a command line of the reference model, read without Megatron; `defaults` win over its own."""
-    return read_command_line(
-        words,
-        lambda parser: add_mosaic_arguments(add_any2any_arguments(parser)),
-        {**MEGATRON_DEFAULTS, **(defaults or {})},
-    )
+    return read_command_line(words, add_any2any_arguments, {**MEGATRON_DEFAULTS, **(defaults or {})})
 
 
 def workload_of_command_line(words: Sequence[str]) -> Workload:

@@ -102,9 +102,11 @@ def check_plan(
     from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
     from megatron_mosaic.parity import reference_run
-    from megatron_mosaic.runtime.flags.mosaic import PLAN_VARIABLE
+    from megatron_mosaic.runtime import train  # noqa: F401
+    from megatron_mosaic.runtime.arguments import PLAN_VARIABLE, prepare_ranks
 
     cpu.install()
+    prepare_ranks()
     with contextlib.suppress(ImportError):  # the ranks say what is missing
         import sklearn.datasets  # noqa: F401  seconds to import; forked ranks inherit it
     arguments = [*_steady_words(megatron_args, steps), *megatron_args]

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import megatron.training.arguments as megatron_arguments
@@ -15,7 +16,7 @@ from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
-from megatron_mosaic.parallel_state_ext.rebound.rebind import require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound.rebind import remember_docstrings, require_supported_megatron
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
@@ -59,20 +60,18 @@ def parse_and_validate_args(
     that are wrong, and for values that would be ignored.
     """
     require_supported_megatron()
+    remember_docstrings()
     cpu.install()
     ours = {**(cpu.ARGUMENT_DEFAULTS if cpu.is_cpu() else {}), **UNDER_A_PLAN, **defaults}
     ours["mosaic_guard"] = guard.is_wanted()
     megatrons: list[argparse.ArgumentParser] = []
 
-    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return add_mosaic_arguments(extra_args_provider(parser))
-
     def add_to_megatrons(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_arguments(parser).set_defaults(**ours)
+        add_mosaic_arguments(extra_args_provider(parser)).set_defaults(**ours)
         megatrons.append(parser)
         return parser
 
-    typed = read_command_line(sys.argv[1:], add_arguments, ours).typed
+    typed = read_command_line(sys.argv[1:], extra_args_provider, ours).typed
     args = megatron_arguments.parse_args(add_to_megatrons)
     defaults = vars(megatrons[0].parse_known_args([])[0])
     # The values that Megatron's parser made, not the words: these are what counts.
@@ -90,6 +89,14 @@ def parse_and_validate_args(
     apply_plan(args, plan, workload)
     set_global_variables(args)
     return args, plan
+
+
+@cache
+def prepare_ranks() -> None:
+    """Do once what ranks that are forked later would each do: read Megatron's sources, look into all loaded modules."""
+    remember_docstrings()
+    megatron_arguments.add_megatron_arguments(argparse.ArgumentParser())
+    guard.find_holders()
 
 
 def apply_plan(args: argparse.Namespace, plan: Plan, workload: Workload) -> None:

@@ -159,8 +159,8 @@ class _Holders:
         """Note who holds objects of these ids, among the modules that were loaded since the last look."""
         fresh = sys.modules.keys() - self._seen
         self._seen |= fresh
-        for module in map(sys.modules.get, fresh):
-            held = getattr(module, "__dict__", {}) if module else {}
+        for module in filter(None, map(sys.modules.get, fresh)):
+            held = getattr(module, "__dict__", {})  # anything may stand in sys.modules
             self._found += [(module, name) for name, value in held.items() if id(value) in wanted]
 
     def replace(self, by_id: Mapping[int, Any]) -> None:

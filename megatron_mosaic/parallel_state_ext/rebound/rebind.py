@@ -7,6 +7,7 @@ rebound here by exact qualified name, and a name that is gone is an error, never
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import pkgutil
 import queue
@@ -88,6 +89,28 @@ def rebind_training(
         "megatron.training.training.get_forward_backward_func",
         get_forward_backward_func,
         must_accept=("schedule_pg_collection",),
+    )
+    # NVIDIA's fault tolerance is refused under a plan; to find it switched off, it would parse all arguments again.
+    rebind("megatron.training.ft_integration.setup", lambda: None)
+
+
+@functools.cache
+def remember_docstrings() -> None:
+    """Megatron reads the source of every configuration class for help texts, at every parse: once will do.
+
+    Forked ranks inherit what the process that forks them has read.
+    """
+    found: dict[type, dict[str, str]] = {}
+
+    def get_field_docstrings(factory: Any, config_class: type) -> dict[str, str]:
+        if config_class not in found:
+            found[config_class] = original(factory, config_class)
+        return found[config_class]
+
+    original = rebind(
+        "megatron.training.argument_utils.ArgumentGroupFactory._get_field_docstrings",
+        get_field_docstrings,
+        must_accept=("src_cfg_class",),
     )
 
 

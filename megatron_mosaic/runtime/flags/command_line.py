@@ -9,9 +9,11 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Never
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments
 from megatron_mosaic.runtime.flags.table import TYPES, Argument, load_arguments
 
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -57,12 +59,11 @@ def emptied_by(typed: Mapping[str, Any]) -> dict[str, None]:
 
 
 def read_command_line(words: Sequence[str], add_arguments: AddArguments, defaults: Mapping[str, object]) -> CommandLine:
-    """The words read as Megatron's parser would, with a script's own arguments and defaults. ConfigError if wrong."""
-    parser = _Parser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    for argument in load_arguments():
-        _add(parser, argument)
-    add_arguments(parser)
-    parser.set_defaults(**{**UNDER_A_PLAN, **defaults})
+    """The words read as Megatron's parser would, with a script's arguments and defaults, and mosaic's own arguments.
+
+    ConfigError if a word is wrong. `add_arguments` of a script is asked once in the life of the process.
+    """
+    parser = _parser_of(add_arguments)
     typed = argparse.Namespace(**dict.fromkeys((action.dest for action in parser._actions), _NOT_TYPED))
     try:
         _, unknown = parser.parse_known_args(list(words), typed)
@@ -72,8 +73,22 @@ def read_command_line(words: Sequence[str], add_arguments: AddArguments, default
         raise _unknown_word(parser, unknown[0])
     return CommandLine(
         typed={dest: value for dest, value in vars(typed).items() if value is not _NOT_TYPED},
-        defaults=vars(parser.parse_args([])),
+        defaults={**_defaults_of(add_arguments), **UNDER_A_PLAN, **defaults},
     )
+
+
+@cache
+def _parser_of(add_arguments: AddArguments) -> _Parser:
+    parser = _Parser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    for argument in load_arguments():
+        _add(parser, argument)
+    add_mosaic_arguments(add_arguments(parser))
+    return parser
+
+
+@cache
+def _defaults_of(add_arguments: AddArguments) -> Mapping[str, Any]:
+    return vars(_parser_of(add_arguments).parse_args([]))
 
 
 _NOT_TYPED = object()

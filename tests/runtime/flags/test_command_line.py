@@ -8,10 +8,16 @@ import pytest
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.runtime.flags.command_line import read_command_line
 from megatron_mosaic.runtime.flags.judge import judge
+from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments
+
+
+def no_more(parser):
+    """A script without arguments of its own."""
+    return parser
 
 
 def read(*words, defaults=None):
-    return read_command_line(words, lambda parser: parser, defaults or {})
+    return read_command_line(words, no_more, defaults or {})
 
 
 @pytest.mark.parametrize(
@@ -26,7 +32,8 @@ def read(*words, defaults=None):
     ],
 )
 def test_words_mean_what_they_mean_to_megatron(words) -> None:
-    theirs = vars(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser()).parse_args(words))
+    parser = add_mosaic_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser()))
+    theirs = vars(parser.parse_args(words))
     line = read(*words)
     ours = {**vars(argparse.Namespace(**{**line.defaults, **line.typed})), "exit_signal": theirs["exit_signal"]}
     ours |= {"attention_backend": theirs["attention_backend"], "help": None}
