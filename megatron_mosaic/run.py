@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.errors import ConfigError, MosaicError, PlanError, RankFailure
+from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
 from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
-from megatron_mosaic.plan import Plan, Recompute, ScheduleChoice
+from megatron_mosaic.plan import Plan, Recompute
 from megatron_mosaic.plan.plan_file import load_plan
-from megatron_mosaic.plan.training import Format
+from megatron_mosaic.plan.validate import STOCK_SCRIPT, require_stock
 from megatron_mosaic.runtime.arguments import APPLIED, PLAN_VARIABLE
 from megatron_mosaic.runtime.flags.training import apply_training, typed_of
 
@@ -101,35 +101,7 @@ def _put_plan_into_arguments(plan: Plan) -> None:
 
 def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
     """Write a one-module plan into the arguments of a script that Megatron lays out."""
-    if len(plan.modules) != 1:
-        raise PlanError(
-            "modules",
-            got=list(plan.modules),
-            expected="one module: this script has one model and no ModelDefinition",
-            fix="plan for one module, or write the script like scripts/pretrain_any2any.py",
-        )
-    ((name, module),) = plan.modules.items()
-    if module.ranks.ranks != tuple(range(args.world_size)) or plan.world_size != args.world_size:
-        raise PlanError(
-            f"modules.{name}.ranks",
-            got=f"{module.ranks} of world_size {plan.world_size}",
-            expected=f"0-{args.world_size - 1}: a stock script runs on every process",
-            fix=f"start {len(module.ranks)} processes, or place the module on all ranks",
-        )
-    if plan.schedule != ScheduleChoice("1f1b") or module.layout.vpp > 1:
-        raise PlanError(
-            "schedule",
-            got=f"{plan.schedule}, vpp {module.layout.vpp}",
-            expected="1f1b without virtual stages",
-            fix="set schedule: 1f1b and vpp: 1",
-        )
-    if module.quota.share != 1 or module.unit > 1 or module.recompute is Recompute.selective:
-        raise PlanError(
-            f"modules.{name}",
-            got=f"quota {module.quota.share}, unit {module.unit or 1}, recompute {module.recompute}",
-            expected="no quota, unit 1, recompute none or full: a stock script follows nothing else",
-            fix="remove what it cannot follow",
-        )
+    name, module = require_stock(plan, args.world_size)
     if module.recompute is Recompute.full:
         args.recompute_granularity, args.recompute_method, args.recompute_num_layers = "full", "uniform", 1
     for key, axis in _STOCK_ARGUMENTS.items():
@@ -150,7 +122,7 @@ def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
             fix="leave the argument out, or change the plan",
         )
     args.sequence_parallel = module.sequence_parallel
-    apply_training(args, plan.training, typed_of(args, {}), formats=frozenset(Format))
+    apply_training(args, plan.training, typed_of(args, {}), STOCK_SCRIPT)
     args.micro_batch_size, args.global_batch_size = plan.micro_batch_size, plan.global_batch_size
     if module.layout.ep > 1:
         args.expert_tensor_parallel_size = module.layout.etp

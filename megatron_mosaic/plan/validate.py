@@ -1,14 +1,101 @@
-"""Whether a plan can run a workload, on a cluster: names, degrees against sizes, the batch."""
+"""Whether a plan can run a workload, on a cluster: names, degrees against sizes, the batch; and what can run plans.
+
+`Limits` is the one table of what cannot be run yet: the search asks it for its space, a stock script and Megatron's
+arguments for what to refuse. Whoever lifts a limit changes it here.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan.cluster import Cluster, GpuClusterSection, LocalClusterSection
-from megatron_mosaic.plan.layout import ModulePlan
+from megatron_mosaic.plan.layout import ModulePlan, Recompute
 from megatron_mosaic.plan.plan import Plan
+from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
 MAX_ACTIONS = 2**18  # of a step: what holds a schedule of more, its text or its timeline fills a machine's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one way of running plans can do. Layouts are no limit: every one that fits a workload runs."""
+
+    formats: frozenset[Format]
+    shardings: frozenset[Sharding] = frozenset({Sharding.none, Sharding.optimizer})
+    shares_of_gpus: bool = False  # modules beside each other on one GPU; a CPU rank's share is its number of threads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockLimits(Limits):
+    """Of a script whose one model Megatron lays out itself."""
+
+    schedules: frozenset[str] = frozenset({"1f1b"})
+    recompute: frozenset[Recompute] = frozenset({Recompute.none, Recompute.full})
+    max_unit: int = 1
+    max_vpp: int = 1
+
+
+RUNTIME = Limits(formats=frozenset(Format) - {Format.fp16})
+STOCK_SCRIPT = StockLimits(formats=frozenset(Format))
+
+
+def require_trainable(training: TrainingSetup, limits: Limits) -> None:
+    """Raise PlanError unless this format and sharding can be run."""
+    if training.format not in limits.formats:
+        raise PlanError(
+            "training.format",
+            got=training.format,
+            expected=f"one of {[each.value for each in Format if each in limits.formats]}: fp16 needs a loss scale, on "
+            "which the optimizers of several modules do not agree yet",
+            fix="set format: bf16",
+        )
+    if training.sharding not in limits.shardings:
+        raise PlanError(
+            "training.sharding",
+            got=training.sharding,
+            expected=f"one of {[each.value for each in Sharding if each in limits.shardings]}: the runtime has no "
+            "FSDP, which would have to gather the parameters of several modules in turn",
+            fix="set sharding: optimizer",
+        )
+
+
+def require_stock(plan: Plan, world_size: int, limits: StockLimits = STOCK_SCRIPT) -> tuple[str, ModulePlan]:
+    """The plan's one module and its name. PlanError unless Megatron can lay it out as the plan says."""
+    if len(plan.modules) != 1:
+        raise PlanError(
+            "modules",
+            got=list(plan.modules),
+            expected="one module: this script has one model and no ModelDefinition",
+            fix="plan for one module, or write the script like scripts/pretrain_any2any.py",
+        )
+    ((name, module),) = plan.modules.items()
+    if module.ranks.ranks != tuple(range(world_size)) or plan.world_size != world_size:
+        raise PlanError(
+            f"modules.{name}.ranks",
+            got=f"{module.ranks} of world_size {plan.world_size}",
+            expected=f"0-{world_size - 1}: a stock script runs on every process",
+            fix=f"start {len(module.ranks)} processes, or place the module on all ranks",
+        )
+    wrong_schedule = plan.schedule.name not in limits.schedules or plan.schedule.parameters
+    if wrong_schedule or module.layout.vpp > limits.max_vpp:
+        raise PlanError(
+            "schedule",
+            got=f"{plan.schedule}, vpp {module.layout.vpp}",
+            expected=f"{' or '.join(sorted(limits.schedules))} without virtual stages",
+            fix="set schedule: 1f1b and vpp: 1",
+        )
+    if module.quota.share != 1 or module.unit > limits.max_unit or module.recompute not in limits.recompute:
+        raise PlanError(
+            f"modules.{name}",
+            got=f"quota {module.quota.share}, unit {module.unit or 1}, recompute {module.recompute}",
+            expected=f"no quota, unit {limits.max_unit}, recompute "
+            f"{' or '.join(each.value for each in Recompute if each in limits.recompute)}: a stock script follows "
+            "nothing else",
+            fix="remove what it cannot follow",
+        )
+    return name, module
 
 
 def validate_plan(

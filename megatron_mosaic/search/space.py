@@ -1,6 +1,6 @@
 """Which plans are legal: layouts of a module on n ranks, rank sets, micro-batch sizes, shares.
 
-`RUNTIME` is what the search asks of the runtime; every plan has a schedule (a test).
+Every plan has a schedule (a test), and is within the limits of the runtime.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, ScheduleChoice
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.quota import grantable_counts
+from megatron_mosaic.plan.validate import RUNTIME
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeLimits:
-    """What the runtime can execute. cp, vpp, ep and etp are 1 and a unit is one microbatch in every plan."""
-
-    schedule: ScheduleChoice
-    shares_on_gpus: bool  # modules beside each other on one GPU; a CPU rank's share is its number of threads
-
-
-RUNTIME = RuntimeLimits(schedule=ScheduleChoice("1f1b"), shares_on_gpus=False)
+# What the search does not choose yet: cp, vpp, ep and etp are 1 and a unit is one microbatch in every plan
+SCHEDULE = ScheduleChoice("1f1b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +94,7 @@ class Space:
     def quotas(self) -> tuple[Quota, ...]:
         """Shares at the granularity that is granted, largest first."""
         gpu = self.cluster.gpu
-        if not self.cluster.shared_cores and not RUNTIME.shares_on_gpus:
+        if not self.cluster.shared_cores and not RUNTIME.shares_of_gpus:
             return (Quota(),)
         counts = grantable_counts(gpu.num_sms, gpu.sm_granularity)
         return tuple(Quota(share=round(count / gpu.num_sms, 6)) for count in reversed(counts))
@@ -113,13 +106,13 @@ class Space:
                 yield ModulePlan(ranks=ranks, layout=layout)
 
     def make_plan(self, micro_batch_size: int, modules: dict[str, ModulePlan]) -> Plan:
-        """A plan of this space, with the runtime's schedule."""
+        """A plan of this space, with the search's schedule."""
         return Plan(
             workload=self.workload.name,
             digest=self.workload.digest,
             world_size=self.cluster.num_ranks,
             global_batch_size=self.workload.global_batch_size,
             micro_batch_size=micro_batch_size,
-            schedule=RUNTIME.schedule,
+            schedule=SCHEDULE,
             modules={module.name: modules[module.name] for module in self.workload.modules},
         )

@@ -1,4 +1,4 @@
-"""A plan's `training` as Megatron's own arguments: what it decides, what the runtime cannot do, who contradicts it.
+"""A plan's `training` as Megatron's own arguments: what it decides, and who contradicts it.
 
 Needs neither torch nor Megatron, so that a command line is refused before any process starts. The overlaps of
 `training` are what the cost model counts on; nothing here follows from them.
@@ -7,12 +7,13 @@ Needs neither torch nor Megatron, so that a command line is refused before any p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_mosaic.errors import ConfigError, PlanError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.validate import RUNTIME, Limits, require_trainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,35 +48,14 @@ _OF_SHARDING: Mapping[Sharding, Mapping[str, str | bool]] = {
 }
 
 
-# fp16 needs a loss scale, which the optimizers of several modules would have to agree on
-FORMATS_OF_MODULES = frozenset(Format) - {Format.fp16}
-
-
-def decide_arguments(
-    training: TrainingSetup | None, formats: Collection[Format] = FORMATS_OF_MODULES
-) -> dict[str, str | bool | None]:
+def decide_arguments(training: TrainingSetup | None, limits: Limits = RUNTIME) -> dict[str, str | bool | None]:
     """Megatron argument -> its value under a plan with this training; nothing where the plan does not say.
 
-    PlanError for what the runtime cannot do. `formats`: those that it can train in.
+    PlanError for what is beyond the limits.
     """
     if training is None:
         return {}
-    if training.format not in formats:
-        raise PlanError(
-            "training.format",
-            got=training.format,
-            expected=f"one of {[each.value for each in Format if each in formats]}: fp16 needs a loss scale, on which "
-            "the optimizers of several modules do not agree yet",
-            fix="set format: bf16",
-        )
-    if training.sharding not in _OF_SHARDING:
-        raise PlanError(
-            "training.sharding",
-            got=training.sharding,
-            expected=f"one of {[each.value for each in _OF_SHARDING]}: the runtime has no FSDP, which would have to "
-            "gather the parameters of several modules in turn",
-            fix="set sharding: optimizer",
-        )
+    require_trainable(training, limits)
     if training.format.is_low and find_spec("transformer_engine") is None:
         raise PlanError(
             "training.format",
@@ -91,7 +71,7 @@ def apply_training(
     args: argparse.Namespace,
     training: TrainingSetup | None,
     typed: Mapping[str, object],
-    formats: Collection[Format] = FORMATS_OF_MODULES,
+    limits: Limits = RUNTIME,
 ) -> None:
     """Write a plan's training into Megatron's arguments. ConfigError where what the user `typed` contradicts it."""
     if training and training.format.is_low and getattr(args, "transformer_impl", _ENGINE) != _ENGINE:
@@ -101,7 +81,7 @@ def apply_training(
             expected=f"{_ENGINE}: other layers compute in 16 bits, and the plan says format: {training.format}",
             fix="train on GPUs with Transformer Engine, or set format: bf16",
         )
-    for key, value in decide_arguments(training, formats).items():
+    for key, value in decide_arguments(training, limits).items():
         if typed.get(key, value) != value:
             text = FLAGS[key].text
             is_switch = isinstance(value, bool)

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.validate import STOCK_SCRIPT
 from megatron_mosaic.runtime.flags import training as training_module
 from megatron_mosaic.runtime.flags.command_line import read_command_line
 from megatron_mosaic.runtime.flags.training import (
@@ -90,7 +91,7 @@ def test_what_the_runtime_cannot_do_is_refused_with_the_reason(monkeypatch, setu
 
 
 def test_a_stock_script_has_a_loss_scale():
-    assert decide_arguments(TrainingSetup(format=Format.fp16), frozenset(Format)) == NOTHING | {"fp16": True}
+    assert decide_arguments(TrainingSetup(format=Format.fp16), STOCK_SCRIPT) == NOTHING | {"fp16": True}
 
 
 @pytest.mark.parametrize(
