@@ -127,6 +127,7 @@ class ContextParallelAttention(DotProductAttention):
 def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) -> TransformerConfig:
     """Megatron's own config of `args`, with this module's sizes and this layout's degrees."""
     layout, full = placed.layout, placed.recompute is Recompute.full
+    inside = full or placed.recompute is Recompute.selective  # `whole` is the runtime's matter, not Megatron's
     num_groups, head_size = module.query_groups, module.head_size
     if module.role is Role.backbone:  # of which the command line may say more than the workload does
         num_groups = args.num_query_groups if args.group_query_attention else num_groups
@@ -165,7 +166,7 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         "expert_tensor_parallel_num_weight_shards": layout.etp if module.num_experts else layout.tp,
         "sequence_parallel": placed.sequence_parallel,
         "tp_comm_overlap": False,
-        "recompute_granularity": None if placed.recompute is Recompute.none else placed.recompute.value,
+        "recompute_granularity": placed.recompute.value if inside else None,
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": 1 if full else None,
         "recompute_modules": ["core_attn"],

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import is_cpu
 
+Streams = Mapping[str, torch.Tensor]  # of one module: name -> state
 _SEED_BITS = 62  # so that Megatron's own offsets still fit into 63
 
 
@@ -76,11 +77,22 @@ class Scopes:
             _set_rng_state(outer)
             self.active = None
 
+    @contextlib.contextmanager
+    def enter_again(self, module: str, streams: Streams) -> Iterator[None]:
+        """Run the body with the module's streams as they were once (`states`); after it they are what they are now."""
+        now = self.states()[module]
+        self.restore({module: streams})
+        try:
+            with self.enter(module):
+                yield
+        finally:
+            self.restore({module: now})
+
     def states(self) -> dict[str, dict[str, torch.Tensor]]:
         """Every stream of every module on this rank, for checkpoints."""
         return {name: {"default": self._default[name], **self._tracked[name]} for name in self._default}
 
-    def restore(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def restore(self, states: Mapping[str, Streams]) -> None:
         """Put back what `states` returned."""
         for name, streams in states.items():
             self._default[name] = streams["default"]

@@ -26,8 +26,9 @@ class Recompute(StrEnum):
     """Which activations the backward pass computes again."""
 
     none = "none"
-    selective = "selective"
-    full = "full"
+    selective = "selective"  # those inside attention
+    full = "full"  # those inside layers
+    whole = "whole"  # all: the forward keeps its inputs and what it exports, and the backward runs it again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ class ActivationMeter:
         self._parameters.update(parameter.untyped_storage().data_ptr() for parameter in module.parameters())
 
     @contextlib.contextmanager
-    def forward(self, module: str, unit: Hashable) -> Iterator[None]:
-        """Count what the body saves as one live unit of the module."""
-        storages: dict[int, int] = {}
+    def forward(self, module: str, unit: Hashable, kept: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Count what the body saves, and `kept` besides, as one live unit of the module."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()

@@ -2,6 +2,8 @@
 
 F   receive rows or hidden states, run the stage through the script's forward_step, send what it exports
 B   receive gradients, autograd, send what its inputs got
+
+With `recompute: whole` the forward keeps no graph, only its inputs and its RNG streams, and B runs it again first.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
+from megatron_mosaic.parallel_state_ext.scope import Streams
+from megatron_mosaic.plan import Recompute
 from megatron_mosaic.runtime.loss_sums import LossSums
 from megatron_mosaic.runtime.model import StageCall
 from megatron_mosaic.runtime.report import Observers
@@ -37,6 +41,7 @@ class LaneTools:
 
     `run_stage`   the script's forward_step on one stage
     `activate`    around the code of a module: its share of the cores, its RNG streams
+    `streams`     of a module, as they are; `activate_again` is `activate` with those of before
     `scale_loss`  of what backward starts from
     `finished`    is told of a module whose last backward has run
     """
@@ -46,6 +51,8 @@ class LaneTools:
     observers: Observers
     run_stage: Callable[[StageCall], tuple[StageOutput, LossFunction]]
     activate: Callable[[str], contextlib.AbstractContextManager[None]]
+    streams: Callable[[str], Streams]
+    activate_again: Callable[[str, Streams], contextlib.AbstractContextManager[None]]
     scale_loss: Callable[[Tensor], Tensor]
     finished: Callable[[str], None]
 
@@ -68,6 +75,15 @@ class _Live:
     loss: Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """A forward that left no graph: what its backward needs to run it once more."""
+
+    action: Action
+    inputs: StageInputs
+    streams: Streams
+
+
 class LaneRunner:
     """Runs the actions of one module on this rank in one step. Where none is a backward, nothing is kept for one.
 
@@ -88,8 +104,9 @@ class LaneRunner:
         self._module, self._tools, self._batch_of = module, tools, batch_of
         self._map, self._exchange, self._workload = step_map, exchange, tools.definition.workload
         self._trains = any(kind is not Kind.F for kind in kinds)
+        self._runs_again = self._trains and module.placed.recompute is Recompute.whole
         self._actions_left = len(kinds)
-        self._live: dict[tuple[int, int], _Live] = {}  # by unit and chunk
+        self._live: dict[tuple[int, int], _Live | _Again] = {}  # by unit and chunk
         self.losses: dict[Action, Tensor] = {}
 
     @property
@@ -112,19 +129,32 @@ class LaneRunner:
         if not shard.items:  # nothing of this unit is ours; every tp, cp and pp peer of the slot sees the same
             return clock(), clock()
         inputs = self._receive_inputs(action, shard)
-        watched = tools.observers.forward(name, (unit, action.chunk)) if self._trains else contextlib.nullcontext()
         start_s = clock()
-        with tools.activate(name), watched, torch.set_grad_enabled(self._trains):
+        if self._runs_again:
+            self._live[unit, action.chunk] = _Again(action=action, inputs=inputs, streams=tools.streams(name))
+        with tools.activate(name), torch.set_grad_enabled(self._trains and not self._runs_again):
+            live = self._compute(action, inputs)
+        end_s = clock()
+        if self._trains and not self._runs_again:
+            self._live[unit, action.chunk] = live
+        if live.output.hidden is not None:
+            self._exchange.send_hidden(name, live.output.hidden, towards=+1)
+        else:
+            self._exchange.send_exports(name, unit, live.output.exports)
+        return start_s, end_s
+
+    def _compute(self, action: Action, inputs: StageInputs) -> _Live:
+        """The stage's forward, and what it adds to the loss."""
+        name, tools = self._module.name, self._tools
+        kept: list[Tensor] = []  # tensors that no other lane or batch holds
+        if self._runs_again:
+            kept = [*inputs.imports.values(), *([] if inputs.hidden is None else [inputs.hidden])]
+        unit = action.unit, action.chunk
+        watched = tools.observers.forward(name, unit, kept) if self._trains else contextlib.nullcontext()
+        with watched:
             output, loss_function = tools.run_stage(StageCall(name, action.chunk, inputs))
             loss = self._account_loss(action, output, loss_function)
-        end_s = clock()
-        if self._trains:
-            self._live[unit, action.chunk] = _Live(inputs=inputs, output=output, loss=loss)
-        if output.hidden is not None:
-            self._exchange.send_hidden(name, output.hidden, towards=+1)
-        else:
-            self._exchange.send_exports(name, unit, output.exports)
-        return start_s, end_s
+        return _Live(inputs=inputs, output=output, loss=loss)
 
     def _receive_inputs(self, action: Action, shard: Shard) -> StageInputs:
         """The stage's inputs; those that have gradients are leaves that collect them."""
@@ -162,9 +192,13 @@ class LaneRunner:
         shard = self._map.shard(name, unit)
         if not shard.items:
             return clock(), clock()
-        live = self._live.pop((unit, action.chunk))
-        wanted = [(t, g) for t, g in self._receive_gradients(live, unit, shard) if t.requires_grad]
+        gradients = self._receive_gradients(action, shard)
         start_s = clock()
+        live = self._live.pop((unit, action.chunk))
+        if isinstance(live, _Again):
+            with self._tools.activate_again(name, live.streams):
+                live = self._compute(live.action, live.inputs)
+        wanted = self._pair(live, gradients)
         if wanted:
             with self._tools.activate(name):  # recomputation runs forward code here
                 torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
@@ -178,19 +212,25 @@ class LaneRunner:
             self._exchange.send_hidden(name, gradient, towards=-1)
         return start_s, end_s
 
-    def _receive_gradients(self, live: _Live, unit: int, shard: Shard) -> list[tuple[Tensor, Tensor | None]]:
-        """What the forward gave, and the gradients of it; None: it is a loss."""
-        name, output = self._module.name, live.output
-        found: list[tuple[Tensor, Tensor | None]] = []
-        if output.hidden is None:
-            for target, rows in self._exchange.receive_export_gradients(name, unit).items():
-                exported = output.exports[target]
-                found.append((exported, rows.to(exported.dtype)))
-        elif self._workload.hidden_has_gradient(name):
-            found.append((output.hidden, self._exchange.receive_hidden(name, shard, origin=+1)))
+    def _receive_gradients(self, action: Action, shard: Shard) -> Mapping[str, Tensor]:
+        """Of what the forward gave: consumer -> of its rows; the module's own name -> of the hidden states."""
+        name = self._module.name
+        if self._module.is_last(action.chunk):
+            return self._exchange.receive_export_gradients(name, action.unit)
+        if self._workload.hidden_has_gradient(name):
+            return {name: self._exchange.receive_hidden(name, shard, origin=+1)}
+        return {}
+
+    def _pair(self, live: _Live, gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """What backward starts from, and the gradients of it; None: it is the loss."""
+        hidden, exports = live.output.hidden, live.output.exports
+        given = exports if hidden is None else {self._module.name: hidden}
+        found: list[tuple[Tensor, Tensor | None]] = [
+            (given[key], gradient.to(given[key].dtype)) for key, gradient in gradients.items()
+        ]
         if live.loss is not None:
             found.append((live.loss, None))
-        return found
+        return [(tensor, gradient) for tensor, gradient in found if tensor.requires_grad]
 
     def _note_unit(self, action: Action, shard: Shard) -> None:
         units, name = self._tools.observers.units, self._module.name

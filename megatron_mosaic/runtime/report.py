@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.model import MosaicModel, module_of
@@ -146,9 +147,11 @@ class Observers:
         """Whether every rank has to sum all gradients, even if a distributed optimizer needs only its shard."""
         return self.gradients is not None
 
-    def forward(self, module: str, unit: Hashable) -> contextlib.AbstractContextManager[None]:
-        """Around a forward whose backward follows."""
-        return contextlib.nullcontext() if self.meter is None else self.meter.forward(module, unit)
+    def forward(
+        self, module: str, unit: Hashable, kept: Iterable[Tensor] = ()
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around a forward whose backward follows. `kept`: what lives until then beside what autograd saves."""
+        return contextlib.nullcontext() if self.meter is None else self.meter.forward(module, unit, kept)
 
     def backward(self, module: str, unit: Hashable) -> None:
         """The backward of such a forward has run."""

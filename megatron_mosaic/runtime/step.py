@@ -23,7 +23,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.exchange import Channels, Exc
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
-from megatron_mosaic.parallel_state_ext.scope import Scopes
+from megatron_mosaic.parallel_state_ext.scope import Scopes, Streams
 from megatron_mosaic.runtime.lane_runner import LaneRunner, LaneTools, LossFunction, Times, unscaled
 from megatron_mosaic.runtime.loss_sums import LossSums
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
@@ -160,6 +160,8 @@ class StepRunner:
             observers=self._observers,
             run_stage=lambda call: forward_step(iter([call]), model),
             activate=self._activate,
+            streams=lambda module: self._scopes.states()[module],
+            activate_again=self._activate_again,
             scale_loss=unscaled if scale is None else scale,
             finished=(lambda module: model.start_sync([module], whole=whole)) if overlaps else lambda module: None,
         )
@@ -176,6 +178,13 @@ class StepRunner:
         """The body is code of this module."""
         self._cores.grant(module)
         with self._scopes.enter(module):
+            yield
+
+    @contextlib.contextmanager
+    def _activate_again(self, module: str, streams: Streams) -> Iterator[None]:
+        """The same with its RNG streams as they were once."""
+        self._cores.grant(module)
+        with self._scopes.enter_again(module, streams):
             yield
 
     def _sum_gradients(self, model: MosaicModel) -> None:

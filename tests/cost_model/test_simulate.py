@@ -166,6 +166,24 @@ def test_more_items_or_recomputation_cost_more():
         assert again.costs[LLM_LANE].memory.unit_bytes <= once.costs[LLM_LANE].memory.unit_bytes
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_whole_forward_again_costs_a_forward(frozen):
+    """On a GPU exactly; with tensor parallelism too, and where only a projector is trained."""
+    vision = replace(WORKLOAD.modules[0], frozen=frozen, trains_projector=frozen)
+    workload = replace(WORKLOAD, modules=(vision, *WORKLOAD.modules[1:]))
+    plan = make_plan(
+        {"vision": ("0-3", Layout(dp=2, tp=2)), "llm": ("0-3", Layout(pp=2, tp=2)), "generator": ("0", Layout())},
+        workload=workload,
+    )
+    again = replace(plan, modules={n: replace(m, recompute=Recompute.whole) for n, m in plan.modules.items()})
+    for model in (_gpu_model(workload), _local_model(workload)):
+        action_s = model.price(plan).source.overheads.action_s  # of two actions, an action's is saved
+        for before, after in zip(model.price(plan).costs, model.price(again).costs, strict=True):
+            assert after.seconds(Kind.F) == before.seconds(Kind.F)
+            expected = before.seconds(Kind.B) + before.seconds(Kind.F) - action_s
+            assert after.seconds(Kind.B) == pytest.approx(expected)
+
+
 def test_an_item_is_not_split():
     few = replace(
         WORKLOAD,

@@ -53,7 +53,7 @@ def placed(text: str) -> ModulePlan:
     axes = {match[1]: int(match[2]) for word in words if (match := _AXIS.fullmatch(word))}
     shares = [float(match[1]) for word in words if (match := _SHARE.fullmatch(word))]
     flags = {word for word in words if not _AXIS.fullmatch(word) and not _SHARE.fullmatch(word)}
-    assert flags <= {"sp", "full", "selective"}, flags
+    assert flags <= {"sp", "full", "selective", "whole"}, flags
     unit = axes.pop("unit", 0)
     recompute = next((Recompute(flag) for flag in flags if flag != "sp"), Recompute.none)
     return ModulePlan(

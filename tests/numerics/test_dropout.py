@@ -1,7 +1,7 @@
 """Dropout through the whole of `pretrain()`: recomputation may keep fewer activations, and nothing else.
 
-The same plan with `recompute: none`, `selective` and `full` has to train on the same masks, so losses and gradients
-are equal in every bit. A control shows that the masks matter.
+The same plan with `recompute: none`, `selective`, `full` and `whole` has to train on the same masks, so losses and
+gradients are equal in every bit. A control shows that the masks matter.
 """
 
 import json
@@ -45,7 +45,7 @@ def recomputing(kind: Recompute):
 
 def test_recomputation_repeats_the_dropout_masks(tmp_path) -> None:
     losses, gradients = train(recomputing(Recompute.none), tmp_path / "none", *DROPOUT)
-    for kind in (Recompute.selective, Recompute.full):
+    for kind in (Recompute.selective, Recompute.full, Recompute.whole):
         again, others = train(recomputing(kind), tmp_path / kind.value, *DROPOUT)
         assert again == losses, kind
         for step in range(STEPS):

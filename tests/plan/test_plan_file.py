@@ -120,7 +120,7 @@ def test_reads_every_key():
         ("quota: 0.33", "quota: 0", "modules.vision.quota", "greater than 0"),
         ("quota: 0.33", "quota: 1.5", "modules.vision.quota", "less than or equal to 1"),
         ("unit: 2", "unit: 0", "modules.vision.unit", "greater than or equal to 1"),
-        ("recompute: full", "recompute: some", "modules.vision.recompute", "'none', 'selective' or 'full'"),
+        ("recompute: full", "recompute: some", "modules.vision.recompute", "'none', 'selective', 'full' or 'whole'"),
         ("world_size: 4", "world_size: 3", "modules.vision.ranks", "ranks below world_size 3"),
         ("world_size: 4", "world_size: true", "world_size", "valid integer"),
         ("workload: toy", "workload: [toy", "plan:3", "valid YAML"),

@@ -36,6 +36,19 @@ def test_what_needs_no_derivative_saves_nothing() -> None:
     assert meter.peak_bytes == {"llm": 0}
 
 
+def test_what_is_kept_beside_the_graph_counts_and_a_second_run_takes_the_place_of_the_first() -> None:
+    meter, given = ActivationMeter(), torch.ones(8)
+    for unit in (0, 1):
+        with meter.forward("vision", unit, [given[:4], given]), torch.no_grad():
+            leaf() * leaf()
+    assert meter.peak_bytes == {"vision": 2 * 8 * 4}
+    with meter.forward("vision", 0, [given]):
+        x = leaf()
+        x * x
+    assert meter.peak_bytes == {"vision": 2 * 8 * 4 + X_BYTES}
+    meter.backward("vision", 0)
+
+
 def test_the_peak_is_over_live_units_of_each_module() -> None:
     meter = ActivationMeter()
     outputs = []  # alive, as in a run: freed storages would be reused

@@ -4,6 +4,7 @@ The oracle is autograd on the same arithmetic without lanes.
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound import cpu
-from megatron_mosaic.plan import Layout, Plan
+from megatron_mosaic.plan import Layout, Plan, Recompute
 from megatron_mosaic.plan.workload import Edge, Role, Workload
 from megatron_mosaic.runtime.lane_runner import LaneTools, unscaled
 from megatron_mosaic.runtime.loss_sums import LossSums
@@ -75,13 +76,19 @@ def loss_function(output):
     return output.loss, output.num_tokens, {"lm loss": torch.stack([output.loss.detach(), torch.tensor(1.0)])}
 
 
-@pytest.fixture
-def channels():
+@contextmanager
+def opened(plan):
     cpu.install()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    view = RankView.of(PLAN, 0, WORKLOAD.edges)
+    view = RankView.of(plan, 0, WORKLOAD.edges)
     yield Channels(view, WORKLOAD, Grids(view, timeout=timedelta(seconds=30)), torch.float32)
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def channels():
+    with opened(PLAN) as made:
+        yield made
 
 
 def begin(channels: Channels, text: str, model: OneRow, told: list[str]) -> tuple[Step, LaneTools]:
@@ -98,6 +105,8 @@ def begin(channels: Channels, text: str, model: OneRow, told: list[str]) -> tupl
         observers=Observers(units=UnitStatistics(PLAN.modules)),
         run_stage=model.run,
         activate=activate,
+        streams=lambda name: {"as they were": torch.tensor(len(told))},
+        activate_again=lambda name, streams: activate(f"{name} again, {int(streams['as they were'])}"),
         scale_loss=unscaled,
         finished=lambda name: told.append(f"{name} is done"),
     )
@@ -122,6 +131,30 @@ def test_a_training_step_is_autograd_on_the_same_sums(channels) -> None:
     assert [name for name in told if "done" in name] == ["llm is done", "encoder is done"]
     assert told[-1] == "encoder is done" and len(told) == len(step.program) + 2
     assert tools.observers.units.measures()["empty_units_by_module"] == {"encoder": 0, BACKBONE: 0}
+    assert tools.observers.units.measures()["imbalance_by_module"] == {"encoder": 1.0, BACKBONE: 1.0}
+
+
+def test_a_whole_forward_is_run_again_and_only_then_has_a_graph() -> None:
+    """The encoder's second run is inside its backward, with the streams of its first; what it adds counts once."""
+    placed = replace(PLAN.modules["encoder"], recompute=Recompute.whole)
+    model, told, graphs = OneRow(), [], []
+    run_once = model.run
+
+    def run_and_look(call):
+        output, loss = run_once(call)
+        graphs.extend(rows.requires_grad for rows in output.exports.values())
+        return output, loss
+
+    model.run = run_and_look
+    with opened(replace(PLAN, modules={**PLAN.modules, "encoder": placed})) as channels:
+        step, tools = begin(channels, TRAINING, model, told)
+        totals = run(step)
+    assert totals.tolist() == [2.0, 9.0 * 5 * WIDTH, 9.0 * 5 * WIDTH, 2.0]
+    assert float(model.weight.grad) == 2 * 3.0 * 5 * WIDTH
+    assert graphs == [False, False, True, True]
+    again = [name for name in told if "again" in name]
+    assert again == ["encoder again, 0", "encoder again, 2"]
+    assert told[told.index(again[0]) + 1] == "encoder"  # autograd itself
     assert tools.observers.units.measures()["imbalance_by_module"] == {"encoder": 1.0, BACKBONE: 1.0}
 
 

@@ -51,13 +51,16 @@ class AnalyticCompute:
 
     def _backward_s(self, work: StageWork, sms: int, comm_s: float) -> float:
         gpu, module, setup = self.gpu, work.module, self.setup
+        whole = work.recompute is Recompute.whole
         if not work.reaches_layers:
             head = Gemm(module.hidden_size, module.output_size, work.tokens)
-            return gemm_s(gpu, head, sms, setup.format, 8) if work.last else 0.0
+            forward_again_s = self._forward_s(work, sms, comm_s) if whole else 0.0
+            return forward_again_s + (gemm_s(gpu, head, sms, setup.format, 8) if work.last else 0.0)
         seconds = 0.0
         for kernels, count in self._parts(work):
             layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
-            again = work.recompute is Recompute.full and _is_layer(kernels)  # its collectives are in comm_s too
+            # its collectives are in comm_s too
+            again = whole or (work.recompute is Recompute.full and _is_layer(kernels))
             each_comm_s = layer_comm_s / 2 if again else layer_comm_s
             each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen, comm_s=each_comm_s)
             if again:
@@ -110,11 +113,13 @@ class MeasuredCompute:
 
     def estimate(self, work: StageWork, kind: Kind) -> float:
         """Seconds of a unit."""
-        threads, parts = self.threads(work.share), work.parts(kind)
+        threads, again = self.threads(work.share), work.recompute
         alone = min(1.0, self.fitted.profile.machine.cores / (work.layout.tp * threads))
-        again = () if work.recompute is Recompute.none else (Kind.F,)  # no finer measurement than the whole layer
-        passes = of_kind({Kind.F: (Kind.F,), Kind.B: (Kind.B, *again)}, kind)
-        seconds = sum(self._pass_s(work, parts, threads, each) for each in passes)
+        passes = [(kind, work.parts(kind))]
+        if of_kind({Kind.F: False, Kind.B: again is not Recompute.none}, kind):
+            # nothing finer was measured than a layer
+            passes.append((Kind.F, work.parts(Kind.F if again is Recompute.whole else kind)))
+        seconds = sum(self._pass_s(work, parts, threads, each) for each, parts in passes)
         return seconds * alone + self.fitted.profile.overheads.action_s
 
     def _pass_s(self, work: StageWork, parts: Mapping[Part, int], threads: int, kind: Kind) -> float:

@@ -20,10 +20,10 @@ class LayerComm:
         self.gpu, self.comm, self.setup, self.value_bytes = gpu, comm, setup, value_bytes
 
     def estimate(self, work: StageWork, kind: Kind) -> float:
-        """Of one unit. `times`: a backward with full recomputation goes through its layers twice."""
-        times = of_kind({Kind.F: 1, Kind.B: 2 if work.recompute is Recompute.full else 1}, kind)
+        """Of one unit. `times`: a backward that computes layers again goes through them twice."""
+        times = of_kind({Kind.F: 1, Kind.B: 2 if work.recompute in (Recompute.full, Recompute.whole) else 1}, kind)
         if kind is not Kind.F and not work.reaches_layers:
-            return 0.0
+            return self.estimate(work, Kind.F) if work.recompute is Recompute.whole else 0.0
         return (
             self._tensor_s(work, kind, times)
             + work.layers * self._ring_s(work, kind, times)

@@ -150,13 +150,21 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
 
 
 def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
-    """Activations and logits that one live unit keeps on one rank of a stage.
+    """Activations and logits that one live unit keeps on one rank of a stage. With recomputation of the whole forward
+    these are what enters the stage and what the module exports.
 
     Full recomputation keeps each layer's input only (Korthikanti et al. 2022: 2sbh); selective drops the attention
     matrix. Offloaded activations wait in the host's memory.
     """
     if setup.offloads_encoders and work.module.role is Role.encoder:
         return Memory()
+    if work.recompute is Recompute.whole:
+        return Memory(activations=_passed_bytes(work, precision))
+    return _graph(work, precision, setup)
+
+
+def _graph(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """What a forward saves for its backward."""
     parts = work.parts()
     if work.recompute is Recompute.full:
         layers = work.layers * _hidden_bytes(work, precision)
@@ -174,7 +182,7 @@ def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory
 
 def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup) -> float:
     """What is there for a moment: the fp32 gradient of a layer's largest matrix before it is added to its bucket, a
-    layer whose activations are computed again, and what libraries keep."""
+    layer (or a whole unit) that is computed again, and what libraries keep."""
     module = work.module
     width = max(module.ffn_hidden_size if not module.num_experts else 0, module.dense_ffn_size)
     matrix = module.hidden_size * width * (2 if module.gated else 1) / work.layout.tp
@@ -182,7 +190,19 @@ def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup
     if work.recompute is Recompute.full:
         layers = [_kept_bytes(work, Part.layer, precision, setup, dense) for dense, _ in work.layers_by_mlp]
         passing += max(layers, default=0.0)
+    if work.recompute is Recompute.whole:
+        passing += _graph(work, precision, setup).total / work.layout.vpp
     return precision.library_bytes + passing
+
+
+def _passed_bytes(work: StageWork, precision: Precision) -> float:
+    """Hidden states of a unit that enter a stage (the first has items in their place), and rows that leave the last."""
+    module = work.module
+    entering = module.input_size * _hidden_bytes(work, precision) / module.hidden_size
+    if not work.first:
+        entering = _hidden_bytes(work, precision)
+    leaving = module.output_size * _hidden_bytes(work, precision) / module.hidden_size if work.last else 0.0
+    return entering + leaving
 
 
 def _hidden_bytes(work: StageWork, precision: Precision) -> float:

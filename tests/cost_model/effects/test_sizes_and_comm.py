@@ -171,6 +171,20 @@ def test_a_recomputed_unit_keeps_its_layers_inputs_and_works_on_one_layer():
     assert lanes[1].workspace_bytes - lanes[0].workspace_bytes == layer
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_unit_that_is_run_again_keeps_what_enters_and_leaves(number):
+    """A stage of the encoder: items or hidden states come in, rows leave the last; the graph is there for a moment."""
+    halves = Layout(pp=2)
+    none, whole = (
+        memory(stage(VISION, halves, number, items=3, recompute=each)) for each in (Recompute.none, Recompute.whole)
+    )
+    tokens = 3 * VISION.tokens_per_item
+    width = VISION.input_size if number == 0 else VISION.hidden_size + VISION.output_size
+    assert whole.unit_bytes == 2 * tokens * width
+    assert whole.workspace_bytes - none.workspace_bytes == none.unit_bytes
+    assert whole.static == none.static
+
+
 def test_stages_share_the_module_but_for_tied_embeddings():
     halves = Layout(pp=2)
     both = sum(stage_parameters(stage(LLM, halves, number)) for number in (0, 1))
