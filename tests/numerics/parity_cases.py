@@ -11,7 +11,11 @@ from megatron_mosaic.any2any.sizes import Any2AnySizes, workload
 from megatron_mosaic.parity import reference_run  # noqa: F401
 from megatron_mosaic.plan import Layout, Plan, Recompute
 from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.runtime import train  # noqa: F401
+from megatron_mosaic.runtime.arguments import prepare_ranks
 from tests.cases import make_plan
+
+prepare_ranks()
 
 WORKLOAD = workload(Any2AnySizes(), 1)
 TEXT_HEAVY = ["--digits-text-only-frac", "0.7", "--digits-two-image-frac", "0.0"]
