@@ -8,6 +8,7 @@ Every rank creates every group, in the same order; a rank keeps only those it is
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mosaic.parallel_state_ext.group_list import (
     FIELDS,
     boundary_purpose,
+    collective_purpose,
     edge_members,
     list_groups,
     pipeline_purpose,
@@ -31,17 +33,20 @@ class Grids:
     group of their own per edge or pipeline and direction.
     """
 
-    def __init__(self, view: RankView, *, timeout: timedelta) -> None:
+    def __init__(self, view: RankView, *, timeout: timedelta, apart: Collection[str] = ()) -> None:
+        """`apart`: modules that run beside others, whose collectives need groups of their own."""
         started = time.perf_counter()
         plan, pairs = view.plan, tuple((edge.source, edge.target) for edge in view.edges)
         self._rank = view.rank
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {
-            key: dist.new_group(list(key[1]), timeout=timeout) for key in dict.fromkeys(list_groups(plan, pairs))
+            key: dist.new_group(list(key[1]), timeout=timeout) for key in dict.fromkeys(list_groups(plan, pairs, apart))
         }
         self.world = self._groups["", tuple(range(plan.world_size))]
         self.alone = self._groups["", (view.rank,)]
         self.collections = {
-            name: ProcessGroupCollection(**{field: self._groups["", ranks] for field, ranks in module.groups.items()})
+            name: ProcessGroupCollection(
+                **{field: self._groups[collective_purpose(name, r, apart), r] for field, r in module.groups.items()}
+            )
             for name, module in view.modules.items()
         }
         # Messages between two ranks arrive in the order they were sent, per communicator. Senders and receivers of one

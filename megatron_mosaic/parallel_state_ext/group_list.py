@@ -1,14 +1,16 @@
 """Which process groups a plan needs: pure integers, so that they can be counted without creating any.
 
-Collectives share one group per rank tuple (purpose ""). Messages have a group of their own per pipeline or edge and
-direction, so that each keeps its own order; and no group carries messages both ways between two ranks, which NCCL would
-put into one queue: rows to higher and to lower ranks are apart, and so is what wraps around a ring of virtual stages.
+Collectives share one group per rank tuple (purpose ""); those of modules that run beside each other have groups per
+module, since two threads (or streams) on one group would mix up their order. Messages have a group of their own per
+pipeline or edge and direction, so that each keeps its own order; and no group carries messages both ways between two
+ranks, which NCCL would put into one queue: rows to higher and to lower ranks are apart, and so is what wraps around a
+ring of virtual stages.
 Every rank walks the list in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from megatron_mosaic.parallel_state_ext.ranks import axis_group_of, axis_groups, expert_group_of, expert_groups
 from megatron_mosaic.plan import ModulePlan, Plan
@@ -46,16 +48,17 @@ _EXPERT: dict[str, tuple[str, ...]] = {
 FIELDS = (*_DENSE, *_EXPERT)
 
 
-def list_groups(plan: Plan, edges: Iterable[tuple[str, str]]) -> list[GroupKey]:
+def list_groups(plan: Plan, edges: Iterable[tuple[str, str]], apart: Collection[str] = ()) -> list[GroupKey]:
     """Every group that is asked for, in the order of creation; equal ones are one group.
 
-    A field with the axes of another asks again, as Megatron's own initialisation does.
+    A field with the axes of another asks again, as Megatron's own initialisation does. `apart`: modules whose
+    collectives share no group with another module's.
     """
     asked: list[GroupKey] = [("", tuple(range(plan.world_size)))]
     asked += [("", (rank,)) for rank in range(plan.world_size)]
-    for module in plan.modules.values():
+    for name, module in plan.modules.items():
         for field in FIELDS:
-            asked += [("", members) for members in field_groups(module, field)]
+            asked += [(collective_purpose(name, members, apart), members) for members in field_groups(module, field)]
     for name, module in plan.modules.items():
         for towards, wraps in pipeline_ways(module):
             asked += [(pipeline_purpose(name, towards, wraps), chain) for chain in axis_groups(module, ("pp",))]
@@ -87,6 +90,11 @@ def pipeline_ways(module: ModulePlan) -> list[tuple[int, bool]]:
     """(towards, wraps) of a module's hidden states: to the next stage (+1) or the one before (-1), and around."""
     wraps = (False, True) if module.layout.vpp > 1 else (False,)
     return [(towards, around) for towards in (+1, -1) for around in wraps] if module.layout.pp > 1 else []
+
+
+def collective_purpose(module: str, members: Sequence[int], apart: Collection[str]) -> str:
+    """The name of a group of a module's collectives: its own if the module is `apart`, unless a rank is alone in it."""
+    return f"@{module}" if module in apart and len(members) > 1 else ""
 
 
 def pipeline_purpose(module: str, towards: int, wraps: bool) -> str:

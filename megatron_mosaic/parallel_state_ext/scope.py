@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_mosaic.parallel_state_ext.lane_state import ACTIVE, keep_memory_by_module, keep_tracker_by_thread
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import is_cpu
 
@@ -37,15 +38,13 @@ def stream_seed(seed: int, module: str, *, pp: int, dp: int, cp: int) -> int:
 class Scopes:
     """RNG streams of each module on this rank: `with scopes.enter("vision"): ...`.
 
-    `active` is the module whose code runs, None between modules.
+    Modules in different threads may be entered at the same time; one module runs in one thread at a time.
     """
 
     def __init__(self, seed: int, view: RankView) -> None:
         assert not parallel_state.model_parallel_is_initialized(), "a plan's modules never share global groups"
-        parallel_state._set_global_memory_buffer() if parallel_state._GLOBAL_MEMORY_BUFFER is None else None
         self._default: dict[str, torch.Tensor] = {}
         self._tracked: dict[str, dict[str, torch.Tensor]] = {}
-        self.active: str | None = None
         for name, module in view.modules.items():
             at = module.at
             model_parallel_cuda_manual_seed(
@@ -59,23 +58,28 @@ class Scopes:
             )
             self._default[name] = _get_rng_state()
             self._tracked[name] = get_cuda_rng_tracker().get_states()
+        if is_cpu():
+            keep_tracker_by_thread()
+        keep_memory_by_module()
+
+    @property
+    def active(self) -> str | None:
+        """The module whose code this thread runs, None between modules."""
+        return ACTIVE.name
 
     @contextlib.contextmanager
     def enter(self, module: str) -> Iterator[None]:
         """Run the body with this module's RNG streams. Needed in forward, and again in backward for recomputation."""
-        assert self.active is None, f"{module} entered while {self.active} runs"
-        outer = _get_rng_state()
-        tracker = get_cuda_rng_tracker()
-        _set_rng_state(self._default[module])
-        tracker.set_states(dict(self._tracked[module]))
-        self.active = module
-        try:
-            yield
-        finally:
-            self._default[module] = _get_rng_state()
-            self._tracked[module] = tracker.get_states()
-            _set_rng_state(outer)
-            self.active = None
+        with ACTIVE.entered(module):
+            outer, tracker = _get_rng_state(), get_cuda_rng_tracker()
+            _set_rng_state(self._default[module])
+            tracker.set_states(dict(self._tracked[module]))
+            try:
+                yield
+            finally:
+                self._default[module] = _get_rng_state()
+                self._tracked[module] = tracker.get_states()
+                _set_rng_state(outer)
 
     @contextlib.contextmanager
     def enter_again(self, module: str, streams: Streams) -> Iterator[None]:

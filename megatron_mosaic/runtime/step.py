@@ -8,6 +8,7 @@ then: gradients summed inside each module's groups, divided once by the global n
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,18 +37,21 @@ Collate = Callable[[Samples], Batch]
 
 
 class Batches:
-    """The samples of a step's microbatches as batches."""
+    """The samples of a step's microbatches as batches. Lanes that run at the same time ask one after the other."""
 
     def __init__(self, samples: Sequence[Samples], collate: Collate) -> None:
         self._samples, self._collate = samples, collate
         self.of_microbatch = [collate(one) for one in samples]
         self._joined: dict[range, Batch] = {range(m, m + 1): batch for m, batch in enumerate(self.of_microbatch)}
+        self._lock = threading.Lock()
 
     def covering(self, microbatches: range) -> Batch:
         """The samples of these microbatches as one batch."""
-        if microbatches not in self._joined:
-            self._joined[microbatches] = self._collate([sample for m in microbatches for sample in self._samples[m]])
-        return self._joined[microbatches]
+        with self._lock:
+            if microbatches not in self._joined:
+                samples = [sample for m in microbatches for sample in self._samples[m]]
+                self._joined[microbatches] = self._collate(samples)
+            return self._joined[microbatches]
 
 
 class Step:

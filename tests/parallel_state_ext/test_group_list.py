@@ -40,3 +40,10 @@ def test_the_number_of_groups_grows_with_the_ranks_not_with_their_square() -> No
         return len(list_groups(make_plan({"llm": (f"0-{32 * dp - 1}", layout)}, world_size=32 * dp), ()))
 
     assert asked(16) < 2.1 * asked(8)
+
+
+def test_modules_apart_share_no_group_in_which_ranks_meet() -> None:
+    plan = make_plan({"vision": ("0-1", Layout(dp=2)), "llm": ("0-1", Layout(tp=2))}, world_size=2)
+    together, apart = (set(list_groups(plan, (), names)) for names in ((), ("vision", "llm")))
+    assert together == {("", (0, 1)), ("", (0,)), ("", (1,))}
+    assert apart - together == {("@vision", (0, 1)), ("@llm", (0, 1))} and together < apart

@@ -12,6 +12,7 @@ their rows, so one replica speaks for the group; a row read through several link
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -24,7 +25,10 @@ Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index 
 
 
 class RowChannel:
-    """Rows of one edge in one direction, `width` values each. `sent_bytes` counts what left for other ranks."""
+    """Rows of one edge in one direction, `width` values each. `sent_bytes` counts what left for other ranks.
+
+    Sender and receiver may be lanes that run at the same time: what both touch is behind `_lock`.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class RowChannel:
         """`groups`: for messages to higher ranks, and to lower ranks."""
         (self._up, self._down), self._rank = groups, dist.get_rank()
         self._width, self._dtype, self._device = width, dtype, device
+        self._lock = threading.RLock()
         self._kept: dict[Hashable, Tensor] = {}
         self._outbox: list[tuple[dist.Work, Tensor, bool]] = []
         self._spare: list[Tensor] = []  # staging buffers
@@ -99,29 +104,32 @@ class RowChannel:
 
     def _collect(self, *, wait: bool = False) -> None:
         """Forget messages that have left; their staging buffers are free again."""
-        posted = self._outbox[:]
-        self._outbox.clear()
-        for work, buffer, staged in posted:
-            if wait:
-                work.wait()
-            elif not work.is_completed():
-                self._outbox.append((work, buffer, staged))
-                continue
-            if staged:
-                self._give(buffer)
+        with self._lock:
+            posted = self._outbox[:]
+            self._outbox.clear()
+            for work, buffer, staged in posted:
+                if wait:
+                    work.wait()
+                elif not work.is_completed():
+                    self._outbox.append((work, buffer, staged))
+                    continue
+                if staged:
+                    self._give(buffer)
 
     def _take(self, num_rows: int) -> Tensor:
         """[num_rows, width] of the smallest buffer that fits; where none does, a new one takes the place of a spare."""
-        fitting = [i for i, buffer in enumerate(self._spare) if len(buffer) >= num_rows]
-        if fitting:
-            return self._spare.pop(min(fitting, key=lambda i: len(self._spare[i])))[:num_rows]
-        if self._spare:
-            self._spare.pop(min(range(len(self._spare)), key=lambda i: len(self._spare[i])))
+        with self._lock:
+            fitting = [i for i, buffer in enumerate(self._spare) if len(buffer) >= num_rows]
+            if fitting:
+                return self._spare.pop(min(fitting, key=lambda i: len(self._spare[i])))[:num_rows]
+            if self._spare:
+                self._spare.pop(min(range(len(self._spare)), key=lambda i: len(self._spare[i])))
         return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
 
     def _give(self, buffer: Tensor) -> None:
         """Take back what `_take` gave: never more buffers than messages were under way at once."""
-        self._spare.append(buffer if buffer._base is None else buffer._base)
+        with self._lock:
+            self._spare.append(buffer if buffer._base is None else buffer._base)
 
 
 def _index(rows: Rows, device: torch.device) -> slice | Tensor:

@@ -9,6 +9,7 @@ Rows of an edge are ordered by microbatch, then link, then position in the link,
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +50,13 @@ class RouteCache:
     """What follows from microbatches' metadata alone, kept for steps that bring the same shapes. One per rank and plan.
 
     Oldest entries beyond `capacity` go when a step begins, never within one. `misses` counts what had to be computed.
+    Lanes that run at the same time ask one after the other.
     """
 
     def __init__(self, capacity: int = 512) -> None:
         self._capacity = capacity
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.RLock()  # what is computed asks for its parts
         self.misses = 0
 
     def __len__(self) -> int:
@@ -66,13 +69,14 @@ class RouteCache:
 
     def find[T](self, key: Hashable, compute: Callable[[], T]) -> T:
         """The value under `key`, computed if it is not there."""
-        if key in self._found:
-            self._found.move_to_end(key)
-        else:
-            self.misses += 1
-            self._found[key] = compute()
-        value: T = self._found[key]
-        return value
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+            else:
+                self.misses += 1
+                self._found[key] = compute()
+            value: T = self._found[key]
+            return value
 
 
 @dataclass(frozen=True, slots=True)

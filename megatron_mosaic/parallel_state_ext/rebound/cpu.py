@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.parallel_state_ext.rebound import gloo
+from megatron_mosaic.parallel_state_ext.rebound import gloo, lane_random
 
 CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
@@ -95,6 +95,7 @@ def install() -> None:
     _replace_initialisation()
     _replace_host_copies()
     gloo.install()
+    lane_random.install()
 
 
 def _replace_host_copies() -> None:

@@ -57,7 +57,7 @@ TOLERATED: dict[tuple[str, str], str] = {
 
 _NOT_STATE = {
     "get_nccl_options",  # of its arguments only
-    "get_global_memory_buffer",  # scratch memory, shared by all modules: holds nothing between two calls
+    "get_global_memory_buffer",  # scratch memory, of the module that asks: holds nothing between two calls
 }
 
 
