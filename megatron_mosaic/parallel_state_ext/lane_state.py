@@ -29,7 +29,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 from torch import Tensor
 
 from megatron_mosaic.parallel_state_ext.rebound.lane_random import own_generator
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_rng_tracker, rebind_scratch_memory
 
 
 class ActiveModule(threading.local):
@@ -76,13 +76,13 @@ def keep_tracker_by_thread() -> None:
     tracker = random.get_cuda_rng_tracker()
     if not isinstance(tracker, threading.local):
         kind = type(f"Thread{type(tracker).__name__}", (threading.local, type(tracker)), {})
-        rebind("megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER", kind())
+        rebind_rng_tracker(kind())
 
 
 def keep_memory_by_module() -> None:
     """Let every module have scratch memory of its own."""
     if not isinstance(parallel_state._GLOBAL_MEMORY_BUFFER, LaneMemory):
-        rebind("megatron.core.parallel_state._GLOBAL_MEMORY_BUFFER", LaneMemory())
+        rebind_scratch_memory(LaneMemory())
 
 
 @contextlib.contextmanager

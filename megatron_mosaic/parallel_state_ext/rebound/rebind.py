@@ -114,6 +114,16 @@ def remember_docstrings() -> None:
     )
 
 
+def rebind_rng_tracker(tracker: Any) -> None:
+    """Let everybody who asks for Megatron's RNG tracker get this one."""
+    rebind("megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER", tracker)
+
+
+def rebind_scratch_memory(memory: Any) -> None:
+    """Let everybody who asks for Megatron's global memory buffer get this one."""
+    rebind("megatron.core.parallel_state._GLOBAL_MEMORY_BUFFER", memory)
+
+
 def rebind_checkpointing(*, save: Callable[..., Any], load: Callable[..., Any]) -> None:
     """Let `megatron.training.training` save and load with these.
 
