@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mosaic.cli.imports import import_runtime
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.parity.verdict import FORMAT, TOLERANCE, Parity
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.units import format_bytes
@@ -22,7 +23,7 @@ def main(arguments: argparse.Namespace) -> int:
     megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
-    from megatron_mosaic.parity.check import FORMAT, TOLERANCE, check_plan, require_checkable
+    from megatron_mosaic.parity.check import check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for note in require_checkable(plan, megatron_args, arguments.mosaic_schedule, steps=arguments.steps):
@@ -35,35 +36,40 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(parity.as_dict())
     else:
-        verdict = "the same" if parity.ok else "NOT the same"
-        if plan.training and plan.training.format is not FORMAT:
-            print(f"computed in {FORMAT}, as every check is; the plan trains in {plan.training.format}")
-        print_table(
-            f"{verdict} as one process (tolerance {TOLERANCE:g}, {FORMAT}): losses of {parity.steps} steps differ by "
-            f"{parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}",
-            (
-                "module",
-                "largest gradient error",
-                "peak activations of a rank",
-                "units without items",
-                "imbalance (by owner)",
-            ),
-            [
-                (
-                    name,
-                    f"{parity.grad_rel_err_by_module[name]:.1e}",
-                    format_bytes(parity.peak_activation_bytes_by_module[name]),
-                    str(parity.empty_units_by_module[name]),
-                    f"{parity.imbalance_by_module[name]:.2f} ({parity.imbalance_by_owner[name]:.2f})",
-                )
-                for name in plan.modules
-            ],
-        )
-        for name, error in parity.ill_conditioned.items():
-            print(f"left out, because fp32 leaves as much open and it differs by rounding only: {name} ({error:.1e})")
-        if not parity.ok:
-            print(f"worst: {parity.worst_parameter}")
+        _print_parity(parity, plan)
     return 0 if parity.ok else 1
+
+
+def _print_parity(parity: Parity, plan: Plan) -> None:
+    verdict = "the same" if parity.ok else "NOT the same" if not parity.is_same else "NOT known to be the same"
+    if plan.training and plan.training.format is not FORMAT:
+        print(f"computed in {FORMAT}, as every check is; the plan trains in {plan.training.format}")
+    print_table(
+        f"{verdict} as one process (tolerance {TOLERANCE:g}, {FORMAT}): losses of {parity.steps} steps differ by "
+        f"{parity.loss_rel_err:.1e}, gradients by {parity.grad_rel_err_max:.1e}, parameters after the last step by "
+        f"{parity.parameter_rel_err_max:.1e}",
+        (
+            "module",
+            "largest gradient error",
+            "parameter error",
+            "peak activations of a rank",
+            "units without items",
+            "imbalance (by owner)",
+        ),
+        [
+            (
+                name,
+                f"{parity.grad_rel_err_by_module[name]:.1e}",
+                f"{parity.parameter_rel_err_by_module[name]:.1e}",
+                format_bytes(parity.peak_activation_bytes_by_module[name]),
+                str(parity.empty_units_by_module[name]),
+                f"{parity.imbalance_by_module[name]:.2f} ({parity.imbalance_by_owner[name]:.2f})",
+            )
+            for name in plan.modules
+        ],
+    )
+    for sentence in parity.sentences:
+        print(sentence)
 
 
 def _workload_args(arguments: argparse.Namespace, plan: Plan) -> list[str]:

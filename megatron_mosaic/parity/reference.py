@@ -7,9 +7,7 @@ Nothing of the runtime takes part: no boundaries, no microbatches, no Distribute
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,35 +27,7 @@ from megatron_mosaic.runtime.model import initialize_by_name
 
 ALONE = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceStep:
-    """Losses (mean over their own tokens) and gradients (`module/parameter`) of one optimizer step.
-
-    `rounding`, if measured: how far each gradient moves, in the 2-norm, when the last bit of every weight does. That is
-    how well fp32 determines it: another order of the same sums may change it by as much.
-    """
-
-    losses: dict[str, float]
-    gradients: dict[str, np.ndarray]
-    rounding: dict[str, float]
-
-    def save(self, directory: Path, step: int) -> None:
-        """Write `reference-STEP.npz`: `losses/NAME`, `gradients/MODULE/PARAMETER`, `rounding/MODULE/PARAMETER`."""
-        arrays = {
-            f"{f.name}/{key}": np.asarray(value) for f in fields(self) for key, value in getattr(self, f.name).items()
-        }
-        np.savez(directory / f"reference-{step:04d}.npz", **arrays)  # type: ignore[arg-type]
-
-    @classmethod
-    def load(cls, directory: Path, step: int) -> ReferenceStep:
-        """What `save` wrote."""
-        found: dict[str, dict[str, Any]] = {f.name: {} for f in fields(cls)}
-        with np.load(directory / f"reference-{step:04d}.npz", allow_pickle=False) as arrays:
-            for key, array in arrays.items():
-                field, _, name = key.partition("/")
-                found[field][name] = array if field == "gradients" else float(array)
-        return cls(**found)
+Gradients = dict[str, np.ndarray]  # `module/parameter` -> array of the parameter's shape
 
 
 class Reference:
@@ -88,22 +58,50 @@ class Reference:
             eps=args.adam_eps,
         )
 
-    def step(self, batch: Batch, *, measure_rounding: bool) -> ReferenceStep:
-        """One optimizer step on a whole global batch."""
-        draws = range(5 if measure_rounding else 0)
-        moved = [self._find_gradients_nearby(batch, seed) for seed in draws]
-        losses, gradients = self._find_gradients(batch)
-        rounding = {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients if moved}
+    def find_gradients(self, batch: Batch) -> tuple[dict[str, float], Gradients]:
+        """Losses and gradients of a whole global batch; the gradients stay on the parameters, for `update`."""
+        self._optimizer.zero_grad()
+        loss, num_tokens, report = self._forward(batch)
+        if loss.requires_grad:  # not where this batch brings nothing to what is trained
+            (loss / num_tokens).backward()
+        gradients = {}
+        for name, parameter in self._named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:  # no item of this batch reached it
+                parameter.grad = torch.zeros_like(parameter)
+            gradients[name] = parameter.grad.numpy().copy()
+        return {name: float(v[0] / v[1]) for name, v in report.items()}, gradients
+
+    def find_rounding(self, batch: Batch, gradients: Gradients) -> dict[str, float]:
+        """How far each of the batch's gradients moves, in the 2-norm, when the last bit of every weight does."""
+        kept = [None if p.grad is None else p.grad.clone() for p in self.modules.parameters()]
+        moved = [self._find_gradients_nearby(batch, seed) for seed in range(5)]
+        for parameter, gradient in zip(self.modules.parameters(), kept, strict=True):
+            parameter.grad = gradient
+        return {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients}
+
+    def update(self) -> None:
+        """One optimizer step by the gradients on the parameters."""
         if self._args.clip_grad > 0:
             nn.utils.clip_grad_norm_(self.modules.parameters(), self._args.clip_grad)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate_at(self._args, self._num_steps, group["factor"])
         self._optimizer.step()
         self._num_steps += 1
-        return ReferenceStep(losses=losses, gradients=gradients, rounding=rounding)
+
+    @property
+    def parameters(self) -> Gradients:
+        """`module/parameter` -> value, trained or not."""
+        return {name: parameter.detach().numpy().copy() for name, parameter in self._named_parameters()}
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for module, stage in self.modules.items():
+            for name, parameter in stage.named_parameters():
+                yield f"{module}/{name}", parameter
 
     @torch.no_grad()
-    def _find_gradients_nearby(self, batch: Batch, seed: int) -> dict[str, np.ndarray]:
+    def _find_gradients_nearby(self, batch: Batch, seed: int) -> Gradients:
         """Gradients with every weight one float up or down, as a coin decides."""
         coins = torch.Generator().manual_seed(seed)
         kept = [parameter.clone() for parameter in self.modules.parameters()]
@@ -111,27 +109,10 @@ class Reference:
             up = torch.rand(parameter.shape, generator=coins) < 0.5
             parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
         with torch.enable_grad():
-            _, gradients = self._find_gradients(batch)
+            _, gradients = self.find_gradients(batch)
         for parameter, value in zip(self.modules.parameters(), kept, strict=True):
             parameter.copy_(value)
         return gradients
-
-    def _find_gradients(self, batch: Batch) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Losses and gradients of a batch; the gradients stay on the parameters."""
-        self._optimizer.zero_grad()
-        loss, num_tokens, report = self._forward(batch)
-        if loss.requires_grad:  # not where this batch brings nothing to what is trained
-            (loss / num_tokens).backward()
-        gradients = {}
-        parameter: nn.Parameter
-        for module, stage in self.modules.items():
-            for name, parameter in stage.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                if parameter.grad is None:  # no item of this batch reached it
-                    parameter.grad = torch.zeros_like(parameter)
-                gradients[f"{module}/{name}"] = parameter.grad.numpy().copy()
-        return {name: float(v[0] / v[1]) for name, v in report.items()}, gradients
 
     def _forward(self, batch: Batch) -> tuple[Tensor, float, dict[str, Tensor]]:
         """(weighted loss sum, loss tokens, report) over all modules, in the DAG's order."""

@@ -81,13 +81,13 @@ class MosaicModel(MegatronModule):
         for stage in self.stages.values():
             stage.scale_gradients(factor)
 
-    def start_sync(self, modules: Iterable[str], *, whole: bool) -> None:
-        """Begin to sum these modules' gradients over their data-parallel ranks; `whole`: all of them on every rank."""
+    def start_sync(self, modules: Iterable[str]) -> None:
+        """Begin to sum these modules' gradients over their data-parallel ranks."""
         together = tuple(modules)
         if together not in self._joined:
             self._joined[together] = join_buckets(stage for name in together for stage in self.stages_of(name))
         for buckets in self._joined[together]:
-            buckets.start(whole=whole)
+            buckets.start()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -83,8 +83,13 @@ def is_first_replica(stage: MegatronModule, name: str, parameter: nn.Parameter) 
     """Whether this rank is the first of all that hold the same slice."""
     groups = groups_of(stage)
     copies = groups.expt_dp if is_expert(name) else groups.dp_cp
+    return copies.rank() == 0 and is_first_of_tp(stage, name, parameter)
+
+
+def is_first_of_tp(stage: MegatronModule, name: str, parameter: nn.Parameter) -> bool:
+    """Whether this rank is the first of the tp ranks that hold the same slice: all do, where it is not cut."""
     replicated = not is_expert(name) and cut_of(stage, name, parameter) is None
-    return copies.rank() == 0 and not (replicated and groups.tp.rank())
+    return not (replicated and groups_of(stage).tp.rank())
 
 
 def groups_of(stage: MegatronModule) -> ProcessGroupCollection:

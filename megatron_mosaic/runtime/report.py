@@ -1,4 +1,4 @@
-"""Who looks on while a rank trains, and what they leave behind: losses, timeline, measures, gradients.
+"""Who looks on while a rank trains, and what they leave behind: losses, timeline, measures, dumps.
 
 Nothing here changes what is computed.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
-from megatron_mosaic.runtime.model import MosaicModel, module_of
-from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
+from megatron_mosaic.runtime.dumps.writer import Dump
+from megatron_mosaic.runtime.model import MosaicModel
 from megatron_mosaic.schedules.timeline import Span
 
 LOSSES_FILE = "losses.jsonl"
@@ -83,33 +83,6 @@ class StepReport:
         (self._directory / TIMELINE_FILE).write_text(json.dumps(data), encoding="utf-8")
 
 
-class GradientDump:
-    """Writes the finished gradients of every step: one .npz per step and rank, keyed by module and whole-module name.
-
-    A slice of a tensor carries `|dim|pieces|rank` behind its name: see parameters.Cut. `_step` is the next to write.
-    """
-
-    def __init__(self, directory: str, rank: int) -> None:
-        self._directory, self._rank = Path(directory), rank
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._step = 0
-
-    def write(self, model: MosaicModel) -> None:
-        """The gradients as they stand."""
-        arrays = {}
-        for key, wrapped in model.stages.items():
-            stage = wrapped.module
-            for name, parameter in stage.named_parameters():
-                if not parameter.requires_grad or not is_first_replica(stage, name, parameter):
-                    continue
-                cut = cut_of(stage, name, parameter)
-                place = f"|{cut.dim}|{cut.pieces}|{cut.rank}" if cut else ""
-                whole = f"{module_of(key)}/{whole_name(stage, name)}{place}"
-                arrays[whole] = parameter.main_grad.float().cpu().numpy()
-        np.savez(self._directory / f"step-{self._step:04d}-rank-{self._rank:05d}.npz", **arrays)
-        self._step += 1
-
-
 class UnitStatistics:
     """How units fell onto this rank's dp slots: which were empty, and how far the busiest slot was above the mean."""
 
@@ -140,12 +113,7 @@ class Observers:
     units: UnitStatistics | None = None
     meter: ActivationMeter | None = None
     report: StepReport | None = None
-    gradients: GradientDump | None = None
-
-    @property
-    def need_whole_gradients(self) -> bool:
-        """Whether every rank has to sum all gradients, even if a distributed optimizer needs only its shard."""
-        return self.gradients is not None
+    dump: Dump | None = None
 
     def forward(
         self, module: str, unit: Hashable, kept: Iterable[Tensor] = ()
@@ -163,13 +131,15 @@ class Observers:
         if self.report is not None:
             self.report.add_losses(losses)
 
-    def finished_gradients(self, model: MosaicModel) -> None:
-        """The optimizer is about to use them."""
-        if self.gradients is not None:
-            self.gradients.write(model)
+    def finished_gradients(self, model: MosaicModel, optimizers: ModuleOptimizers) -> None:
+        """The optimizers are about to use them."""
+        if self.dump is not None:
+            self.dump.write_gradients(model, optimizers)
 
-    def finished_step(self, spans: Sequence[Span]) -> None:
-        """A training step and its optimizer's took these spans on this rank."""
+    def finished_step(self, model: MosaicModel, spans: Sequence[Span]) -> None:
+        """A training step and its optimizer's took these spans on this rank, and left these parameters."""
+        if self.dump is not None:
+            self.dump.write_parameters(model)
         if self.report is not None:
             self.report.add_spans(spans)
 
@@ -178,23 +148,3 @@ class Observers:
         peaks = dict.fromkeys(modules, 0) | (self.meter.peak_bytes if self.meter else {})
         found = self.units.measures() if self.units else {}
         return {"peak_activation_bytes_by_module": peaks, **found}
-
-
-def read_gradients(directory: str | Path, step: int) -> dict[str, np.ndarray]:
-    """`module/parameter` -> whole gradient of one step, shards put together."""
-    slices: dict[str, dict[int, np.ndarray]] = {}
-    cuts: dict[str, tuple[int, int]] = {}
-    whole: dict[str, np.ndarray] = {}
-    for path in sorted(Path(directory).glob(f"step-{step:04d}-rank-*.npz")):
-        with np.load(path, allow_pickle=False) as arrays:
-            for key, array in arrays.items():
-                name, *place = key.split("|")
-                if place:
-                    dim, pieces, rank = map(int, place)
-                    cuts[name] = (dim, pieces)
-                    slices.setdefault(name, {})[rank] = array
-                else:
-                    whole[name] = array
-    for name, parts in slices.items():
-        whole[name] = put_together([parts[rank] for rank in sorted(parts)], *cuts[name])
-    return whole

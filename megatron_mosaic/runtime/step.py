@@ -156,7 +156,7 @@ class StepRunner:
 
     def _tools(self, forward_step: ForwardStep, model: MosaicModel) -> LaneTools:
         """What a training step's lanes work with."""
-        whole, scale = self._observers.need_whole_gradients, model.config.grad_scale_func
+        scale = model.config.grad_scale_func
         overlaps = model.ddp_config.overlap_grad_reduce
         return LaneTools(
             definition=self._definition,
@@ -167,7 +167,7 @@ class StepRunner:
             streams=lambda module: self._scopes.states()[module],
             activate_again=self._activate_again,
             scale_loss=unscaled if scale is None else scale,
-            finished=(lambda module: model.start_sync([module], whole=whole)) if overlaps else lambda module: None,
+            finished=(lambda module: model.start_sync([module])) if overlaps else lambda module: None,
         )
 
     def _begin(
@@ -193,12 +193,11 @@ class StepRunner:
 
     def _sum_gradients(self, model: MosaicModel) -> None:
         """Sum gradients inside every module: all modules at once, unless each has begun after its last backward."""
-        whole = self._observers.need_whole_gradients
         if not model.ddp_config.overlap_grad_reduce:
-            model.start_sync(self._grids.collections, whole=whole)
+            model.start_sync(self._grids.collections)
         for name, groups in self._grids.collections.items():
             with self._scopes.enter(name):
-                finalize_model_grads(model.stages_of(name), None, pg_collection=groups, force_all_reduce=whole)
+                finalize_model_grads(model.stages_of(name), None, pg_collection=groups)
 
 
 def _read_metadata(definition: ModelDefinition, batch: Batch) -> Metadata:

@@ -53,8 +53,9 @@ from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.checkpoint import Checkpoints
+from megatron_mosaic.runtime.dumps.writer import Dump
 from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
-from megatron_mosaic.runtime.report import GradientDump, Observers, StepReport, UnitStatistics
+from megatron_mosaic.runtime.report import Observers, StepReport, UnitStatistics
 from megatron_mosaic.runtime.step import Collate, Samples, StepRunner
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
@@ -189,15 +190,17 @@ class Runtime:
                     group["max_lr"], group["min_lr"] = factor * config.lr, factor * config.min_lr
         return optimizer
 
-    def _around_optimizer(self, model: MosaicModel, step: Callable[[], Stepped]) -> Stepped:
+    def _around_optimizer(
+        self, model: MosaicModel, optimizers: ModuleOptimizers, step: Callable[[], Stepped]
+    ) -> Stepped:
         """The optimizer's step as a span of its own, between what observers want to see."""
 
         def work() -> Stepped:
-            self.observers.finished_gradients(model)
+            self.observers.finished_gradients(model, optimizers)
             return step()
 
         result = self.executor.record("~optimizer", work)
-        self.observers.finished_step(self.executor.spans)
+        self.observers.finished_step(model, self.executor.spans)
         return result
 
 
@@ -244,7 +247,7 @@ def _observers_from_args(args: argparse.Namespace, view: RankView) -> Observers:
         units=UnitStatistics(view.plan.modules),
         meter=ActivationMeter() if args.mosaic_measure_activations else None,
         report=StepReport(args.mosaic_report, view.rank) if args.mosaic_report else None,
-        gradients=GradientDump(args.mosaic_dump_gradients, view.rank) if args.mosaic_dump_gradients else None,
+        dump=Dump(args.mosaic_dump_gradients, view.rank) if args.mosaic_dump_gradients else None,
     )
 
 

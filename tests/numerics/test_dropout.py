@@ -13,7 +13,7 @@ import pytest
 from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, Recompute
-from megatron_mosaic.runtime.report import read_gradients
+from megatron_mosaic.runtime.dumps.reader import read_gradients
 from tests.numerics import parity_cases as cases
 
 pytestmark = pytest.mark.dist

@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
-from megatron_mosaic.parity.check import TOLERANCE, check_plan
+from megatron_mosaic.parity.check import check_plan
+from megatron_mosaic.parity.verdict import TOLERANCE
 from megatron_mosaic.runtime import model, step, train
 from tests.numerics import parity_cases as cases
 from tests.numerics.parity_cases import written
@@ -103,12 +104,34 @@ def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> No
     assert min(parity.grad_rel_err_by_module[name] for name in ("generator", "llm")) > 0.01
 
 
-def test_an_optimizer_that_clips_by_a_wrong_norm_shows_in_the_second_step(parity_of_two_ranks, monkeypatch) -> None:
+def test_clipping_by_a_wrong_norm_shows_in_what_the_first_step_leaves(parity_of_two_ranks, monkeypatch) -> None:
     from megatron_mosaic.parallel_state_ext.optimizers import module_optimizers as optimizer
 
     clip = optimizer.clip_grad_by_total_norm_fp32
     monkeypatch.setattr(
         optimizer, "clip_grad_by_total_norm_fp32", lambda parameters, limit, norm: clip(parameters, limit, 2 * norm)
     )
-    assert parity_of_two_ranks(steps=1).ok  # gradients are compared before they are clipped
-    assert not parity_of_two_ranks(steps=2).ok
+    parity = parity_of_two_ranks(steps=1)
+    assert parity.grad_rel_err_max <= TOLERANCE  # gradients are compared before they are clipped
+    assert not parity.ok and min(parity.parameter_rel_err_by_module.values()) > TOLERANCE, parity.as_dict()
+
+
+def test_a_replica_that_is_not_stepped_shows_after_the_first_step(parity_of_two_ranks, monkeypatch) -> None:
+    """Vision is on both ranks: rank 1 keeps its weights, and no gradient of this step knows."""
+    from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
+
+    step_all = ModuleOptimizers._step_all
+
+    def without_vision(self):
+        kept = {p: p.detach().clone() for p in self.by_module["vision"].get_parameters()}
+        stepped = step_all(self)
+        if dist.get_rank() == 1:
+            for parameter, value in kept.items():
+                parameter.data.copy_(value)
+        return stepped
+
+    monkeypatch.setattr(ModuleOptimizers, "_step_all", without_vision)
+    parity = parity_of_two_ranks(steps=1)
+    assert not parity.ok and parity.grad_rel_err_max <= TOLERANCE
+    assert parity.worst_replica.endswith("on rank 1")
+    assert {name for name, e in parity.parameter_rel_err_by_module.items() if e > TOLERANCE} == {"vision"}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.parity.check import TOLERANCE, check_plan, gradient_error
+from megatron_mosaic.parity.check import check_plan
+from megatron_mosaic.parity.verdict import MOST_EXCUSED, TOLERANCE, gradient_error
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload import Edge, Role, Workload
@@ -75,11 +76,11 @@ def test_its_being_wrong_by_a_hundredth_is_still_found(parity, monkeypatch) -> N
 
 @given(st.floats(1e-9, 1e-1), st.floats(1e-9, 1e-1))
 def test_what_counts_of_an_error(relative, rounding) -> None:
-    """It is an error, and rounding only if it is above the tolerance and no more than 20 roundings."""
+    """It is an error, and rounding only if it is above the tolerance and no more than 20 roundings and a thousandth."""
     expected = np.array([3.0, 4.0])
     measured, is_rounding = gradient_error(expected * (1 + relative), expected, 5 * rounding)
     assert measured == pytest.approx(relative, rel=1e-6)
-    assert is_rounding == (TOLERANCE < measured <= 20 * rounding)
+    assert is_rounding == (TOLERANCE < measured <= min(MOST_EXCUSED, 20 * rounding))
 
 
 def test_nothing_excuses_a_nan_or_a_gradient_out_of_nothing() -> None:

@@ -1,8 +1,7 @@
-"""Gradient shards of many ranks put together; the plain parts of a report in one process."""
+"""The plain parts of a report in one process."""
 
 import json
 
-import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -11,46 +10,11 @@ from megatron_mosaic.runtime.report import (
     LOSSES_FILE,
     MEASURES_FILE,
     TIMELINE_FILE,
-    GradientDump,
     Observers,
     StepReport,
     UnitStatistics,
-    read_gradients,
 )
 from megatron_mosaic.schedules.timeline import Span
-
-
-def test_shards_are_joined_along_their_dim_in_tp_order(tmp_path) -> None:
-    """Cut by hand with numpy, written by ranks whose order is not the tp order."""
-    rows, columns, plain = np.arange(24.0).reshape(12, 2), np.arange(24.0).reshape(2, 12), np.arange(3.0)
-    for tp, rank in enumerate((7, 2, 5)):
-        arrays = {
-            f"llm/a.weight|0|1|{tp}": rows[4 * tp : 4 * tp + 4],
-            f"llm/b.weight|1|1|{tp}": columns[:, 4 * tp : 4 * tp + 4],
-        }
-        np.savez(tmp_path / f"step-0003-rank-{rank:05d}.npz", **arrays)
-    np.savez(tmp_path / "step-0003-rank-00011.npz", **{"vision/bias": plain})
-    np.savez(tmp_path / "step-0004-rank-00011.npz", **{"vision/bias": -plain})
-    whole = read_gradients(tmp_path, 3)
-    assert sorted(whole) == ["llm/a.weight", "llm/b.weight", "vision/bias"]
-    np.testing.assert_array_equal(whole["llm/a.weight"], rows)
-    np.testing.assert_array_equal(whole["llm/b.weight"], columns)
-    np.testing.assert_array_equal(whole["vision/bias"], plain)
-
-
-def test_twelve_shards_join_by_number_not_by_text(tmp_path) -> None:
-    for tp in range(12):
-        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/w|0|1|{tp}": np.array([float(tp)])})
-    np.testing.assert_array_equal(read_gradients(tmp_path, 0)["llm/w"], np.arange(12.0))
-
-
-def test_halves_of_a_gated_matrix_are_joined_each_by_itself(tmp_path) -> None:
-    """Shard 0 holds rows 0-1 of the gate and 0-1 of the values; whole, all gates come first."""
-    gate, value = np.arange(8.0).reshape(4, 2), -np.arange(8.0).reshape(4, 2)
-    for tp in range(2):
-        shard = np.concatenate([gate[2 * tp : 2 * tp + 2], value[2 * tp : 2 * tp + 2]])
-        np.savez(tmp_path / f"step-0000-rank-{tp:05d}.npz", **{f"llm/fc1|0|2|{tp}": shard})
-    np.testing.assert_array_equal(read_gradients(tmp_path, 0)["llm/fc1"], np.concatenate([gate, value]))
 
 
 @pytest.fixture
@@ -103,17 +67,17 @@ def test_unit_statistics_by_hand() -> None:
     }
 
 
-def test_nobody_looks_on_without_observers(tmp_path) -> None:
+def test_nobody_looks_on_without_observers() -> None:
     nobody, meter = Observers(), ActivationMeter()
     with nobody.forward("llm", 0):
         pass
     nobody.backward("llm", 0)
     nobody.losses({"lm loss": 1.0})
-    nobody.finished_step([])
+    nobody.finished_gradients(None, None)
+    nobody.finished_step(None, [])
     assert nobody.measures(["llm"]) == {"peak_activation_bytes_by_module": {"llm": 0}}
-    assert not nobody.need_whole_gradients
-    somebody = Observers(meter=meter, gradients=GradientDump(str(tmp_path), 0))
+    somebody = Observers(meter=meter)
     with somebody.forward("llm", 0):
         pass
     somebody.backward("llm", 0)
-    assert meter.peak_bytes == {"llm": 0} and somebody.need_whole_gradients
+    assert meter.peak_bytes == {"llm": 0}

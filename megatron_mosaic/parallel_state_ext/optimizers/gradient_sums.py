@@ -40,9 +40,9 @@ class JoinedBuckets:
         buckets = [bucket for member in members for bucket in member.buckets]
         self._joined = BucketGroup(buckets, members[0].ddp_config, ranks, ranks.size())
 
-    def start(self, *, whole: bool) -> None:
-        """Begin the sum; DistributedDataParallel's `finish_grad_sync` waits. `whole`: every rank gets all of it."""
-        self._joined.start_grad_sync(force_all_reduce=whole)
+    def start(self) -> None:
+        """Begin the sum; DistributedDataParallel's `finish_grad_sync` waits."""
+        self._joined.start_grad_sync()
         work = SharedWork(take_handle(self._joined))
         for member in self._members:
             give_handle(member, work)

@@ -36,7 +36,7 @@ from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.rebound.torch_adam import accept_torch_adam
 
 Stepped = tuple[bool, float | None, int | None]  # whether it was, the global gradient norm, None as Megatron wants it
-Around = Callable[[Callable[[], Stepped]], Stepped]  # runs a step that it is given
+Around = Callable[["ModuleOptimizers", Callable[[], Stepped]], Stepped]  # runs a step of theirs that it is given
 
 
 class NotFinite(StrEnum):
@@ -46,7 +46,7 @@ class NotFinite(StrEnum):
     refuse = "refuse"  # a FloatingPointError on every rank
 
 
-def just_run(step: Callable[[], Stepped]) -> Stepped:
+def just_run(_: ModuleOptimizers, step: Callable[[], Stepped]) -> Stepped:
     """The step with nothing around it."""
     return step()
 
@@ -82,7 +82,7 @@ class ModuleOptimizers(ChainedOptimizer):
 
         With `NotFinite.refuse` that is a FloatingPointError on every rank, and names the modules.
         """
-        return self._around(self._step_all)
+        return self._around(self, self._step_all)
 
     def _step_all(self) -> Stepped:
         statistics = torch.zeros(2, len(self._names), dtype=torch.float64, device=device())  # norm^2, not finite
