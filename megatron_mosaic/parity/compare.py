@@ -35,7 +35,7 @@ def compare(plan: Plan, steps: int, directory: Path) -> Parity:
             for name, value in reference.losses.items()
         ),
         grad_rel_err_by_module=gradients.by_module,
-        worst_parameter=gradients.worst[0],
+        worst_parameter=gradients.worst,
         ill_conditioned=gradients.ill_conditioned,
         wholly_excused_modules=tuple(sorted(gradients.wholly_excused)),
         unexercised_modules=tuple(sorted(gradients.trained - gradients.exercised)),
@@ -53,33 +53,45 @@ class _Gradients:
     """What the gradients of the steps so far say. `trained`: modules that have one; `exercised`: one that is not 0."""
 
     def __init__(self, modules: Collection[str]) -> None:
-        self.by_module = dict.fromkeys(modules, 0.0)
-        self.worst = ("", 0.0)
+        self._modules = tuple(modules)
+        self._errors: dict[str, float] = {}  # by "module/parameter in step N"
         self.ill_conditioned: dict[str, float] = {}
         self.excused: set[str] = set()  # the parameters of those
         self.trained: set[str] = set()
         self.exercised: set[str] = set()
         self.wholly_excused: set[str] = set()
 
+    @property
+    def by_module(self) -> dict[str, float]:
+        """Largest error of each module that is not excused."""
+        found = dict.fromkeys(self._modules, 0.0)
+        for name, error in self._errors.items():
+            found[_module(name)] = max(found[_module(name)], error)
+        return found
+
+    @property
+    def worst(self) -> str:
+        """Whose error is the largest of all; empty where there is none."""
+        name, error = max(self._errors.items(), key=lambda pair: pair[1], default=("", 0.0))
+        return name if error else ""
+
     def add(self, step: int, expected: ReferenceStep, ours: dict[str, np.ndarray]) -> None:
         """The gradients of one step."""
         _require_same_names(expected.gradients.keys(), ours.keys())
         judged, excused = set(), set()  # modules with a gradient that counts, and that does not
         for name, gradient in expected.gradients.items():
-            module = name.partition("/")[0]
-            self.trained.add(module)
+            self.trained.add(_module(name))
             relative, is_rounding = gradient_error(ours[name], gradient, expected.rounding.get(name, 0.0))
             if is_rounding:
                 self.ill_conditioned[_in_step(name, step)] = relative
                 self.excused.add(name)
-                excused.add(module)
-            elif gradient.any():
-                judged.add(module)
-            if not is_rounding:
-                self.by_module[module] = max(self.by_module[module], relative)
-                self.worst = max(self.worst, (_in_step(name, step), relative), key=lambda pair: pair[1])
-        self.exercised |= judged | excused
-        self.wholly_excused |= excused - judged
+                excused.add(_module(name))
+            else:
+                self._errors[_in_step(name, step)] = relative
+                if gradient.any():
+                    judged.add(_module(name))
+        self.exercised.update(judged | excused)
+        self.wholly_excused.update(excused - judged)
 
 
 def _compare_parameters(
@@ -99,8 +111,7 @@ def _compare_parameters(
         error = ratio(norm(values - place.of(expected[place.name], len(values))), sizes[place.name])
         if place.name in excused and error <= MOST_EXCUSED:
             continue
-        module = place.name.partition("/")[0]
-        by_module[module] = max(by_module[module], error)
+        by_module[_module(place.name)] = max(by_module[_module(place.name)], error)
         worst = max(worst, (f"{place.name} on rank {rank}", error), key=lambda pair: pair[1])
     _require_same_names(expected.keys(), found)
     return by_module, worst[0]
@@ -110,6 +121,10 @@ def _require_same_names(expected: Collection[str], ours: Collection[str]) -> Non
     if differing := sorted({*expected} ^ {*ours}):
         some = f"{len(differing)} parameters on one side only, e.g. {differing[0]}"
         raise ConfigError("check", got=some, expected="the reference's parameters", fix="report this")
+
+
+def _module(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _in_steps(errors: list[dict[str, float]]) -> dict[str, float]:

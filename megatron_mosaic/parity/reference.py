@@ -65,6 +65,7 @@ class Reference:
         if loss.requires_grad:  # not where this batch brings nothing to what is trained
             (loss / num_tokens).backward()
         gradients = {}
+        parameter: nn.Parameter
         for name, parameter in self._named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -74,11 +75,12 @@ class Reference:
         return {name: float(v[0] / v[1]) for name, v in report.items()}, gradients
 
     def find_rounding(self, batch: Batch, gradients: Gradients) -> dict[str, float]:
-        """How far each of the batch's gradients moves, in the 2-norm, when the last bit of every weight does."""
-        kept = [None if p.grad is None else p.grad.clone() for p in self.modules.parameters()]
+        """How far each of the batch's gradients moves, in the 2-norm, when the last bit of every weight does.
+
+        Leaves the batch's own gradients on the parameters.
+        """
         moved = [self._find_gradients_nearby(batch, seed) for seed in range(5)]
-        for parameter, gradient in zip(self.modules.parameters(), kept, strict=True):
-            parameter.grad = gradient
+        self.find_gradients(batch)
         return {name: _distance([near[name] for near in moved], gradients[name]) for name in gradients}
 
     def update(self) -> None:

@@ -31,7 +31,7 @@ class Dump:
 
     def write_gradients(self, model: MosaicModel, optimizers: ModuleOptimizers) -> None:
         """The gradients that the optimizers are about to use: `step-STEP-rank-RANK.npz`."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         shards = {name: list_shards(optimizer) for name, optimizer in optimizers.by_module.items()}
         for module, stage, name, parameter in _parameters(model):
             if not parameter.requires_grad:

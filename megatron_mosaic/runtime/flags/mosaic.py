@@ -20,7 +20,9 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--mosaic-schedule", metavar="FILE", help="text of the schedule of training steps")
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
     group.add_argument(
-        "--mosaic-dump-gradients", metavar="DIR", help="write every step's gradients here (parity checks)"
+        "--mosaic-dump-gradients",
+        metavar="DIR",
+        help="write gradients of every step and the last parameters (parity checks)",
     )
     group.add_argument(
         "--mosaic-lr-mult",
