@@ -7,7 +7,7 @@ tokens are split over cp ranks, and norms that work on a tp rank's share of the 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,21 @@ from megatron_mosaic.plan import ModulePlan, Recompute
 from megatron_mosaic.plan.workload import ModuleConfig, Role
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRange:
+    """Virtual stages of one rank (pp 1) are to Megatron's blocks, which know virtual stages of pipelines only, stages
+    of a pipeline: they ask their group which layers are theirs, and nothing else."""
+
+    number: int
+    count: int
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return self.count
+
+
 def build_block(
     config: TransformerConfig,
     mask: AttnMaskType,
@@ -46,6 +61,9 @@ def build_block(
 ) -> TransformerBlock:
     """The layers of one virtual stage, and the final norm on the last one."""
     chunk_or_none = chunk if config.virtual_pipeline_model_parallel_size else None
+    if config.pipeline_model_parallel_size != pg_collection.pp.size():
+        ranges = LayerRange(number=chunk, count=config.pipeline_model_parallel_size)
+        pg_collection = ProcessGroupCollection(**(vars(pg_collection) | {"pp": ranges}))
     if HAVE_TE and config.transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm)
         spec: Any = layer
@@ -156,8 +174,8 @@ def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) 
         "tensor_model_parallel_size": layout.tp,
         "tensor_parallel_num_weight_shards": layout.tp,
         "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_size": layout.pp if layout.pp > 1 else layout.vpp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 and layout.pp > 1 else None,
         "pipeline_model_parallel_layout": None,
         "decoder_first_pipeline_num_layers": None,
         "decoder_last_pipeline_num_layers": None,

@@ -66,6 +66,10 @@ class ModuleView:
         """The virtual stages on this rank."""
         return range(self.placed.layout.vpp)
 
+    def chunk_of_neighbour(self, chunk: int, step: int) -> int:
+        """The virtual stage on the neighbour that comes after (+1) or before (-1) this one here."""
+        return chunk + step * self.neighbours[step].wraps
+
     def is_first(self, chunk: int) -> bool:
         """Whether the virtual stage is the module's first, where rows arrive and no hidden states do."""
         return (self.at.pp, chunk) == (0, 0)

@@ -49,8 +49,6 @@ class Layout:
                 raise PlanError(
                     f"layout.{axis.name}", got=getattr(self, axis.name), expected="at least 1", fix=f"set {axis.name}"
                 )
-        if self.vpp > 1 and self.pp == 1:
-            raise PlanError("layout.vpp", got=self.vpp, expected="1 with pp 1", fix="set vpp: 1, or raise pp")
         if self.num_ranks // self.pp % (self.ep * self.etp):
             raise PlanError(
                 "layout.ep",

@@ -117,6 +117,14 @@ def validate_plan(
     _validate_names(plan, workload)
     for module in workload.modules:
         _validate_layout(plan.modules[module.name], module)
+    backbone = plan.modules[workload.backbone.name].layout
+    if backbone.vpp > 1 and backbone.pp == 1:
+        raise PlanError(
+            f"modules.{workload.backbone.name}.layout.vpp",
+            got=backbone.vpp,
+            expected="1 with pp 1: layer ranges of one rank fill bubbles of the backbone, which has none then",
+            fix="set vpp: 1, or raise pp",
+        )
     if plan.modules[workload.backbone.name].unit > 1:
         raise PlanError(
             f"modules.{workload.backbone.name}.unit",

@@ -138,7 +138,7 @@ class LaneRunner:
         if self._trains and not self._runs_again:
             self._live[unit, action.chunk] = live
         if live.output.hidden is not None:
-            self._exchange.send_hidden(name, live.output.hidden, towards=+1)
+            self._exchange.send_hidden(name, unit, action.chunk, live.output.hidden, towards=+1)
         else:
             self._exchange.send_exports(name, unit, live.output.exports)
         return start_s, end_s
@@ -169,7 +169,7 @@ class LaneRunner:
             for source, rows in imports.items():
                 imports[source] = rows.detach().requires_grad_(self._trains and source in self._workload.has_backward)
         else:
-            hidden = self._exchange.receive_hidden(name, shard, origin=-1)
+            hidden = self._exchange.receive_hidden(name, unit, action.chunk, shard, origin=-1)
             hidden.requires_grad_(self._trains and self._workload.hidden_has_gradient(name))
         exports_at = self._exchange.export_places(name, unit) if self._module.is_last(action.chunk) else {}
         return StageInputs(
@@ -209,7 +209,7 @@ class LaneRunner:
             self._exchange.send_import_gradients(name, unit, live.inputs.imports)
         elif hidden.requires_grad:
             gradient = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
-            self._exchange.send_hidden(name, gradient, towards=-1)
+            self._exchange.send_hidden(name, unit, action.chunk, gradient, towards=-1)
         return start_s, end_s
 
     def _receive_gradients(self, action: Action, shard: Shard) -> Mapping[str, Tensor]:
@@ -218,7 +218,7 @@ class LaneRunner:
         if self._module.is_last(action.chunk):
             return self._exchange.receive_export_gradients(name, action.unit)
         if self._workload.hidden_has_gradient(name):
-            return {name: self._exchange.receive_hidden(name, shard, origin=+1)}
+            return {name: self._exchange.receive_hidden(name, action.unit, action.chunk, shard, origin=+1)}
         return {}
 
     def _pair(self, live: _Live, gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:

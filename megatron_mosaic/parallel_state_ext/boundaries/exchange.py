@@ -119,11 +119,12 @@ class Exchange:
 
     # -- hidden states inside a module ---------------------------------------------------------------------------
 
-    def send_hidden(self, module: str, hidden: Tensor, *, towards: int) -> None:
-        """Post hidden states to the next stage (+1), or their gradients to the one before (-1)."""
-        self._channels.hidden(module).send(hidden, towards=towards)
+    def send_hidden(self, module: str, unit: int, chunk: int, hidden: Tensor, *, towards: int) -> None:
+        """Post hidden states of this (virtual) stage to the next one (+1), or gradients to the one before (-1)."""
+        arrives_at = (unit, self._modules[module].chunk_of_neighbour(chunk, towards))
+        self._channels.hidden(module).send(hidden, arrives_at, towards=towards)
 
-    def receive_hidden(self, module: str, shard: Shard, *, origin: int) -> Tensor:
+    def receive_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> Tensor:
         """[tokens, items, hidden_size] of this rank's shard, from the stage before (-1) or after (+1)."""
         shape = (len(shard.tokens), len(shard.items), self._workload.by_name[module].hidden_size)
-        return self._channels.hidden(module).receive(shape, origin=origin)
+        return self._channels.hidden(module).receive(shape, (unit, chunk), origin=origin)

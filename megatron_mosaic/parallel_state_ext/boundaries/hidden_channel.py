@@ -1,4 +1,7 @@
-"""The hand-over of hidden states between the stages of one module, and of their gradients the other way."""
+"""The hand-over of hidden states between the stages of one module, and of their gradients the other way.
+
+Between virtual stages of one rank (pp 1) they are handed over by reference.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,40 @@ from torch import Tensor
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 
+Place = tuple[int, int]
+
 
 class HiddenChannel:
-    """Messages of one rank of a module with several stages: +1 is the stage after, -1 the stage before."""
+    """Messages of one rank of a module with several stages: +1 is the stage after, -1 the stage before. A `place` is
+    the unit and the chunk at which one arrives."""
 
     def __init__(self, module: ModuleView, grids: Grids, *, dtype: torch.dtype, device: torch.device) -> None:
         self._neighbours, self._dtype, self._device = module.neighbours, dtype, device
+        self._stays = module.placed.layout.pp == 1
+        self._kept: dict[tuple[int, Place], Tensor] = {}  # by the way it goes
         self._groups = {  # by the way that a message goes
             (towards, neighbour.wraps): grids.pipeline_group(module.name, towards, wraps=neighbour.wraps)
             for step, neighbour in module.neighbours.items()
             for towards in (step, -step)
+            if not self._stays
         }
         self._outbox: list[tuple[dist.Work, Tensor]] = []
 
-    def send(self, hidden: Tensor, *, towards: int) -> None:
+    def send(self, hidden: Tensor, place: Place, *, towards: int) -> None:
         """Post hidden states to the next stage (+1), or their gradients to the one before (-1); never waits."""
+        if self._stays:
+            self._kept[towards, place] = hidden.detach()
+            return
         buffer = hidden.detach().contiguous()
         self._outbox[:] = [(work, kept) for work, kept in self._outbox if not work.is_completed()]
         neighbour = self._neighbours[towards]
         group = self._groups[towards, neighbour.wraps]
         self._outbox.append((dist.isend(buffer, dst=neighbour.rank, group=group), buffer))
 
-    def receive(self, shape: tuple[int, int, int], *, origin: int) -> Tensor:
+    def receive(self, shape: tuple[int, int, int], place: Place, *, origin: int) -> Tensor:
         """[tokens, items, hidden_size] from the stage before (-1) or after (+1). Waits for them."""
+        if self._stays:
+            return self._kept.pop((-origin, place))
         buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
         neighbour = self._neighbours[origin]
         dist.recv(buffer, src=neighbour.rank, group=self._groups[-origin, neighbour.wraps])
@@ -42,3 +56,4 @@ class HiddenChannel:
         for work, _ in self._outbox:
             work.wait()
         self._outbox.clear()
+        assert not self._kept, f"hidden states nobody took: {list(self._kept)}"
