@@ -1,4 +1,4 @@
-"""Markdown table of `mosaic check` over the layouts of docs/parity.md."""
+"""Markdown table of `mosaic check` over the layouts that the README names."""
 
 import json
 import subprocess

@@ -15,7 +15,7 @@ from megatron_mosaic.plan.layout import ModulePlan
 from megatron_mosaic.plan.training import TrainingSetup
 
 # Schedules that lay whole units of other modules around the backbone, and those that run modules of one rank at once
-NESTING = frozenset({"three_phase", "nested", "overlap"})
+NESTING = frozenset({"three_phase", "nested", "overlap", "bubble_fill"})
 CONCURRENT = frozenset({"overlap"})
 
 

@@ -5,11 +5,13 @@ Of every schedule a few run always; with `-m slow` at least six do.
 
 from __future__ import annotations
 
+from megatron_mosaic.plan.workload import Workload
 from tests.numerics.acceptance_cases import (
     ANY,
     AROUND,
     BACKBONE,
     EXPERTS,
+    MOE,
     ONE,
     TWO,
     A,
@@ -52,7 +54,23 @@ INTERLEAVED = [
         **{A: "0-1 dp2", BACKBONE: "0-3 tp2 pp2 vpp2", G: "2-3 pp2 vpp2"},
     ),
     pair("interleaved", "0-1 dp2", "0-1 pp2 vpp2", schedule="interleaved", microbatches=3),
+    pair("interleaved", "0-1 tp2 vpp2", "0-1 pp2 vpp2", schedule="interleaved", microbatches=4),
     pair("interleaved", "0 unit2", "1-2 pp2 vpp2", schedule="interleaved", microbatches=6),
+]
+# Encoders in the backbone's bubbles, cut into layer ranges (vpp) on one rank
+_BUBBLES: list[tuple[str, Workload, int, dict[str, str]]] = [
+    ("layer ranges", ONE, 8, {A: "0-1 dp2 vpp2", BACKBONE: "0-1 pp2"}),
+    ("long pipeline", ONE, 8, {A: "0-3 tp2 dp2 sp vpp2 unit2", BACKBONE: "0-3 pp4"}),
+    ("a generator of two ranges", ANY, 5, {A: "0-3 dp4 vpp2", BACKBONE: "0-3 pp2 dp2", G: "0-3 tp2 dp2 vpp2"}),
+    ("two encoders", TWO, 6, {A: "0-1 dp2 vpp4", B: "0-1 tp2 vpp2 unit1", BACKBONE: "0-1 pp2"}),
+    ("virtual stages", ONE, 4, {A: "0-1 cp2 vpp2 whole", BACKBONE: "0-1 pp2 vpp2"}),
+    ("chains, three consumers", *AROUND[4][1:]),
+    ("experts", MOE, 4, {A: "0-1 dp2 ep2 vpp2 full", BACKBONE: "0-3 pp2 dp2 ep2"}),
+    ("frozen, apart", frozen(ANY, A), 5, {A: "0 vpp2", BACKBONE: "1-2 pp2", G: "2-3 dp2 unit3"}),
+]
+BUBBLE_FILL = [
+    case("bubble_fill", name, model, schedule="bubble_fill", microbatches=count, **modules)
+    for name, model, count, modules in _BUBBLES
 ]
 # Forwards that leave no graph: on stages, chunks, experts, behind a projector
 WHOLE = [
@@ -73,5 +91,5 @@ WHOLE = [
         **{A: "0-1 pp2 whole", BACKBONE: "0-1 dp2"},
     ),
 ]
-ALWAYS: list[Case] = [OVERLAP[1], WHOLE[0]]
-SLOW: list[Case] = [each for each in [*OVERLAP, *INTERLEAVED, *WHOLE] if each not in ALWAYS]
+ALWAYS: list[Case] = [OVERLAP[1], BUBBLE_FILL[0], WHOLE[0]]
+SLOW: list[Case] = [each for each in [*OVERLAP, *INTERLEAVED, *BUBBLE_FILL, *WHOLE] if each not in ALWAYS]

@@ -37,10 +37,9 @@ def graphs(draw: st.DrawFn, schedule: str = "nested") -> StageGraph:
     if schedule == "interleaved":
         stages["llm"] = max(2, stages["llm"])
     chunked = {"llm"} if stages["llm"] > 1 and (schedule == "interleaved" or draw(st.booleans())) else set()
+    chunked |= {module for module in modules if module != "llm" and draw(st.sampled_from([True, False, False]))}
     if schedule == "1f1b":
         chunked = set()
-    if schedule == "interleaved":
-        chunked |= {module for module, count in stages.items() if count > 1 and draw(st.booleans())}
     others = [module for module in modules if module != "llm"]
     units = {module: draw(st.integers(1, 5)) for module in modules}
     if schedule in ("1f1b", "interleaved"):  # a consumer's unit is never longer than its producer's

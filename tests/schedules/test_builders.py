@@ -1,6 +1,8 @@
 """Builders that nest modules around the backbone: legal on any graph, few live units, and the closed form of W."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +12,14 @@ from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, Quota, ScheduleChoice
 from megatron_mosaic.schedules import SCHEDULES, Action, Kind, build, build_schedule
+from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from tests.cases import WORKLOAD, make_plan
 from tests.goldens import assert_golden
 from tests.schedules.graphs import graphs
 
-NESTING = ("three_phase", "nested", "overlap")
+NESTING = ("three_phase", "nested", "overlap", "bubble_fill")
 
 
 @pytest.mark.parametrize("name", NESTING)
@@ -108,6 +111,54 @@ def test_overlap_hides_what_runs_beside_the_backbone(num_microbatches, has_encod
     assert max(end.values()) <= 3 * num_microbatches + alone
     if num_microbatches > 1 and has_encoder:
         assert schedule.work.live_units("vision.0") == min(num_microbatches, 2 + has_generator)
+
+
+def nominal_length(schedule: Schedule, occupies: Mapping[str, frozenset[int]]) -> Fraction:
+    """When the last rank is done, if each runs its part of the order as soon as it can; an encoder's unit takes as long
+    as a microbatch on a stage of the backbone, a virtual stage its share."""
+    free: dict[int, Fraction] = {}
+    end: dict[tuple[Action, int], Fraction] = {}
+    for action in schedule.order:
+        share = 1 if action.module == "llm" else schedule.work.num_chunks[action.module]
+        for rank in occupies[action.lane]:
+            ready = [
+                end[need, r]
+                for need in schedule.needs(action)
+                for r in occupies[need.lane]
+                if need.lane != action.lane or r == rank
+            ]
+            start = max([free.get(rank, Fraction(0)), *ready])
+            free[rank] = end[action, rank] = start + Fraction(1 if action.kind is Kind.F else 2, share)
+    return max(free.values())
+
+
+@pytest.mark.parametrize(("p", "chunks", "hidden"), [(2, 1, 1), (4, 1, 2), (4, 2, 5), (4, 4, 5), (6, 2, 6)])
+def test_bubble_fill_hides_encoder_work_in_bubbles(p, chunks, hidden):
+    """1F1B leaves each rank 3 (p - 1) idle, and under `nested` an encoder's work is added to that. At most p - 1 of it
+    fit before the first backward of every rank, and in pieces of at most 1 as many where the pipeline drains."""
+    graph = StageGraph(
+        num_stages={"vision": 1, "llm": p},
+        edges=(("vision", "llm"),),
+        units={"vision": p, "llm": 1},
+        num_microbatches=8 * p,
+        has_backward=frozenset({"vision", "llm"}),
+        backbone="llm",
+        num_chunks={"vision": chunks} if chunks > 1 else {},
+        occupies={"vision.0": frozenset(range(p))} | {f"llm.{s}": frozenset({s}) for s in range(p)},
+    )
+    nested, filled = (SCHEDULES[name].build(graph) for name in ("nested", "bubble_fill"))
+    assert nominal_length(nested, graph.occupies) == 3 * (8 * p + p - 1) + 3 * 8
+    assert nominal_length(filled, graph.occupies) <= nominal_length(nested, graph.occupies) - hidden
+    longer = SCHEDULES["bubble_fill"].build(replace(graph, num_microbatches=32 * p))
+    live = filled.work.live_units("vision.0")
+    assert live == longer.work.live_units("vision.0") <= nested.work.live_units("vision.0") + p * chunks
+
+
+@settings(max_examples=20)
+@given(graphs("bubble_fill"))
+def test_bubble_fill_is_no_longer_than_nested(graph):
+    nested, filled = (SCHEDULES[name].build(graph) for name in ("nested", "bubble_fill"))
+    assert nominal_length(filled, graph.occupies) <= nominal_length(nested, graph.occupies)
 
 
 def test_tracks_are_those_that_have_quotas_and_share_ranks():

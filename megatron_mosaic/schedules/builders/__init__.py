@@ -9,6 +9,7 @@ from functools import lru_cache
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan, ScheduleChoice
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.schedules.builders.bubble_fill import bubble_fill
 from megatron_mosaic.schedules.builders.interleaved import interleaved
 from megatron_mosaic.schedules.builders.nested import nested
 from megatron_mosaic.schedules.builders.one_f_one_b import forward_only, one_f_one_b
@@ -32,8 +33,9 @@ SCHEDULES = {
     "three_phase": Builder(three_phase),
     "nested": Builder(nested, ("warmup_units",)),
     "overlap": Builder(overlap),
+    "bubble_fill": Builder(bubble_fill),
 }
-PLANNED = ("bubble_fill", "waves")
+PLANNED = ("waves",)
 
 
 def build_schedule(plan: Plan, workload: Workload, num_microbatches: int = 0) -> Schedule:

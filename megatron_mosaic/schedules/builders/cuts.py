@@ -17,6 +17,7 @@ from megatron_mosaic.schedules.builders.backbone import BackboneClock
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 Cuts = dict[str, list[int]]  # module -> time of each unit
+Piece = tuple[tuple[int, ...], Action]  # an action, and the key that gives its place among others
 BEFORE_ALL = -1
 
 
@@ -104,9 +105,14 @@ def hold_units(graph: StageGraph, chosen: int, slack: int) -> Callable[[str, Seq
 def lay_in_order(graph: StageGraph, clock: BackboneClock, forwards: Cuts, returned: Cuts) -> tuple[Action, ...]:
     """One order: the backbone's by its clock, and before what begins at a cut, its work: generators forward and back,
     then backwards of encoders, which make room, then their forwards."""
-    keyed: list[tuple[tuple[int, ...], Action]] = [
-        ((clock.start[action], 4, place), action) for place, action in enumerate(clock.actions)
-    ]
+    keyed: list[Piece] = [((clock.start[action], 4, place), action) for place, action in enumerate(clock.actions)]
+    keyed += list_pieces(graph, forwards, returned)
+    return tuple(action for _, action in sorted(keyed, key=lambda pair: pair[0]))
+
+
+def list_pieces(graph: StageGraph, forwards: Cuts, returned: Cuts) -> list[Piece]:
+    """The actions of all modules but the backbone, with keys that sort them; a key begins with the time of the cut."""
+    keyed: list[Piece] = []
     for number, module in enumerate(graph.num_stages):  # sources stand before what they feed
         if module == graph.backbone:
             continue
@@ -115,12 +121,10 @@ def lay_in_order(graph: StageGraph, clock: BackboneClock, forwards: Cuts, return
             keyed += _through(graph, module, Kind.F, unit, (at, forward, number))
         for unit, at in enumerate(returned.get(module, ())):
             keyed += _through(graph, module, Kind.B, unit, (at, backward, -number))
-    return tuple(action for _, action in sorted(keyed, key=lambda pair: pair[0]))
+    return keyed
 
 
-def _through(
-    graph: StageGraph, module: str, kind: Kind, unit: int, key: tuple[int, ...]
-) -> list[tuple[tuple[int, ...], Action]]:
+def _through(graph: StageGraph, module: str, kind: Kind, unit: int, key: tuple[int, ...]) -> list[Piece]:
     """One unit through all virtual stages of a module."""
     ways = [(stage, chunk) for chunk in range(graph.chunks(module)) for stage in range(graph.num_stages[module])]
     if kind is not Kind.F:
