@@ -1,4 +1,4 @@
-"""Markdown table of `mosaic check` over the layouts that the README names."""
+"""Markdown table of `mosaic check` over the layouts of docs/parity.md."""
 
 import json
 import subprocess

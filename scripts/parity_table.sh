@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs `mosaic check` on the layouts of the README's parity table and prints the table.
+# Runs `mosaic check` on the layouts of docs/parity.md and prints the table.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

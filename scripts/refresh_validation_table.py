@@ -1,11 +1,11 @@
-"""Rewrite the README's table of the cost model's errors from the real `mosaic validate --json`."""
+"""Rewrite the table in docs/cost-model.md of the cost model's errors from the real `mosaic validate --json`."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "cost-model.md"
 BEGIN, END = "<!-- validation table: scripts/refresh_validation_table.py -->", "<!-- end of validation table -->"
 # file -> (time target, memory target), percent
 TARGETS = {
@@ -31,10 +31,10 @@ def main() -> None:
             memory if report["memory_mape"] is not None else "-", _verdict(name, report),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    README.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+    PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
 
 
 def _percent(value: float | None) -> str:
