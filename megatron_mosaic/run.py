@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
+from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm
 from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_arguments, require_supported_megatron
 from megatron_mosaic.plan import Plan, Recompute
@@ -36,8 +37,9 @@ _STOCK_ARGUMENTS = {
 
 def main(words: Sequence[str]) -> int:
     """Run the script. Exit status 2 if plan or arguments are wrong; the script's own otherwise."""
-    begin_early()
     try:
+        take_rank_from_slurm()
+        begin_early()
         script, plan_path, arguments = _split_command_line(words)
         plan = load_plan(plan_path)
         os.environ[PLAN_VARIABLE] = str(plan_path)

@@ -23,6 +23,7 @@ from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
+from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
@@ -84,8 +85,9 @@ def train() -> int:
 
 def main() -> int:
     """Train. Exit status 2 if the input is wrong, 1 if a rank failed."""
-    begin_early()
     try:
+        take_rank_from_slurm()
+        begin_early()
         return train()
     except RankFailure:
         raise

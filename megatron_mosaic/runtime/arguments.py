@@ -15,6 +15,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.launch.slurm.environment import describe_start, take_rank_from_slurm
 from megatron_mosaic.parallel_state_ext.rebound import cpu, guard
 from megatron_mosaic.parallel_state_ext.rebound.rebind import remember_docstrings, require_supported_megatron
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice, validate_plan
@@ -60,6 +61,7 @@ def parse_and_validate_args(
     that are wrong, and for values that would be ignored.
     """
     require_supported_megatron()
+    take_rank_from_slurm()
     remember_docstrings()
     cpu.install()
     ours = {**(cpu.ARGUMENT_DEFAULTS if cpu.is_cpu() else {}), **UNDER_A_PLAN, **defaults}
@@ -110,7 +112,7 @@ def apply_plan(args: argparse.Namespace, plan: Plan, workload: Workload) -> None
             "WORLD_SIZE",
             got=args.world_size,
             expected=f"{plan.world_size}, the plan's world_size",
-            fix=f"start {plan.world_size} processes, or plan for {args.world_size}",
+            fix=f"{describe_start(plan.world_size, os.environ)}, or plan for {args.world_size}",
         )
     layout = plan.modules[workload.backbone.name].layout
     for dest, value in decided_by(plan, workload.backbone.name).items():
