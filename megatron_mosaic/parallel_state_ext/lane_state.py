@@ -86,7 +86,7 @@ def keep_memory_by_module() -> None:
 
 
 @contextlib.contextmanager
-def lane_thread(*, grad_enabled: bool) -> Iterator[None]:
+def lane_thread(grad_enabled: bool) -> Iterator[None]:
     """The body is what a lane's thread does in one step."""
     with own_generator(), torch.set_grad_enabled(grad_enabled):
         yield

@@ -1,14 +1,17 @@
 """Shares of a GPU -> counts of SMs (on a CPU: cores), at the granularity the hardware grants. Pure integers.
 
-share 0.33 of 132 SMs, 8 at a time  ->  40 SMs        (never more than asked, never less than one grain)
+share 0.33 of 132 SMs, 8 at a time         ->  40 SMs       alone: never more than asked, never less than one grain
+shares 0.5 and 0.5 beside each other       ->  64 + 68 SMs  jointly: nearest, and nothing left over
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mosaic.errors import PlanError, QuotaError
+
+_ROUNDING = 1e-9  # a share written as granted / num_sms must be granted back in full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +35,7 @@ def grant_quota(share: float, num_sms: int, granularity: int) -> int:
         raise QuotaError("quota", got=share, expected="a share in (0, 1]", fix="omit it for the whole GPU")
     if share == 1:
         return num_sms
-    # 1e-9: a share written as granted / num_sms must be granted back in full
-    return max(granularity, int(share * num_sms + 1e-9) // granularity * granularity)
+    return max(granularity, int(share * num_sms + _ROUNDING) // granularity * granularity)
 
 
 def grantable_counts(num_sms: int, granularity: int) -> tuple[int, ...]:
@@ -42,16 +44,86 @@ def grantable_counts(num_sms: int, granularity: int) -> tuple[int, ...]:
     return (*range(granularity, num_sms, granularity), num_sms)
 
 
-def validate_concurrent(shares: Mapping[str, float], num_sms: int, granularity: int) -> None:
-    """Raise QuotaError unless modules that run beside each other on one GPU fit on it."""
-    granted = {module: grant_quota(share, num_sms, granularity) for module, share in shares.items()}
-    if sum(granted.values()) > num_sms:
+def shares_of_tracks(shares: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Track -> its share, from those of its modules (1: the module asks for none).
+
+    A track takes its largest module's. Tracks on which no module asks for any divide what the others leave.
+    """
+    asked = {track: max([s for s in of_modules if s < 1], default=0.0) for track, of_modules in shares.items()}
+    whole = [track for track, share in asked.items() if not share]
+    rest = (1 - sum(asked.values())) / len(whole) if whole else 0.0
+    if whole and rest <= 0:
         raise QuotaError(
-            "quota of " + ", ".join(granted),
-            got=" + ".join(map(str, granted.values())) + f" = {sum(granted.values())} SMs",
-            expected=f"at most {num_sms} in all, {granularity} at a time",
-            fix="lower a share, or give a module its own ranks",
+            "quota",
+            got=f"{1 - rest * len(whole):.4g} in all, and modules beside them that ask for none",
+            expected="less than 1 in all, so that something is left",
+            fix="lower a quota, or give every module beside others one",
         )
+    return {track: share or rest for track, share in asked.items()}
+
+
+def grant_shares[K](shares: Mapping[K, float], num_sms: int, granularity: int) -> dict[K, int]:
+    """SMs of lanes beside each other, granted jointly: each nearest to its share, none left over if shares add to 1.
+
+    Whole grains by largest remainder, and what is left below a grain to the lane that is shortest of its share (the
+    later on ties): 0.5 + 0.5 of 132 by 8 is 64 + 68. QuotaError, with the nearest legal shares, for a sum above 1 or a
+    share below one grain.
+    """
+    _validate(num_sms, granularity)
+    total, least = sum(shares.values()), granularity / num_sms
+    if any(not 0 < share <= 1 for share in shares.values()) or total > 1 + _ROUNDING:
+        raise _refused(shares, num_sms, granularity, "shares above 0, at most 1 in all")
+    if any(share < least - _ROUNDING for share in shares.values()):
+        raise _refused(shares, num_sms, granularity, f"at least one grain each: {granularity} of {num_sms} SMs")
+    return _apportion(shares, num_sms, granularity)
+
+
+def grant_cores[K](shares: Mapping[K, float], num_cores: int) -> dict[K, int]:
+    """Cores of lanes that run beside each other: as `grant_shares`, but never less than one each, so that a plan of
+    another machine runs here too. There must be a core for each."""
+    if len(shares) > num_cores or sum(shares.values()) > 1 + _ROUNDING:
+        raise _refused(shares, num_cores, 1, "a core for each lane, and shares of at most 1 in all", "cores")
+    return _apportion(shares, num_cores, 1)
+
+
+def _apportion[K](shares: Mapping[K, float], num_sms: int, granularity: int) -> dict[K, int]:
+    """SMs nearest to the shares, at least one grain each."""
+    total = sum(shares.values())
+    whole = num_sms if total >= 1 - _ROUNDING else round(total * num_sms / granularity) * granularity
+    whole = min(max(whole, len(shares) * granularity), num_sms)
+    asked = {key: share * num_sms for key, share in shares.items()}
+    grains = {key: max(1, int(sms / granularity + _ROUNDING)) for key, sms in asked.items()}
+
+    def lacking(key: K) -> float:
+        return round(asked[key] - grains[key] * granularity, 6)
+
+    while sum(grains.values()) > whole // granularity:
+        grains[min([key for key, count in grains.items() if count > 1], key=lacking)] -= 1
+    while sum(grains.values()) < whole // granularity:
+        grains[max(reversed(grains), key=lacking)] += 1
+    granted = {key: count * granularity for key, count in grains.items()}
+    granted[max(reversed(grains), key=lacking)] += whole % granularity
+    return granted
+
+
+def _refused[K](
+    shares: Mapping[K, float], num_sms: int, granularity: int, expected: str, unit: str = "SMs"
+) -> QuotaError:
+    fix = "give a module its own ranks"
+    if len(shares) * granularity <= num_sms:
+        least, total = granularity / num_sms, max(1.0, sum(shares.values()))
+        near = {key: max(least, min(1.0, share / total)) for key, share in shares.items()}
+        over = max(1.0, sum(near.values()))
+        granted = _apportion({key: share / over for key, share in near.items()}, num_sms, granularity)
+        nearest = ", ".join(f"{key}: {sms / num_sms:.4g} ({sms} {unit})" for key, sms in granted.items())
+        fix = f"nearest legal: {nearest}; or {fix}"
+    return QuotaError(
+        "quota of " + ", ".join(map(str, shares)),
+        got=" + ".join(f"{share:.4g}" for share in shares.values())
+        + f" = {sum(shares.values()):.4g} of {num_sms} {unit}",
+        expected=f"{expected}; {granularity} at a time",
+        fix=fix,
+    )
 
 
 def _validate(num_sms: int, granularity: int) -> None:

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_mosaic.colocation.executor import Clock
+from megatron_mosaic.colocation.executor import Times
+from megatron_mosaic.colocation.lane import Clock
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
@@ -32,7 +33,6 @@ from megatron_mosaic.runtime.report import Observers
 from megatron_mosaic.schedules.actions import Action, Kind
 
 LossFunction = Callable[[StageOutput], tuple[Tensor, float, Mapping[str, Tensor]]]
-Times = tuple[float, float]  # when an action's own work began (inputs at hand) and ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,14 +18,17 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
-from megatron_mosaic.colocation.executor import Clock, Executor
+from megatron_mosaic.colocation.executor import Executor, Times
+from megatron_mosaic.colocation.lane import Clock
+from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Channels, Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
+from megatron_mosaic.parallel_state_ext.rebound.lane_random import no_shared_draws
 from megatron_mosaic.parallel_state_ext.scope import Scopes, Streams
-from megatron_mosaic.runtime.lane_runner import LaneRunner, LaneTools, LossFunction, Times, unscaled
+from megatron_mosaic.runtime.lane_runner import LaneRunner, LaneTools, LossFunction, unscaled
 from megatron_mosaic.runtime.loss_sums import LossSums
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
 from megatron_mosaic.runtime.report import Observers
@@ -113,13 +116,15 @@ class StepRunner:
         executor: Executor,
         dtype: torch.dtype,
         observers: Observers,
+        cores: CpuQuota,
     ) -> None:
+        """`cores`: of the modules, where they compute on a CPU."""
         self._view, self._definition, self._collate = view, definition, collate
         self._grids, self._scopes, self._executor, self._observers = grids, scopes, executor, observers
         self._sums = LossSums(names=definition.loss_names)
         self._channels = Channels(view, definition.workload, grids, dtype)
         self._of_plan = PlanMap(view, definition.workload)
-        self._cores = CpuQuota({name: module.placed.quota.share for name, module in view.modules.items()})
+        self._cores = cores
 
     def __call__(
         self,
@@ -139,10 +144,11 @@ class StepRunner:
         self._executor.begin_step(forward_only=forward_only)
         program = self._executor.program(num_microbatches, forward_only=forward_only)
         step = self._executor.record("~data", lambda: self._begin(program, data_iterator, num_microbatches, tools))
+        shared = no_shared_draws() if len(program.tracks) > 1 else contextlib.nullcontext()
         # Without no_sync, DistributedDataParallel would reduce buckets of its own accord when a dp slot's last unit is
         # not its last backward, or never, when that unit is empty.
-        with torch.set_grad_enabled(not forward_only), own.no_sync():
-            self._executor.run(step.program, step.perform)
+        with torch.set_grad_enabled(not forward_only), own.no_sync(), shared:
+            self._executor.run(program, step.perform)
         totals = step.finish()
         summed = dist.all_reduce(totals, group=self._grids.world, async_op=True)
         if not forward_only:
@@ -171,11 +177,11 @@ class StepRunner:
         )
 
     def _begin(
-        self, program: Sequence[Action], data_iterator: Iterator[Samples], num_microbatches: int, tools: LaneTools
+        self, program: RankProgram, data_iterator: Iterator[Samples], num_microbatches: int, tools: LaneTools
     ) -> Step:
         """Read the step's samples and find out who does what."""
         samples = [next(data_iterator) for _ in range(num_microbatches)]
-        return Step(program, samples, self._collate, self._of_plan, self._channels, tools)
+        return Step(program.actions, samples, self._collate, self._of_plan, self._channels, tools)
 
     @contextlib.contextmanager
     def _activate(self, module: str) -> Iterator[None]:

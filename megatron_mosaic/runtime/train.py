@@ -30,13 +30,17 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.utils import print_rank_0
 
+from megatron_mosaic.colocation.backend import Opened, open_lanes
+from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Executor
+from megatron_mosaic.colocation.program import modules_by_track
 from megatron_mosaic.definition import ModelDefinition
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.process import begin_flight, collective_timeout, end_flight, noted
 from megatron_mosaic.flight.results import ResultWatch
 from megatron_mosaic.flight.verdict import naming
 from megatron_mosaic.parallel_state_ext.grids import Grids
+from megatron_mosaic.parallel_state_ext.lane_state import lane_thread
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import (
     ModuleOptimizers,
     NotFinite,
@@ -57,6 +61,7 @@ from megatron_mosaic.runtime.dumps.writer import Dump
 from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
 from megatron_mosaic.runtime.report import Observers, StepReport, UnitStatistics
 from megatron_mosaic.runtime.step import Collate, Samples, StepRunner
+from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from megatron_mosaic.units import format_seconds
@@ -82,11 +87,13 @@ class Runtime:
             _initialize_distributed(args, timeout)
             self._flight.note("set-up: process groups")
             self.view = RankView.of(plan, dist.get_rank(), definition.workload.edges)
-            self.grids = Grids(self.view, timeout=timeout)
+            training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
+            apart = tuple(plan.modules) if any(training.tracks.values()) else ()
+            self.grids = Grids(self.view, timeout=timeout, apart=apart)
         self.scopes = Scopes(args.seed, self.view)
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
-        training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
-        self.executor = Executor(plan, definition.workload, self.view.rank, training)
+        opened = _open_lanes(args.mosaic_quota_backend, self.view, training)
+        self.executor = Executor(plan, definition.workload, self.view.rank, training, opened.lanes)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         _agree_on_schedule(self.executor, self.grids.world)
         self.observers = _observers_from_args(args, self.view)
@@ -99,6 +106,7 @@ class Runtime:
             self.executor,
             args.params_dtype,
             self.observers,
+            CpuQuota(opened.threads),
         )
         draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
@@ -164,6 +172,7 @@ class Runtime:
             self.observers.report.write(self.grids.world, measures, self.grids.creation_s)
         if self.guard is not None:
             self.guard.remove()
+        self.executor.lanes.close()
         self.grids.destroy()
         dist.destroy_process_group()
         end_flight()
@@ -240,6 +249,16 @@ class MosaicModelBuilder(ModelBuilder[MosaicModel, MosaicModelConfig]):
         self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **_: Any
     ) -> list[MosaicModel]:
         return [self._model_config._runtime.build_model(ddp_config)]
+
+
+def _open_lanes(backend: str, view: RankView, training: Schedule) -> Opened:
+    """What this rank's tracks run on."""
+    lanes = [f"{name}.{module.at.pp}" for name, module in view.modules.items()]
+    shares = {name: module.placed.quota.share for name, module in view.modules.items()}
+    opened = open_lanes(backend, modules_by_track(training, lanes), shares, lane_thread)
+    for note in opened.notes:
+        print_rank_0(f"> mosaic: {note}")
+    return opened
 
 
 def _observers_from_args(args: argparse.Namespace, view: RankView) -> Observers:

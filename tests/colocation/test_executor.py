@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.colocation.backend_none import TurnLanes
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.errors import RankFailure, ScheduleError
 from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
@@ -33,7 +34,7 @@ STEP = PLAN.num_microbatches("llm")
 
 
 def make_executor(rank: int, plan=PLAN) -> Executor:
-    return Executor(plan, WORKLOAD, rank, build_schedule(plan, WORKLOAD), clock=CountingClock())
+    return Executor(plan, WORKLOAD, rank, build_schedule(plan, WORKLOAD), TurnLanes({}, CountingClock()))
 
 
 def take_two_looks(action: Action, clock) -> tuple[float, float]:
@@ -79,7 +80,7 @@ def test_evaluation_runs_forwards_only_and_counts_no_step() -> None:
 
 def test_evaluation_has_any_number_of_microbatches_and_training_its_own() -> None:
     executor = make_executor(1)
-    assert len(executor.program(7, forward_only=True)) == 7 * 3
+    assert len(executor.program(7, forward_only=True).actions) == 7 * 3
     with pytest.raises(ScheduleError, match=rf"7 microbatches\n.*{STEP}"):
         executor.program(7)
 
@@ -115,9 +116,9 @@ def test_runs_a_schedule_of_its_own_order() -> None:
     late = sorted(own.order, key=lambda action: action.module == "vision" and action.kind is Kind.B)
     lanes = {lane: tuple(action for action in late if action.lane == lane) for lane in own.lanes}
     other = replace(own, work=replace(own.work, lanes=lanes), order=tuple(late))
-    executor = Executor(PLAN, WORKLOAD, 0, other, clock=CountingClock())
-    assert executor.program(STEP) == tuple(action for action in late if action.lane in ("vision.0", "llm.0"))
-    assert executor.program(STEP) != make_executor(0).program(STEP)
+    executor = Executor(PLAN, WORKLOAD, 0, other, TurnLanes({}, CountingClock()))
+    assert executor.program(STEP).actions == tuple(action for action in late if action.lane in ("vision.0", "llm.0"))
+    assert executor.program(STEP).actions != make_executor(0).program(STEP).actions
 
 
 def test_a_failing_action_names_rank_step_lane_and_action(tmp_path, monkeypatch) -> None:

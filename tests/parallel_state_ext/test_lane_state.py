@@ -57,7 +57,7 @@ def run_beside(*bodies: Callable[[], None]) -> None:
 
     def run(body: Callable[[], None]) -> None:
         try:
-            with lane_thread(grad_enabled=True):
+            with lane_thread(True):
                 body()
         except BaseException as error:
             errors.append(error)
@@ -165,7 +165,7 @@ def test_grad_mode_is_the_lanes_own() -> None:
         run_beside(lambda: found.append(torch.is_grad_enabled()))
 
         def evaluate() -> None:
-            with lane_thread(grad_enabled=False):
+            with lane_thread(False):
                 found.append(torch.is_grad_enabled())
 
         bare = threading.Thread(target=lambda: found.append(torch.is_grad_enabled()))

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from megatron_mosaic.errors import ConfigError
 
 PLAN_VARIABLE = "MOSAIC_PLAN"
+QUOTA_BACKENDS = ("auto", "green_context", "streams", "cpu", "none")  # colocation/backend.py, which needs torch
 
 
 def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -18,6 +19,12 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--mosaic-plan", metavar="FILE", help=f"plan file; default ${PLAN_VARIABLE}, else every module dp"
     )
     group.add_argument("--mosaic-schedule", metavar="FILE", help="text of the schedule of training steps")
+    group.add_argument(
+        "--mosaic-quota-backend",
+        default=QUOTA_BACKENDS[0],
+        choices=QUOTA_BACKENDS,
+        help="what runs modules beside each other on one device; none: they take turns",
+    )
     group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
     group.add_argument(
         "--mosaic-dump-gradients",

@@ -1,0 +1,55 @@
+"""One rank's part of a schedule: its actions in the one order, what of them each track runs, and who waits for whom.
+
+order    vision.0F0 llm.0F0 vision.0F1 llm.0B0 ...
+track 0  llm.0F0 llm.0B0 ...                          llm.0F0 waits for vision.0F0: it is on another track
+track 1  vision.0F0 vision.0F1 ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_mosaic.schedules import Action, Schedule
+from megatron_mosaic.schedules.passes import project
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankProgram:
+    """`waits`: action -> what of this rank has to be done before, on other tracks. On its own the order sees to it."""
+
+    actions: tuple[Action, ...]
+    tracks: Mapping[int, tuple[Action, ...]]
+    waits: Mapping[Action, tuple[Action, ...]]
+
+    @classmethod
+    def of(cls, schedule: Schedule, lanes: Collection[str]) -> RankProgram:
+        """The program of a rank that has these lanes."""
+        actions = project(schedule, lanes)
+        track = {action: schedule.tracks[action.lane] for action in actions}
+        tracks = {number: tuple([a for a in actions if track[a] == number]) for number in sorted({*track.values()})}
+        waits = {}
+        for action in actions if len(tracks) > 1 else ():
+            needs = tuple([need for need in schedule.needs(action) if track.get(need, track[action]) != track[action]])
+            if needs:
+                waits[action] = needs
+        return cls(actions=actions, tracks=tracks, waits=waits)
+
+    @cached_property
+    def awaited(self) -> frozenset[Action]:
+        """Actions that another track waits for."""
+        return frozenset(need for needs in self.waits.values() for need in needs)
+
+    @cached_property
+    def track_of(self) -> Mapping[Action, int]:
+        """Action -> the track that runs it."""
+        return {action: track for track, actions in self.tracks.items() for action in actions}
+
+
+def modules_by_track(schedule: Schedule, lanes: Collection[str]) -> dict[int, tuple[str, ...]]:
+    """Track -> modules that a rank with these lanes runs on it."""
+    found: dict[int, list[str]] = {}
+    for lane in lanes:
+        found.setdefault(schedule.tracks[lane], []).append(lane.rpartition(".")[0])
+    return {track: tuple(found[track]) for track in sorted(found)}
