@@ -26,6 +26,7 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import ClusterSection, LocalClusterSection
 from megatron_mosaic.plan.training import TrainingSection, TrainingSetup
+from megatron_mosaic.plan.validate import list_empty_replicas
 from megatron_mosaic.plan.workload import Workload
 
 _KEY = re.compile(r"[+~]*([^=@]*)")
@@ -94,7 +95,8 @@ def apply_overrides(plan: Plan, overrides: Sequence[str]) -> Planned:
         cluster=name_cluster(sections.cluster) if known else "",
         training=sections.training if is_told else None,
     )
-    return Planned(plan=chosen, sections=sections, notes=tuple(_changes(plan, chosen, overrides)))
+    notes = (*_changes(plan, chosen, overrides), *list_empty_replicas(chosen, build_workload(sections)))
+    return Planned(plan=chosen, sections=sections, notes=notes)
 
 
 def print_notes(planned: Planned, profile_title: str = "") -> None:

@@ -20,6 +20,7 @@ from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.parity.verdict import FORMAT, TOLERANCE, Parity
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
+from megatron_mosaic.plan.validate import list_empty_replicas
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 
@@ -87,7 +88,7 @@ def require_checkable(
     refuse_given(line, _GIVEN, "mosaic check")
     workload, notes = judge_words(line, in_fp32(plan), Purpose.check)
     load_training_schedule(plan, workload, schedule)  # refuses what cannot be ordered
-    return notes
+    return (*notes, *list_empty_replicas(plan, workload))
 
 
 def _steady_words(megatron_args: Sequence[str], steps: int) -> list[str]:

@@ -6,12 +6,13 @@ arguments for what to refuse. Whoever lifts a limit changes it here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan.cluster import Cluster, GpuClusterSection, LocalClusterSection
 from megatron_mosaic.plan.layout import ModulePlan, Recompute
-from megatron_mosaic.plan.plan import Plan
+from megatron_mosaic.plan.plan import NESTING, Plan
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
@@ -154,6 +155,27 @@ def validate_plan(
             expected=f"at most the {cluster.num_ranks} ranks of cluster {cluster.name!r}",
             fix="raise cluster.num_nodes (of cluster=local: cluster.num_ranks), or plan for this cluster",
         )
+
+
+def list_empty_replicas(plan: Plan, workload: Workload) -> tuple[str, ...]:
+    """A sentence for each module whose unit, where the plan or a nesting schedule sets it, brings fewer items than it
+    has replicas, at the mean: some compute nothing."""
+    backbone = workload.backbone.name
+    if {*plan.modules} != {*workload.by_name}:
+        return ()  # `validate_plan` has more to say
+    samples = plan.micro_batch_size * plan.modules[backbone].layout.dp
+    found = []
+    for module in workload.modules:
+        placed, unit = plan.modules[module.name], plan.units(backbone)[module.name]
+        items = samples * module.items_per_sample
+        is_set = placed.unit or plan.schedule.name in NESTING
+        if module.name != backbone and is_set and unit * items < placed.layout.dp - 1e-9:
+            found.append(
+                f"modules.{module.name}.unit: {unit} microbatches bring {unit * items:.3g} items on average to "
+                f"{placed.layout.dp} replicas, so some of them compute nothing: "
+                f"set unit: {math.ceil(placed.layout.dp / items - 1e-9)}, or lower dp"
+            )
+    return tuple(found)
 
 
 def count_actions(plan: Plan, backbone: str) -> int:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, validate_plan
-from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, ScheduleChoice, validate_plan
+from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions, list_empty_replicas
 from megatron_mosaic.schedules import build_schedule
 from tests.cases import LLM, WORKLOAD, make_cluster, make_plan, plans
 
@@ -186,3 +186,21 @@ def test_generated_plans_are_valid(plan):
     assert LLM.num_layers % plan.modules["llm"].layout.pp == 0
     lanes = build_schedule(plan, WORKLOAD).lanes.values()
     assert count_actions(plan, "llm") == sum(map(len, lanes))
+
+
+def test_units_that_leave_replicas_empty_are_named():
+    """8 samples of 0.3 drawings are 2.4 for 4 replicas; a unit of 2 microbatches brings 4.8."""
+    few = replace(
+        WORKLOAD,
+        modules=tuple(replace(m, items_per_sample=0.3) if m.name == "generator" else m for m in WORKLOAD.modules),
+    )
+    modules = {"vision": ("0-3", Layout(dp=4)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("0-3", Layout(dp=4))}
+    plan = make_plan(modules, workload=few, global_batch_size=32, micro_batch_size=4)
+    assert list_empty_replicas(plan, few) == ()  # nobody has chosen these units
+    nested = replace(plan, schedule=ScheduleChoice("nested"))
+    assert list_empty_replicas(nested, few) == ()
+    short = replace(plan.modules["generator"], unit=1)
+    (note,) = list_empty_replicas(replace(plan, modules={**plan.modules, "generator": short}), few)
+    assert note.startswith("modules.generator.unit: 1 microbatches bring 2.4 items on average to 4 replicas")
+    assert note.endswith("set unit: 2, or lower dp")
+    assert list_empty_replicas(replace(plan, modules={"llm": plan.modules["llm"]}), few) == ()

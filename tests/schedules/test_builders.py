@@ -65,8 +65,31 @@ def test_the_least_w_is_the_closed_form(p, unit, generator, more):
     assert work.live_units("llm.0") == min(p + generator - 1, graph.num_microbatches)
     assert SCHEDULES["nested"].build(graph).work.live_units("vision.0") == least + 1
     if least > 1:
-        with pytest.raises(ScheduleError, match=rf"warmup_units\n.*{least - 1}.*\n.*at least {least}"):
+        with pytest.raises(ScheduleError, match="warmup_units") as caught:
             SCHEDULES["nested"].build(graph, warmup_units=least - 1)
+        assert caught.value.got.startswith(f"{least - 1}, with units of {unit} microbatches in vision")
+        assert f"llm.0F{unit * (least - 1)}< " in caught.value.got or f">F{unit * (least - 1)}<" in caught.value.got
+        assert caught.value.expected.startswith(f"at least {least}:")
+
+
+def test_the_least_w_is_that_of_the_hungriest_encoder():
+    """Two encoders: D = 3 live microbatches ask for 3 units of 1, or 2 units of 3; W counts for both."""
+    graph = StageGraph(
+        num_stages={"vision": 1, "audio": 1, "llm": 3},
+        edges=(("vision", "llm"), ("audio", "llm")),
+        units={"vision": 1, "audio": 3, "llm": 1},
+        num_microbatches=24,
+        has_backward=frozenset({"vision", "audio", "llm"}),
+        backbone="llm",
+    )
+    with pytest.raises(ScheduleError) as caught:
+        SCHEDULES["nested"].build(graph, warmup_units=1)
+    assert caught.value.fix.startswith("set warmup_units: 3,")
+    assert "vision.0" in caught.value.got.splitlines()[2] and "waits for" in caught.value.got
+    work = SCHEDULES["nested"].build(graph, warmup_units=3).work
+    assert (work.live_units("vision.0"), work.live_units("audio.0")) == (3, 3)
+    work = SCHEDULES["nested"].build(graph).work
+    assert (work.live_units("vision.0"), work.live_units("audio.0")) == (4, 3)
 
 
 def test_more_than_a_module_has_units_is_clipped():

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import add
 
 from megatron_mosaic.schedules.actions import Action, Kind
 from megatron_mosaic.schedules.builders.backbone import BackboneClock, run_backbone
@@ -24,7 +26,6 @@ from megatron_mosaic.schedules.builders.cuts import (
     backwards,
     encoder_forwards,
     generator_forwards,
-    hold_units,
     lay_in_order,
     list_pieces,
 )
@@ -44,7 +45,8 @@ def bubble_fill(graph: StageGraph) -> Schedule:
     returned = backwards(graph, clock, others)
     found: list[tuple[int, Schedule]] = []
     for more in range(graph.num_stages[graph.backbone] + 1):
-        forwards = encoder_forwards(graph, clock, others, returned, hold_units(graph, 0, _SLACK + more)) | others
+        encoders = encoder_forwards(graph, clock, others, returned, partial(add, _SLACK + more))
+        forwards = encoders.forwards | others
         work = schedule_in_order("nested", graph, lay_in_order(graph, clock, forwards, returned)).work
         if not found:  # whatever the bubbles are, no worse than that
             order = lay_in_order(graph, clock, forwards, returned)

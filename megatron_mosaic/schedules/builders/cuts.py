@@ -10,8 +10,8 @@ A module that feeds generators alone runs with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.schedules.actions import Action, Kind
 from megatron_mosaic.schedules.builders.backbone import BackboneClock
 from megatron_mosaic.schedules.stage_graph import StageGraph
@@ -19,6 +19,13 @@ from megatron_mosaic.schedules.stage_graph import StageGraph
 Cuts = dict[str, list[int]]  # module -> time of each unit
 Piece = tuple[tuple[int, ...], Action]  # an action, and the key that gives its place among others
 BEFORE_ALL = -1
+
+
+class EncoderCuts(NamedTuple):
+    """Of forwards; and of modules that hold units, how many those must be at least."""
+
+    forwards: Cuts
+    least: dict[str, int]
 
 
 def generator_forwards(graph: StageGraph, clock: BackboneClock) -> Cuts:
@@ -55,15 +62,17 @@ def encoder_forwards(
     clock: BackboneClock,
     others: Cuts,
     returned: Cuts,
-    hold: Callable[[str, Sequence[int], Sequence[int]], int],
-) -> Cuts:
-    """Of the modules whose work reaches the backbone. `hold(module, wanted, returned)`: how many units it may hold.
+    hold: Callable[[int], int],
+) -> EncoderCuts:
+    """Of the modules whose work reaches the backbone. `hold(least)`: how many units a module may hold that must hold so
+    many; more than it has are all.
 
     The first unit runs before all; the next ones are a unit ahead; from then on as soon as one has made room. What only
     feeds other encoders runs right before them.
     """
     cuts = dict(others)
     encoders = [m for m in graph.num_stages if graph.reaches(m, graph.backbone)]
+    least: dict[str, int] = {}
     for module in reversed(encoders):
         wanted = [_wanted(graph, clock, module, unit, cuts) for unit in range(graph.num_units(module))]
         ahead = [min(pair) for pair in zip([BEFORE_ALL, *wanted[:-1]], wanted)]
@@ -72,9 +81,10 @@ def encoder_forwards(
         elif module not in returned:  # frozen: nothing is held
             cuts[module] = ahead
         else:
-            held = hold(module, wanted, returned[module])
+            least[module] = least_held(wanted, returned[module])
+            held = min(hold(least[module]), len(wanted))
             cuts[module] = [returned[module][u - held] if u >= held else ahead[u] for u in range(len(wanted))]
-    return {module: cuts[module] for module in encoders}
+    return EncoderCuts({module: cuts[module] for module in encoders}, least)
 
 
 def least_held(wanted: Sequence[int], returned: Sequence[int]) -> int:
@@ -82,24 +92,6 @@ def least_held(wanted: Sequence[int], returned: Sequence[int]) -> int:
     num_units = len(wanted)
     fits = (w for w in range(1, num_units) if all(returned[u - w] <= wanted[u] for u in range(w, num_units)))
     return next(fits, num_units)
-
-
-def hold_units(graph: StageGraph, chosen: int, slack: int) -> Callable[[str, Sequence[int], Sequence[int]], int]:
-    """`chosen` units (0: each module's least and `slack` more), at most all. ScheduleError below the least."""
-
-    def hold(module: str, wanted: Sequence[int], returned: Sequence[int]) -> int:
-        least = least_held(wanted, returned)
-        held = min(chosen or least + slack, len(wanted))
-        if held < least:
-            raise ScheduleError(
-                "schedule.warmup_units",
-                got=f"{held}, with units of {graph.units[module]} microbatches in {module}",
-                expected=f"at least {least}: the backbone wants unit {held} before unit 0 has come back",
-                fix=f"set warmup_units: {least}, or omit it",
-            )
-        return held
-
-    return hold
 
 
 def lay_in_order(graph: StageGraph, clock: BackboneClock, forwards: Cuts, returned: Cuts) -> tuple[Action, ...]:

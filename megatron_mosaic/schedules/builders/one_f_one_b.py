@@ -44,7 +44,7 @@ def units_ahead(graph: StageGraph, module: str, stage: int) -> int:
     return -(-behind // size) + (1 if size > 1 and behind else 0)
 
 
-def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> tuple[Action, ...]:
+def alternate[T](forwards: list[T], backwards: list[T], warmup: int) -> tuple[T, ...]:
     """So many forwards, then forward and backward in turn, then the backwards that are left."""
     if not backwards:
         return tuple(forwards)

@@ -15,7 +15,6 @@ from megatron_mosaic.schedules.builders.cuts import (
     backwards,
     encoder_forwards,
     generator_forwards,
-    hold_units,
     lay_in_order,
 )
 from megatron_mosaic.schedules.passes import schedule_in_order
@@ -32,5 +31,5 @@ def overlap(graph: StageGraph) -> Schedule:
     clock = run_backbone(graph, beside)
     others = generator_forwards(graph, clock)
     returned = backwards(graph, clock, others)
-    encoders = encoder_forwards(graph, clock, others, returned, hold_units(graph, 0, _AHEAD))
-    return schedule_in_order("overlap", graph, lay_in_order(graph, clock, encoders | others, returned))
+    forwards = encoder_forwards(graph, clock, others, returned, lambda least: least + _AHEAD).forwards | others
+    return schedule_in_order("overlap", graph, lay_in_order(graph, clock, forwards, returned))
