@@ -15,6 +15,7 @@ from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan.yaml_text import MAX_COUNT
 from megatron_mosaic.schedules.actions import DEPENDENCIES, FREES, Action, Dependency, Kind
+from megatron_mosaic.schedules.pictures import render_row
 
 _KINDS = (frozenset({Kind.F}), frozenset({Kind.F, Kind.B}), frozenset({Kind.F, Kind.I, Kind.W}))
 
@@ -50,8 +51,11 @@ class LaneWork:
         for lane in self.lanes:
             module = lane.rpartition(".")[0]
             if module not in found:
-                raise ScheduleError(
-                    f"schedule: lane {lane}", got="no unit size", expected=f"units[{module!r}]", fix="declare the unit"
+                raise _wrong_lane(
+                    lane,
+                    f"a lane of {module}, which has no unit",
+                    f"a lane of {' or '.join(self.units)}",
+                    "remove it, or declare its unit",
                 )
             found[module] += 1
         for module, count in found.items():
@@ -163,7 +167,8 @@ class ActionNumbers:
         for (kind, chunk), block in blocks.items():
             if -1 in block:
                 missing = Action(module, stage, kind, block.index(-1), chunk)
-                raise _wrong_lane(lane, f"no {missing}", _whole_lane(num_units, kinds, len(chunks)), "add it")
+                picture = _render_missing(lane, actions, missing)
+                raise _wrong_lane(lane, picture, _whole_lane(num_units, kinds, len(chunks)), "add it")
             self._of_block[module, stage, kind, chunk] = block
         self.actions.extend(actions)
 
@@ -188,6 +193,14 @@ class ActionNumbers:
 
 def _wrong_lane(lane: str, got: object, expected: str, fix: str) -> ScheduleError:
     return ScheduleError(f"schedule: lane {lane}", got=got, expected=expected, fix=fix)
+
+
+def _render_missing(lane: str, actions: tuple[Action, ...], missing: Action) -> str:
+    """The lane around the last thing done for the unit, which is pointed at."""
+    same = [place for place, action in enumerate(actions) if action.unit == missing.unit]
+    names = [str(action).removeprefix(lane) for action in actions]
+    row = render_row(names, same[-1] if same else len(names))
+    return f"no {missing}\n{lane} | {row}  is all of unit {missing.unit}"
 
 
 def _whole_lane(num_units: int, kinds: frozenset[Kind], num_chunks: int) -> str:

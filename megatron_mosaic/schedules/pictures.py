@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_mosaic.schedules.actions import Action
-from megatron_mosaic.schedules.lane_work import LaneWork
+
+if TYPE_CHECKING:
+    from megatron_mosaic.schedules.lane_work import LaneWork  # which shows its own errors with these
 
 _AROUND = 3  # actions shown on either side
 
