@@ -56,7 +56,8 @@ class StageOutput:
     `hidden`  hidden states for the module's next stage; None on the last stage
     `exports` consumer module -> the rows of `exports_at`, [rows, width]; for every key of `exports_at`
     `loss`    scalar: the sum (not the mean) over this rank's loss tokens, already weighted; None without a loss
-    `num_tokens` how much `loss` sums over; the global sum of it is the one divisor of all gradients
+    `num_tokens` how much `loss` sums over; the global sum of it is the one divisor of all gradients. A tensor where it
+              is on a GPU: the host need not wait for the number
     `report`  loss name -> tensor([sum, count]), for logging
     `loss`, `num_tokens` and `report` are the same on all tp ranks, and count only the tokens of this cp rank.
     """
@@ -64,7 +65,7 @@ class StageOutput:
     hidden: Tensor | None = None
     exports: Mapping[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    num_tokens: float = 0
+    num_tokens: float | Tensor = 0
     report: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -29,7 +29,7 @@ from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import MosaicModel, StageCall
 
 
-def loss_func(output: StageOutput) -> tuple[Tensor | None, float, dict[str, Tensor]]:
+def loss_func(output: StageOutput) -> tuple[Tensor | None, float | Tensor, dict[str, Tensor]]:
     """(sum over loss tokens, their number, what to log), as Megatron's per-token loss wants it."""
     return output.loss, output.num_tokens, dict(output.report)
 

@@ -100,7 +100,7 @@ class ItemStage(MegatronModule):
         return StageOutput(
             exports=exports,
             loss=self.loss_weight * sums[0],
-            num_tokens=float(tensors["weight_sum"]),
+            num_tokens=tensors["weight_sum"],
             report={f"{self.name} loss": torch.stack([sums[1].detach(), tensors["num_tokens"]])},
         )
 
@@ -176,6 +176,6 @@ class BackboneStage(MegatronModule):
         return StageOutput(
             exports=exports,
             loss=(losses * weights).sum(),
-            num_tokens=float(weights.sum(dtype=torch.float64)),
+            num_tokens=weights.sum(dtype=torch.float64),
             report={"lm loss": torch.stack([(losses.detach() * counted).sum(), counted.sum()])},
         )

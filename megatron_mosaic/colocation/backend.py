@@ -12,13 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_mosaic.colocation.backend_cpu import Around, CpuBackend, threads_in_turn
+from megatron_mosaic.colocation.backend_green_context import GreenContextBackend
 from megatron_mosaic.colocation.backend_none import NoBackend, TurnLanes
+from megatron_mosaic.colocation.backend_streams import StreamsBackend
 from megatron_mosaic.colocation.lane import Lanes, QuotaBackend
 from megatron_mosaic.errors import QuotaError
 from megatron_mosaic.plan.quota import shares_of_tracks
 
 AUTO = "auto"
 BACKENDS: Mapping[str, Callable[[Around], QuotaBackend]] = {
+    "green_context": lambda around: GreenContextBackend(),
+    "streams": lambda around: StreamsBackend(),
     "cpu": CpuBackend,
     "none": lambda around: NoBackend(),
 }

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_mosaic.schedules import Action, Schedule
+from megatron_mosaic.schedules import Action, Kind, Schedule
 from megatron_mosaic.schedules.passes import project
 
 
@@ -40,6 +40,16 @@ class RankProgram:
     def awaited(self) -> frozenset[Action]:
         """Actions that another track waits for."""
         return frozenset(need for needs in self.waits.values() for need in needs)
+
+    @cached_property
+    def alone(self) -> frozenset[Action]:
+        """Actions of the units that begin when all tracks but one have done their last action."""
+        if len(self.tracks) < 2:
+            return frozenset()
+        track = self.track_of[self.actions[-1]]
+        others = [place for place, action in enumerate(self.actions) if self.track_of[action] != track]
+        late = {a._replace(kind=Kind.F) for a in self.actions[others[-1] + 1 :] if a.kind is Kind.F}
+        return frozenset(action for action in self.actions if action._replace(kind=Kind.F) in late)
 
     @cached_property
     def track_of(self) -> Mapping[Action, int]:

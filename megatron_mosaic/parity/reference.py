@@ -141,7 +141,7 @@ class Reference:
             rows |= {(module.name, target): exported for target, exported in output.exports.items()}
             if output.loss is not None:
                 total = output.loss if total is None else total + output.loss
-                num_tokens += output.num_tokens
+                num_tokens += float(output.num_tokens)
                 report |= dict(output.report)
         assert total is not None, "a workload without a loss"
         return total, num_tokens, report

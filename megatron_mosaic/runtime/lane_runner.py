@@ -24,7 +24,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
-from megatron_mosaic.parallel_state_ext.rebound.cpu import device
+from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 from megatron_mosaic.parallel_state_ext.scope import Streams
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.runtime.loss_sums import LossSums
@@ -32,7 +32,7 @@ from megatron_mosaic.runtime.model import StageCall
 from megatron_mosaic.runtime.report import Observers
 from megatron_mosaic.schedules.actions import Action, Kind
 
-LossFunction = Callable[[StageOutput], tuple[Tensor, float, Mapping[str, Tensor]]]
+LossFunction = Callable[[StageOutput], tuple[Tensor, float | Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,7 @@ class LaneRunner:
         """The stage's inputs; those that have gradients are leaves that collect them."""
         name, unit, definition = self._module.name, action.unit, self._tools.definition
         selected = definition.select_inputs(name, self._batch_of(self._map.covered(name, unit)), shard)
-        tensors = {key: value.to(device()) for key, value in selected.items()}
+        tensors = {key: to_device(value) for key, value in selected.items()}
         hidden: Tensor | None = None
         imports: dict[str, Tensor] = {}
         imports_at: dict[str, Place] = {}

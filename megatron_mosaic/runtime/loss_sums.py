@@ -21,7 +21,7 @@ class LossSums:
         """Nothing yet."""
         return torch.zeros(2 + 2 * len(self.names), dtype=torch.float64, device=device())
 
-    def of(self, loss: Tensor, num_tokens: float, report: Mapping[str, Tensor]) -> Tensor:
+    def of(self, loss: Tensor, num_tokens: float | Tensor, report: Mapping[str, Tensor]) -> Tensor:
         """What one forward adds. `report`: name -> (sum, count)."""
         row = self.zeros()
         row[0] = num_tokens

@@ -135,7 +135,8 @@ class Runtime:
         for name, module in self.view.modules.items():
             groups, build = self.grids.collections[name], self.definition.build_stage
             for chunk in module.chunks:
-                with self.scopes.enter(name):
+                track = self.executor.training.tracks[f"{name}.{module.at.pp}"]
+                with self.scopes.enter(name), self.executor.lanes.building(track):
                     stage: MegatronModule = build(name, module.placed, module.at.pp, groups, chunk)
                     stage.pg_collection, stage.tp_group = groups, groups.tp  # who holds which shard of a checkpoint
                     initialize_by_name(stage, name, self._args.seed)

@@ -76,7 +76,7 @@ def test_llm_loss_and_exports(model, build_stages, batch):
     inputs = inputs_of(model, "llm", batch, {"vision": rows})
     output = stage(inputs)
     assert output.num_tokens == batch["loss_mask"].sum()
-    assert output.report["lm loss"].tolist() == [output.loss.item(), output.num_tokens]
+    assert output.report["lm loss"].tolist() == [output.loss.item(), float(output.num_tokens)]
     # Oracle of the loss: torch's own cross entropy of the same logits.
     hidden = stage.embedding(batch["tokens"], torch.arange(64).expand(6, 64)).index_put(
         inputs.imports_at["vision"], rows
@@ -118,7 +118,7 @@ def test_generator_loss_is_weighted_and_its_report_is_not(model, build_stages, b
     stage.loss_weight = 3.0
     weighted = stage(inputs)
     assert output.num_tokens == 16 * num_drawings
-    assert output.report["generator loss"].tolist() == [output.loss.item(), output.num_tokens]
+    assert output.report["generator loss"].tolist() == [output.loss.item(), float(output.num_tokens)]
     torch.testing.assert_close(weighted.loss, 3 * output.loss)
     assert torch.equal(weighted.report["generator loss"], output.report["generator loss"])
     output.loss.backward()

@@ -20,7 +20,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place, Row
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
-from megatron_mosaic.parallel_state_ext.rebound.cpu import device
+from megatron_mosaic.parallel_state_ext.rebound.cpu import device, to_device
 from megatron_mosaic.plan.workload import Workload
 
 
@@ -115,7 +115,7 @@ class Exchange:
 
     def _place(self, end: EdgeEnd, unit: int) -> Place:
         held = self._map.rows(end, unit)
-        return torch.as_tensor(held.tokens, device=device()), torch.as_tensor(held.items, device=device())
+        return to_device(torch.as_tensor(held.tokens)), to_device(torch.as_tensor(held.items))
 
     # -- hidden states inside a module ---------------------------------------------------------------------------
 

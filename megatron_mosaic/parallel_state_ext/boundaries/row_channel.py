@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
+from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 
 Place = tuple[Tensor, Tensor]  # of each row: (index along the token dim, index along the item dim) of hidden states
 
@@ -73,13 +74,13 @@ class RowChannel:
         if len(arrivals) == 1 and len(arrivals[0][1]) == 1:
             key, (part,) = arrivals[0]
             if part.rank == self._rank and part.num_rows == num_rows:
-                return self._kept.pop(key)
+                return self._take_kept(key)
         rows = torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
         waiting = []
         for key, parts in arrivals:
             for part in parts:
                 if part.rank == self._rank:
-                    rows[_index(part.rows, rows.device)] = self._kept.pop(key)
+                    rows[_index(part.rows, rows.device)] = self._take_kept(key)
                     continue
                 staged = not isinstance(part.rows, slice)
                 buffer = self._take(part.num_rows) if staged else rows[part.rows]
@@ -116,6 +117,13 @@ class RowChannel:
                 if staged:
                     self._give(buffer)
 
+    def _take_kept(self, key: Hashable) -> Tensor:
+        """Rows that stayed on this rank. Another lane's stream made them: its memory waits until this one is done."""
+        rows = self._kept.pop(key)
+        if rows.is_cuda:
+            rows.record_stream(torch.cuda.current_stream(rows.device))
+        return rows
+
     def _take(self, num_rows: int) -> Tensor:
         """[num_rows, width] of the smallest buffer that fits; where none does, a new one takes the place of a spare."""
         with self._lock:
@@ -133,4 +141,4 @@ class RowChannel:
 
 
 def _index(rows: Rows, device: torch.device) -> slice | Tensor:
-    return rows if isinstance(rows, slice) else torch.as_tensor(rows, device=device)
+    return rows if isinstance(rows, slice) else to_device(torch.as_tensor(rows), device)

@@ -49,6 +49,15 @@ def device() -> torch.device:
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:
+    """A host tensor on the training device (or `target`). From pinned memory, so that a GPU's host thread does not
+    stall: it has to launch the work of other lanes meanwhile."""
+    target = device() if target is None else target
+    if target.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(target)
+    return tensor.pin_memory().to(target, non_blocking=True)
+
+
 class _Moment:
     """Stands in for torch.cuda.Stream and Event: everything on a CPU has already happened."""
 

@@ -1,0 +1,397 @@
+"""Every quota backend under one contract; the CUDA ones against a driver and streams that keep the real ones' rules.
+
+No GPU: `fake_cuda` says what that can show. With one, the tests marked `gpu` run the same contract for real.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mosaic.colocation import backend as table
+from megatron_mosaic.colocation.backend import choose_backend, open_lanes
+from megatron_mosaic.colocation.backend_cpu import CpuBackend
+from megatron_mosaic.colocation.backend_green_context import GreenContextBackend
+from megatron_mosaic.colocation.backend_none import NoBackend
+from megatron_mosaic.colocation.backend_streams import EventMoment, StreamsBackend
+from megatron_mosaic.colocation.lane import seconds_of
+from megatron_mosaic.colocation.program import RankProgram
+from megatron_mosaic.colocation.sm_split import SmDriver
+from megatron_mosaic.errors import QuotaError
+from megatron_mosaic.plan import Layout
+from megatron_mosaic.plan.quota import grant_shares
+from megatron_mosaic.runtime.flags.mosaic import QUOTA_BACKENDS
+from megatron_mosaic.schedules import Action, build_schedule
+from tests.cases import WORKLOAD
+from tests.colocation.fake_cuda import FakeDriver, FakeStreams
+from tests.colocation.test_tracks import beside
+
+PLAN = beside(
+    {"vision": ("0", Layout()), "llm": ("0", Layout()), "generator": ("0", Layout())},
+    world_size=1,
+    microbatches=6,
+    vision=0.3,
+    llm=0.7,
+)
+SCHEDULE = build_schedule(PLAN, WORKLOAD)
+PROGRAM = RankProgram.of(SCHEDULE, SCHEDULE.lanes)
+SHARES = {0: 0.7, 1: 0.3}
+NAMES = ("green_context", "streams", "cpu", "none")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Streams and events that record; everything else of torch.cuda stays away."""
+    fake = FakeStreams()
+    for name, value in {
+        "Stream": fake.new,
+        "ExternalStream": fake.new,
+        "Event": fake.Event,
+        "stream": fake.stream,
+        "current_stream": lambda *args: fake.current,
+        "current_device": lambda: 0,
+        "synchronize": lambda *args: None,
+        "get_device_properties": lambda *args: type("P", (), {"multi_processor_count": 132}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return fake
+
+
+@pytest.fixture(params=NAMES)
+def backend(request, cuda):
+    made = {
+        "green_context": lambda: GreenContextBackend(FakeDriver(), 0),
+        "streams": StreamsBackend,
+        "cpu": CpuBackend,
+        "none": NoBackend,
+    }
+    return made[request.param]()
+
+
+def test_the_table_is_what_the_flag_offers(backend) -> None:
+    assert QUOTA_BACKENDS == table.NAMES == ("auto", *NAMES)
+    assert backend.name in NAMES and isinstance(backend.why_not(), str)
+
+
+@pytest.mark.filterwarnings("ignore:2 tracks")
+def test_every_backend_runs_each_track_in_order_and_needs_first(backend, cuda) -> None:
+    """`done`: what is certainly over when an action begins, on the device or in the thread."""
+    lanes = backend.open(SHARES)
+    assert dict(lanes.infos) == dict(backend.quantise(SHARES)) and set(lanes.infos) == {0, 1}
+    is_launched = backend.name in ("green_context", "streams")
+    begun, over = [], set()
+
+    def perform(action):
+        done = cuda.launch(action) if is_launched else frozenset(over)
+        missing = set(SCHEDULE.needs(action)) - done
+        assert not missing, f"{action} may begin before {[str(need) for need in missing]}"
+        begun.append(action)
+        over.add(action)
+
+    lanes.begin_step()
+    lanes.run(PROGRAM, perform)
+    for actions in PROGRAM.tracks.values():
+        assert tuple(action for action in begun if action in actions) == actions
+    if not backend.caps.beside or is_launched:
+        assert tuple(begun) == PROGRAM.actions, "one host thread launches in the schedule's order"
+    if is_launched:
+        assert cuda.current.seen >= set(PROGRAM.actions), "the caller's stream goes on before the lanes have ended"
+    start, end = lanes.clock(), lanes.clock()
+    assert seconds_of(start) <= seconds_of(end)
+    with lanes.building(0):
+        pass
+    lanes.close()
+
+
+@pytest.mark.filterwarnings("ignore:2 tracks")
+def test_an_error_of_any_lane_is_the_backends(backend, cuda) -> None:
+    lanes = backend.open(SHARES)
+
+    def perform(action):
+        if str(action) == "vision.0F1":
+            raise ZeroDivisionError("no pixels")
+
+    with pytest.raises(ZeroDivisionError):
+        lanes.run(PROGRAM, perform)
+    lanes.close()
+
+
+def test_grants_are_counted_in_what_they_are(backend) -> None:
+    infos = backend.quantise(SHARES)
+    assert {info.track: info.share for info in infos.values()} == SHARES
+    if backend.caps.disjoint and next(iter(infos.values())).total >= 2:
+        assert sum(info.granted for info in infos.values()) == next(iter(infos.values())).total
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+def streams_of_run(cuda: FakeStreams, program: RankProgram) -> dict:
+    lanes, at = StreamsBackend().open(SHARES), {}
+
+    def perform(action):
+        cuda.launch(action)
+        at[action] = cuda.current.name
+
+    lanes.run(program, perform)
+    return at
+
+
+def test_backward_runs_in_its_forwards_lane(cuda) -> None:
+    at = streams_of_run(cuda, PROGRAM)
+    forwards = {action: stream for action, stream in at.items() if action.kind == "F"}
+    backwards = {action: stream for action, stream in at.items() if action.kind == "B"}
+    assert backwards and all(stream == forwards[action._replace(kind="F")] for action, stream in backwards.items())
+    assert len({at[a] for a in PROGRAM.tracks[0] if a not in PROGRAM.alone}) == 1
+    assert {at[a] for a in PROGRAM.tracks[1]}.isdisjoint(at[a] for a in PROGRAM.tracks[0])
+
+
+def test_what_runs_when_the_others_are_done_has_the_whole_device(cuda) -> None:
+    """Vision is done first here: the backbone's units begin after its last action."""
+    vision, backbone = PROGRAM.tracks[1], PROGRAM.tracks[0]
+    program = RankProgram(actions=vision + backbone, tracks=PROGRAM.tracks, waits={})
+    assert program.alone == frozenset(backbone)
+    at = streams_of_run(cuda, program)
+    whole = {at[action] for action in backbone}
+    assert len(whole) == 1 and whole.isdisjoint(at[action] for action in vision)
+
+
+def test_a_track_keeps_its_order_across_its_streams(cuda) -> None:
+    """llm.0B0 belongs to a quota's stream, llm.0F1 before and llm.0B1 after it to that of the whole device."""
+    actions = tuple(map(Action.parse, ["llm.0F0", "vision.0F0", "llm.0F1", "llm.0B0", "llm.0B1"]))
+    program = RankProgram(
+        actions=actions, tracks={0: tuple(a for a in actions if a.module == "llm"), 1: actions[1:2]}, waits={}
+    )
+    assert {str(action) for action in program.alone} == {"llm.0F1", "llm.0B1"}
+    lanes, begun = StreamsBackend().open(SHARES), []
+
+    def perform(action):
+        done = cuda.launch(action)
+        if action.module == "llm":
+            assert {a for a in begun if a.module == "llm"} <= done
+        if action in program.alone:
+            assert set(begun) <= done, "it runs on all SMs beside a lane with a quota"
+        begun.append(action)
+
+    lanes.run(program, perform)
+    assert tuple(begun) == actions
+
+
+def test_without_events_a_lane_begins_before_its_needs(cuda) -> None:
+    """The contract above can fail: this is what it would see."""
+    lanes, early = StreamsBackend().open(SHARES), []
+
+    def perform(action):
+        early.extend(set(SCHEDULE.needs(action)) - cuda.launch(action))
+
+    lanes.run(replace(PROGRAM, waits={}), perform)
+    assert early
+
+
+def test_moments_are_on_the_hosts_clock(cuda) -> None:
+    base, event = cuda.Event(), cuda.Event()
+    assert EventMoment(event, base, 100.0).seconds() == 100.0 + 1e-3
+
+
+# -- green contexts --------------------------------------------------------------------------------------------------
+
+SETUP = [("cuInit", 0), ("cuDeviceGet", 0)]
+RESOURCE = ("cuDeviceGetDevResource", "device 0", 1)
+
+
+def context(*sizes: int) -> list[tuple]:
+    """The calls that make one lane."""
+    return [
+        ("cuDevResourceGenerateDesc", list(sizes), len(sizes)),
+        ("cuGreenCtxCreate", "device 0", 1),
+        ("cuGreenCtxGetDevResource", 1),
+        ("cuGreenCtxStreamCreate", 1, 0),
+    ]
+
+
+def test_a_third_and_two_thirds_of_an_h100_call_by_call() -> None:
+    """44 + 88: one split into a group of 88, and what is left of it."""
+    driver = FakeDriver()
+    calls = SmDriver(driver)
+    lanes = calls.split(calls.device(0), grant_shares({0: 2 / 3, 1: 1 / 3}, 132, 8))
+    assert driver.calls == [
+        *SETUP,
+        RESOURCE,
+        RESOURCE,
+        ("cuDevSmResourceSplitByCount", 1, 0, 88),
+        *context(88),
+        *context(44),
+    ]
+    first, second = (driver.sms_of_stream(lanes[track].stream) for track in (0, 1))
+    assert (len(first), len(second)) == (lanes[0].granted, lanes[1].granted) == (88, 44)
+    assert first.isdisjoint(second) and first | second == set(range(132)), "streams share an SM, or one has none"
+    calls.close(lanes)
+    assert not driver.live
+    assert driver.calls[-4:] == [("cuStreamDestroy",)] * 2 + [("cuGreenCtxDestroy",)] * 2
+
+
+def test_two_splits_of_one_device_would_share_sms() -> None:
+    """Why there is one split only: the fake driver knows the trap."""
+    driver = FakeDriver()
+    resource = driver.cuDeviceGetDevResource("device 0", 1)[1]
+    first, second = (driver.cuDevSmResourceSplitByCount(1, resource, 0, 64)[1][0].sms for _ in range(2))
+    assert set(first) == set(second)
+
+
+def test_three_lanes_are_glued_from_the_grains_of_one_split() -> None:
+    driver = FakeDriver()
+    calls = SmDriver(driver)
+    lanes = calls.split(calls.device(0), {0: 48, 1: 44, 2: 40})
+    assert [call for call in driver.calls if call[0] == "cuDevSmResourceSplitByCount"] == [
+        ("cuDevSmResourceSplitByCount", 11, 0, 8)
+    ]
+    sms = [driver.sms_of_stream(lane.stream) for lane in lanes.values()]
+    assert [len(one) for one in sms] == [48, 44, 40] and len(set().union(*sms)) == 132
+
+
+@pytest.mark.parametrize("version", [12080, 12090])
+def test_before_cuda_13_there_are_two_lanes(version) -> None:
+    calls = SmDriver(FakeDriver(version=version))
+    device = calls.device(0)
+    assert {track: lane.granted for track, lane in calls.split(device, {0: 88, 1: 44}).items()} == {0: 88, 1: 44}
+    with pytest.raises(QuotaError, match="CUDA 13000 for more than one lane"):
+        calls.split(device, {0: 48, 1: 44, 2: 40})
+
+
+@given(
+    st.sampled_from([(132, 8), (148, 8), (108, 4), (80, 2)]),
+    st.lists(st.floats(0.2, 1), min_size=2, max_size=4),
+    st.floats(0.7, 1),
+    st.booleans(),
+)
+def test_lanes_never_share_an_sm_and_have_what_was_granted(hardware, weights, total, is_whole) -> None:
+    num_sms, grain = hardware
+    share = 1.0 if is_whole else total
+    shares = {track: weight / sum(weights) * share for track, weight in enumerate(weights)}
+    backend_ = FakeDriver(num_sms=num_sms, granularity=grain)
+    calls = SmDriver(backend_)
+    granted = grant_shares(shares, num_sms, grain)
+    lanes = calls.split(calls.device(0), granted)
+    sms = [backend_.sms_of_stream(lane.stream) for lane in lanes.values()]
+    assert [len(one) for one in sms] == list(granted.values())
+    assert len(set().union(*sms)) == sum(granted.values())
+
+
+@pytest.mark.parametrize(("capability", "granularity"), [(9, 8), (10, 8), (8, 4), (7, 2)])
+def test_old_bindings_do_not_tell_the_granularity(capability, granularity) -> None:
+    driver = FakeDriver(capability=capability, granularity=granularity, tells_granularity=False)
+    calls = SmDriver(driver)
+    assert calls.hardware(calls.device(0)).granularity == granularity
+
+
+def test_a_driver_that_grants_something_else_is_refused(monkeypatch) -> None:
+    """L40S: asked for 120, reported 114 (pytorch/pytorch#195378)."""
+    driver = FakeDriver()
+    real = driver.cuGreenCtxGetDevResource
+
+    def short(ctx, kind):
+        status, resource = real(ctx, kind)
+        return status, replace(resource, sms=resource.sms[:-6])
+
+    monkeypatch.setattr(driver, "cuGreenCtxGetDevResource", short)
+    calls = SmDriver(driver)
+    with pytest.raises(QuotaError, match=r"82 SMs\n.*88, as asked"):
+        calls.split(calls.device(0), {0: 88, 1: 44})
+
+
+def test_a_call_that_fails_is_named(monkeypatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(driver, "cuGreenCtxCreate", lambda *args: ("CUDA_ERROR_OUT_OF_MEMORY", None))
+    calls = SmDriver(driver)
+    with pytest.raises(QuotaError) as caught:
+        calls.split(calls.device(0), {0: 88, 1: 44})
+    assert caught.value.where == "cuGreenCtxCreate" and "OUT_OF_MEMORY" in caught.value.got
+
+
+def test_lanes_of_the_same_counts_are_opened_once(cuda) -> None:
+    driver = FakeDriver()
+    made = GreenContextBackend(driver, 0)
+    first = made.open({0: 0.667, 1: 0.333})
+    assert made.open({0: 0.66667, 1: 0.33333}) is first
+    assert made.open({0: 0.5, 1: 0.5}) is not first
+    assert sum(call[0] == "cuDevSmResourceSplitByCount" for call in driver.calls) == 2
+
+
+def test_shares_that_cannot_be_granted_name_those_that_can(cuda) -> None:
+    with pytest.raises(QuotaError) as caught:
+        GreenContextBackend(FakeDriver(), 0).open({0: 0.97, 1: 0.03})
+    assert "1: 0.06061 (8 SMs)" in caught.value.fix
+    infos = GreenContextBackend(FakeDriver(), 0).quantise({0: 0.5, 1: 0.5})
+    assert [info.granted for info in infos.values()] == [64, 68]
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_first_that_works_and_says_why_not_the_others() -> None:
+    choice = choose_backend("auto", lambda grad_enabled: torch.set_grad_enabled(grad_enabled))
+    assert choice.backend.name == "cpu"
+    assert list(choice.passed) == ["green_context", "streams"]
+    assert all("no CUDA device" in why for why in choice.passed.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("green_context", "no CUDA device"), ("gpu", "one of auto, green_context")]
+)
+def test_a_backend_that_is_not_here_is_refused(name, words) -> None:
+    with pytest.raises(QuotaError, match=words):
+        choose_backend(name, lambda grad_enabled: torch.set_grad_enabled(grad_enabled))
+
+
+def test_one_connection_is_explained(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in StreamsBackend().why_not()
+    assert "tp or cp above 1 before Blackwell" in GreenContextBackend().why_not()
+
+
+@pytest.mark.parametrize(("version", "words"), [(12070, "CUDA 12070 of the driver, 12080 needed"), (12080, "")])
+def test_old_drivers_have_no_green_streams(version, words) -> None:
+    assert GreenContextBackend(FakeDriver(version=version), 0).why_not() == words
+
+
+@pytest.mark.filterwarnings("ignore:2 tracks")
+def test_a_rank_of_one_track_needs_no_backend() -> None:
+    alone = open_lanes("auto", {0: ("llm",)}, {"llm": 0.5}, lambda g: torch.set_grad_enabled(g))
+    assert alone.notes == () and set(alone.threads) == {"llm"}
+    two = open_lanes("none", {0: ("llm",), 1: ("vision",)}, {"llm": 1.0, "vision": 0.3}, lambda g: torch.no_grad())
+    assert "quota backend none: track 0 (llm)" in two.notes[0]
+    assert set(two.threads) == {"llm", "vision"}
+
+
+def test_cores_of_tracks_are_disjoint_and_of_the_rank(monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    taken = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: taken.append(tuple(cores)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: taken.append(count))
+    lanes = CpuBackend().open({0: 0.75, 1: 0.25})
+    lanes.close()
+    assert sorted(map(str, taken)) == sorted(["(4, 5, 6)", "3", "(7,)", "1"])
+
+
+def test_fewer_cores_than_tracks_warns_and_gives_each_a_thread(monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    with pytest.warns(UserWarning, match=r"2 tracks on 1 core.*not enforced"):
+        lanes = CpuBackend().open(SHARES)
+    assert [info.granted for info in lanes.infos.values()] == [1, 1]
+    lanes.close()
+
+
+def test_importing_every_backend_touches_no_cuda() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import megatron_mosaic.colocation.backend; "
+        "assert not torch.cuda.is_initialized(); "
+        "assert not [name for name in set(sys.modules) - before if name.startswith('cuda')]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
