@@ -23,8 +23,8 @@ from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan import Layout, Plan, Recompute
 from megatron_mosaic.runtime import train
+from megatron_mosaic.runtime.dumps.reader import read_gradients
 from megatron_mosaic.runtime.lane_runner import LaneRunner
-from megatron_mosaic.runtime.report import read_gradients
 from tests.colocation.beside_cases import ONE_RANK, TWO_RANKS, beside
 from tests.numerics.parity_cases import any2any_plan, split_over_tp, written
 
