@@ -1,31 +1,35 @@
 """The one clock: when each action of a program starts and ends.
 
-An action occupies its lane's resources; it starts when they are free and its inputs have arrived:
+A row of the program is an action of one class of dp slots: it occupies their resources, and starts when these are free
+and its inputs have arrived:
 
     start = max(resources free, end of each need + lag of its link)
 
-While actions run, the machine says how fast (`Machine.rates`); the clock goes from event to event. Where every rank
-owns its device nothing ever changes a rate, and one pass in the schedule's order gives the same times.
+While actions run, the machine says how fast (`Machine.rates`); the clock goes from event to event, an event being an
+action's end or an input's arrival. Where every rank owns its device nothing ever changes a rate, and one pass in the
+schedule's order gives the same times; on shared cores all rates are equal, and one heap says who ends next.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from itertools import compress, repeat
 from math import inf
 from operator import mul, sub, truediv
 
-from megatron_mosaic.cost_model.machine import Machine, OwnDevices
+from megatron_mosaic.cost_model.machine import Machine, OwnDevices, SharedCores
 from megatron_mosaic.cost_model.program import Program
 
-Times = tuple[list[float], list[float]]  # starts and ends, by position
+Times = tuple[list[float], list[float]]  # starts and ends, by row
 
 _SOON_S = 1e-12  # what rounding leaves of work, or of a way, is none
 
 
 def run_clock(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: Machine) -> Times:
     """`job_s` by `program.jobs`, at rate 1; `lag_s` by `program.links`, of which the first is 0."""
+    if isinstance(machine, SharedCores):
+        return _run_equal_rates(program, job_s, lag_s, machine)
     if not isinstance(machine, OwnDevices):
         return run_events(program, job_s, lag_s, machine)
     if max(map(len, program.resources)) == 1:
@@ -34,13 +38,13 @@ def run_clock(program: Program, job_s: Sequence[float], lag_s: Sequence[float], 
 
 
 def _run_lanes(program: Program, job_s: Sequence[float], lag_s: Sequence[float]) -> Times:
-    """One pass, where a lane occupies one resource."""
+    """One pass, where slots occupy one resource."""
     free = [0.0] * program.num_resources
     resource = [held[0] for held in program.resources]
     starts: list[float] = []
     ends = [0.0]  # of no need
-    for lane, job, need, link, more in zip(program.lane, program.job, program.need, program.link, program.more_needs):
-        held = resource[lane]
+    for slots, job, need, link, more in zip(program.slots, program.job, program.need, program.link, program.more_needs):
+        held = resource[slots]
         start = free[held]
         arrival = ends[need] + lag_s[link]
         if arrival > start:
@@ -54,12 +58,12 @@ def _run_lanes(program: Program, job_s: Sequence[float], lag_s: Sequence[float])
 
 
 def _run_order(program: Program, job_s: Sequence[float], lag_s: Sequence[float]) -> Times:
-    """One pass, where a lane may occupy several resources."""
+    """One pass, where slots may occupy several resources."""
     free = [0.0] * program.num_resources
     starts: list[float] = []
     ends = [0.0]
-    for lane, job, need, link, more in zip(program.lane, program.job, program.need, program.link, program.more_needs):
-        held = program.resources[lane]
+    for slots, job, need, link, more in zip(program.slots, program.job, program.need, program.link, program.more_needs):
+        held = program.resources[slots]
         start = ends[need] + lag_s[link]
         for each in held:
             if free[each] > start:
@@ -76,80 +80,110 @@ def _run_order(program: Program, job_s: Sequence[float], lag_s: Sequence[float])
 
 def run_events(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: Machine) -> Times:
     """From event to event, whatever the machine does to rates."""
-    return _Events(program, lag_s).run(job_s, machine)
+    waits, now = _Waits(program, lag_s), 0.0
+    active: list[int] = []  # rows at work, with their slots and the seconds of work left of each, at rate 1
+    slots: list[int] = []
+    left: list[float] = []
+    while active or waits.under_way:
+        for row in waits.arrived(now):
+            active.append(row)
+            slots.append(program.slots[row])
+            left.append(job_s[program.job[row]])
+        rates = machine.rates(slots)
+        step = min(map(truediv, left, rates), default=inf)
+        if waits.under_way:
+            step = min(step, waits.under_way[0][0] - now)
+        now += step
+        left = list(map(sub, left, map(mul, rates, repeat(step))))
+        if left and min(left) <= _SOON_S:
+            for row in [row for row, work in zip(active, left) if work <= _SOON_S]:
+                waits.finish(row, now)
+            keep = [work > _SOON_S for work in left]
+            active, slots = list(compress(active, keep)), list(compress(slots, keep))
+            left = list(compress(left, keep))
+    return waits.starts, waits.ends
 
 
-class _Events:
-    """What waits for what: each resource's actions still to run, actions that sleep until a need ends, and actions
-    whose inputs are under way. All three shrink as the clock goes on."""
+class _Waits:
+    """Who waits for how many ends, and whose inputs are under way. A row waits for its needs, and for the row before it
+    on each of its resources."""
 
     def __init__(self, program: Program, lag_s: Sequence[float]) -> None:
-        self.program, self.lag_s = program, lag_s
-        self.queues: list[list[int]] = [[] for _ in range(program.num_resources)]  # the next one last
-        for position in reversed(range(len(program.lane))):
-            for each in program.resources[program.lane[position]]:
-                self.queues[each].append(position)
-        self.starts = [-1.0] * len(program.lane)
-        self.ends = [0.0] + [-1.0] * len(program.lane)  # by need: 1 + position
-        self.sleepers: dict[int, list[int]] = {}  # need -> positions that look again when it ends
-        self.under_way: list[tuple[float, int]] = []  # heap of (arrival, position)
+        self.after, self.count = _find_waits(program, lag_s)
+        self.arrival = [0.0] * len(self.count)  # of the latest input so far
+        self.starts, self.ends = [-1.0] * len(self.count), [-1.0] * len(self.count)
+        self.under_way = [(0.0, row) for row, count in enumerate(self.count) if not count]  # heap of (arrival, row)
 
-    def run(self, job_s: Sequence[float], machine: Machine) -> Times:
-        """Starts and ends. An event is an action's end or an input's arrival."""
-        active: list[int] = []  # positions at work, with their lanes and the seconds of work left of each, at rate 1
-        lanes: list[int] = []
-        left: list[float] = []
-        lane_of, job_of, now = self.program.lane, self.program.job, 0.0
-        self._look([queue[-1] for queue in self.queues])
-        while active or self.under_way:
-            for position in self._arrived(now):
-                self.starts[position] = now
-                active.append(position)
-                lanes.append(lane_of[position])
-                left.append(job_s[job_of[position]])
-            rates = machine.rates(lanes)
-            step = min(map(truediv, left, rates), default=inf)
-            if self.under_way:
-                step = min(step, self.under_way[0][0] - now)
-            now += step
-            left = list(map(sub, left, map(mul, rates, repeat(step))))
-            if left and min(left) <= _SOON_S:
-                done = [position for position, work in zip(active, left) if work <= _SOON_S]
-                keep = [work > _SOON_S for work in left]
-                active, lanes = list(compress(active, keep)), list(compress(lanes, keep))
-                left = list(compress(left, keep))
-                self._look(self._finish(done, now))
-        return self.starts, self.ends[1:]
+    def finish(self, row: int, now: float) -> None:
+        """It has ended: its results are on their way."""
+        self.ends[row] = now
+        for waiting, lag in self.after[row]:
+            self.arrival[waiting] = max(self.arrival[waiting], now + lag)
+            self.count[waiting] -= 1
+            if not self.count[waiting]:
+                heappush(self.under_way, (self.arrival[waiting], waiting))
 
-    def _finish(self, done: list[int], now: float) -> list[int]:
-        """The actions that may have waited for these alone."""
-        found: list[int] = []
-        for position in done:
-            self.ends[1 + position] = now
-            for each in self.program.resources[self.program.lane[position]]:
-                queue = self.queues[each]
-                queue.pop()
-                found += queue[-1:]
-            found += self.sleepers.pop(1 + position, ())
-        return found
-
-    def _look(self, positions: list[int]) -> None:
-        """Send the inputs of those on their way that are next everywhere and whose needs have ended."""
-        ends, lag_s, program = self.ends, self.lag_s, self.program
-        for position in dict.fromkeys(positions):
-            held = program.resources[program.lane[position]]
-            if any([self.queues[each][-1] != position for each in held]):
-                continue  # it looks again when it is the next one there
-            needs = ((program.need[position], program.link[position]), *program.more_needs[position])
-            waits = [need for need, _ in needs if ends[need] < 0]
-            if waits:
-                self.sleepers.setdefault(waits[0], []).append(position)
-            else:
-                heapq.heappush(self.under_way, (max([ends[need] + lag_s[link] for need, link in needs]), position))
-
-    def _arrived(self, now: float) -> list[int]:
-        """Actions whose inputs are there: they start."""
+    def arrived(self, now: float) -> list[int]:
+        """Rows whose inputs are there: they start."""
         found = []
         while self.under_way and self.under_way[0][0] <= now + _SOON_S:
-            found.append(heapq.heappop(self.under_way)[1])
+            found.append(heappop(self.under_way)[1])
+            self.starts[found[-1]] = now
         return found
+
+
+def _find_waits(program: Program, lag_s: Sequence[float]) -> tuple[list[list[tuple[int, float]]], list[int]]:
+    """By row, the rows that wait for it, with the lag of its results; by row, how many ends it waits for."""
+    after: list[list[tuple[int, float]]] = [[] for _ in program.slots]
+    count: list[int] = []
+    latest = [-1] * program.num_resources  # resource -> the row there so far
+    for row, (slots, need, link, more) in enumerate(zip(program.slots, program.need, program.link, program.more_needs)):
+        waits = 0
+        for each in program.resources[slots]:
+            before = latest[each]
+            latest[each] = row
+            if before >= 0:
+                after[before].append((row, 0.0))
+                waits += 1
+        if need:
+            after[need - 1].append((row, lag_s[link]))
+            waits += 1
+            for other, way in more:
+                after[other - 1].append((row, lag_s[way]))
+                waits += 1
+        count.append(waits)
+    return after, count
+
+
+def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: SharedCores) -> Times:
+    """From event to event, where all actions at work run at one rate: each gets through the same work in the same time,
+    so what has `job_s` to do is done when the work of all has grown by that, and who ends next never changes."""
+    after, count = _find_waits(program, lag_s)
+    threads = [machine.threads[slots] for slots in program.slots]
+    work_s = [job_s[job] for job in program.job]
+    starts, ends, arrival = [-1.0] * len(count), [-1.0] * len(count), [0.0] * len(count)
+    under_way = [(0.0, row) for row, waits in enumerate(count) if not waits]  # heap of (arrival, row)
+    at_work: list[tuple[float, int]] = []  # heap of (done at that much work, row)
+    now = work = 0.0
+    busy, rate = 0, 1.0
+    while at_work or under_way:
+        done_s = now + (at_work[0][0] - work) / rate if at_work else inf
+        if under_way and under_way[0][0] <= done_s:
+            then, row = heappop(under_way)
+            work += (then - now) * rate
+            now, starts[row] = then, then
+            heappush(at_work, (work + work_s[row], row))
+            busy += threads[row]
+        else:
+            work, row = heappop(at_work)
+            now = ends[row] = done_s
+            busy -= threads[row]
+            for waiting, lag in after[row]:
+                at = now + lag
+                if at > arrival[waiting]:
+                    arrival[waiting] = at
+                count[waiting] -= 1
+                if not count[waiting]:
+                    heappush(under_way, (arrival[waiting], waiting))
+        rate = machine.rate(busy)
+    return starts, ends

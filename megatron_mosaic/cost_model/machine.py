@@ -14,22 +14,22 @@ from typing import Protocol
 class Machine(Protocol):
     """All ranks' devices."""
 
-    def rates(self, lanes: Sequence[int]) -> Sequence[float]:
-        """Of the actions at work, one on each of these lanes (by number): 1 is as fast as alone."""
+    def rates(self, slots: Sequence[int]) -> Sequence[float]:
+        """Of the actions at work, one on each of these classes of dp slots (by number): 1 is as fast as alone."""
 
     def crowding(self, num_ranks: int) -> float:
         """Factor by which so many ranks slow each other down that compute on a thread each."""
 
     def least_s(self, busy_s: Sequence[float]) -> float:
-        """No step is shorter in which lane i alone would be busy for `busy_s[i]`."""
+        """No step is shorter in which all slots of class i would alone be busy for `busy_s[i]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnDevices:
     """Every rank owns its device, and what runs on it takes turns."""
 
-    def rates(self, lanes: Sequence[int]) -> Sequence[float]:
-        return [1.0] * len(lanes)
+    def rates(self, slots: Sequence[int]) -> Sequence[float]:
+        return [1.0] * len(slots)
 
     def crowding(self, num_ranks: int) -> float:
         return 1.0
@@ -43,11 +43,14 @@ class SharedCores:
     """Processor sharing: with t threads at work on c cores each action runs at rate min(1, c / t)."""
 
     cores: int
-    threads: tuple[int, ...]  # of a lane's action, on all ranks of its stage together
+    threads: tuple[int, ...]  # of an action, on all slots of a class together
 
-    def rates(self, lanes: Sequence[int]) -> Sequence[float]:
-        at_work = sum(map(self.threads.__getitem__, lanes))
-        return [min(1.0, self.cores / at_work)] * len(lanes) if at_work else [1.0] * len(lanes)
+    def rate(self, at_work: int) -> float:
+        """Of every action, with so many threads at work."""
+        return min(1.0, self.cores / at_work) if at_work else 1.0
+
+    def rates(self, slots: Sequence[int]) -> Sequence[float]:
+        return [self.rate(sum(map(self.threads.__getitem__, slots)))] * len(slots)
 
     def crowding(self, num_ranks: int) -> float:
         return max(1.0, num_ranks / self.cores)

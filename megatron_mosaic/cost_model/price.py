@@ -69,7 +69,12 @@ class StepPrice:
 
     @cached_property
     def machine(self) -> Machine:
+        """As whole lanes see it."""
         return self.source.machine([cost.threads for cost in self.costs])
+
+    def machine_of(self, lane_of: Sequence[int], share: Sequence[float]) -> Machine:
+        """As slot classes see it: class i is so much of the slots of lane `lane_of[i]`."""
+        return self.source.machine([round(self.costs[lane].threads * part) for lane, part in zip(lane_of, share)])
 
     def transfer_s(self, since: int, to: int) -> float:
         """Seconds from the end of an action of one lane to the start of the one on another that needs its result."""

@@ -1,8 +1,9 @@
-"""A schedule made ready for the clock: numbers instead of names, ranks with the same lanes folded into one class.
+"""A schedule made ready for the clock: numbers instead of names, and a row for each class of alike dp slots.
 
-Ranks that run the same lanes do the same at the same time, so a simulation costs as much as there are lanes and
-microbatches, whatever the number of ranks. A lane occupies its classes, each on the lane's track: lanes of one track
-of a class take turns, tracks run at the same time. Needs inside a lane are left out: its own order implies them.
+The order has one entry for all replicas of a lane; replicas have no barrier, so each class of slots runs an entry by
+itself (`replicas.py`). Most often all slots of a lane are alike, and a simulation costs as much as there are lanes and
+microbatches, whatever the number of ranks. A slot occupies its ranks, on the lane's track: lanes of one track of a rank
+take turns, tracks run at the same time. Needs inside a lane are left out: its own order implies them.
 """
 
 from __future__ import annotations
@@ -10,40 +11,44 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
+from megatron_mosaic.cost_model.replicas import SlotClasses
 from megatron_mosaic.plan import ScheduleChoice
 from megatron_mosaic.schedules import Kind, Schedule, build
 from megatron_mosaic.schedules.actions import FREES
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
-Need = tuple[int, int]  # (1 + position, number of the link that the result travels over); (0, 0): none
+Need = tuple[int, int]  # (1 + row, number of the link that the result travels over); (0, 0): none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """All actions in the schedule's order, as parallel tuples; lanes and classes by the numbers of the stage graph."""
+    """All actions in the schedule's order, each once for every class of its lane's slots: parallel tuples, by row."""
 
     schedule: Schedule
-    lane: tuple[int, ...]  # by position
-    job: tuple[int, ...]  # by position, into `jobs`
+    entry: Sequence[int]  # by row, its position in the schedule's order
+    slots: tuple[int, ...]  # by row, a slot class
+    job: tuple[int, ...]  # by row, into `jobs`
     jobs: tuple[tuple[int, Kind], ...]  # (lane, kind): actions of one job take the same time
-    need: tuple[int, ...]  # by position: 1 + position of an action of another lane; 0: none
-    link: tuple[int, ...]  # by position, into `links`: the way of that need's result
-    more_needs: tuple[tuple[Need, ...], ...]  # by position; mostly none
+    need: tuple[int, ...]  # by row: 1 + row of an action of another lane; 0: none
+    link: tuple[int, ...]  # by row, into `links`: the way of that need's result
+    more_needs: tuple[tuple[Need, ...], ...]  # by row; mostly none
     links: tuple[tuple[int, int], ...]  # (lane needed, lane that needs); the first is no link
-    resources: tuple[tuple[int, ...], ...]  # by lane, what it occupies: a track of a class
+    lane_of: tuple[int, ...]  # by slot class
+    resources: tuple[tuple[int, ...], ...]  # by slot class, what it occupies: a track of a kind of ranks
     num_resources: int
-    last: tuple[int, ...]  # by lane, the position of its last action
-    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class, the combinations of live units of its lanes
+    last: tuple[tuple[int, ...], ...]  # by lane, the rows of its last action
+    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class of ranks, combinations of live units of its lanes
 
 
 @lru_cache(maxsize=512)
-def planned_program(choice: ScheduleChoice, graph: StageGraph) -> Program:
+def planned_program(choice: ScheduleChoice, graph: StageGraph, classes: SlotClasses) -> Program:
     """The program of a schedule by name; kept, since a search meets the same graphs again."""
-    return fold(build(choice, graph), graph)
+    return fold(build(choice, graph), graph, classes)
 
 
-def fold(schedule: Schedule, graph: StageGraph) -> Program:
+def fold(schedule: Schedule, graph: StageGraph, classes: SlotClasses) -> Program:
     """The program of a schedule of this graph. The schedule's lanes may stand in another order than the graph's."""
     table, names = schedule.table, graph.lanes
     number = {name: i for i, name in enumerate(names)}
@@ -57,28 +62,87 @@ def fold(schedule: Schedule, graph: StageGraph) -> Program:
     for j, (i, kind) in enumerate(jobs):
         job[i][kind] = j
     need, link, more, links = _needs_of_others(lane, table.needs)
-    holds = [sorted((name, schedule.tracks[each]) for name in graph.occupies[each]) for each in names]
-    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
-    lanes_of: dict[int, list[int]] = {}
-    for i, held in enumerate(holds):
-        for name, _ in held:
-            lanes_of.setdefault(name, []).append(i)
-    return Program(
-        schedule=schedule,
-        lane=tuple(lane),
+    rows = _Rows(
+        entry=range(len(lane)),
+        slots=tuple(lane),
         job=tuple([job[i][kind] for i, kind in zip(lane, table.kind)]),
-        jobs=tuple(jobs),
         need=need,
         link=link,
         more_needs=more,
+        last=tuple((found[-1],) for found in positions),
+    )
+    if classes.first[-1] > len(names):
+        rows = _spread(rows, links, classes)
+    lane_of = tuple(i for i in range(len(names)) for _ in range(classes.first[i], classes.first[i + 1]))
+    holds = [[(kind, schedule.tracks[names[i]]) for kind in kinds] for i, kinds in zip(lane_of, classes.occupies)]
+    resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
+    return Program(
+        schedule=schedule,
+        entry=rows.entry,
+        slots=rows.slots,
+        job=rows.job,
+        jobs=tuple(jobs),
+        need=rows.need,
+        link=rows.link,
+        more_needs=rows.more_needs,
         links=links,
+        lane_of=lane_of,
         resources=tuple(tuple(resource[each] for each in held) for held in holds),
         num_resources=len(resource),
-        last=tuple(found[-1] for found in positions),
-        live_units=tuple(
-            _live_units(table.kind, [positions[i] for i in lanes]) for _, lanes in sorted(lanes_of.items())
-        ),
+        last=rows.last,
+        live_units=_live_units_of_classes(graph, table.kind, positions),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """The columns of a program."""
+
+    entry: Sequence[int]
+    slots: tuple[int, ...]
+    job: tuple[int, ...]
+    need: tuple[int, ...]
+    link: tuple[int, ...]
+    more_needs: tuple[tuple[Need, ...], ...]
+    last: tuple[tuple[int, ...], ...]
+
+
+def _spread(rows: _Rows, links: Sequence[tuple[int, int]], classes: SlotClasses) -> _Rows:
+    """A row for every slot class of an action's lane, with needs of the slots that it takes something from."""
+    sizes = [after - first for first, after in zip(classes.first, classes.first[1:])]
+    base = [0, *accumulate(sizes[lane] for lane in rows.slots)]  # by position, its first row
+    ways = [_way(link, sizes, classes) for link in links]
+    entry, slots, job, firsts, ways_of_first, more = [], [], [], [], [], []
+    for at, (lane, its_job, need, link, others) in enumerate(
+        zip(rows.slots, rows.job, rows.need, rows.link, rows.more_needs)
+    ):
+        needed = ((need, link), *others) if need else ()
+        for k in range(sizes[lane]):
+            found = [(1 + base[other - 1] + offset, way) for other, way in needed for offset in ways[way][k]]
+            first, *rest = found or [(0, 0)]
+            entry.append(at)
+            slots.append(classes.first[lane] + k)
+            job.append(its_job)
+            firsts.append(first[0])
+            ways_of_first.append(first[1])
+            more.append(tuple(rest))
+    return _Rows(
+        entry=tuple(entry),
+        slots=tuple(slots),
+        job=tuple(job),
+        need=tuple(firsts),
+        link=tuple(ways_of_first),
+        more_needs=tuple(more),
+        last=tuple(tuple(range(base[at], base[at + 1])) for (at,) in rows.last),
+    )
+
+
+def _way(link: tuple[int, int], sizes: Sequence[int], classes: SlotClasses) -> tuple[tuple[int, ...], ...]:
+    """By slot class of the lane that needs, the classes that it needs, counted from their lane's first."""
+    source, target = link
+    if link not in classes.feeds:
+        return ((0,),) * sizes[target]
+    return tuple(tuple(each - classes.first[source] for each in needed) for needed in classes.feeds[link])
 
 
 def _needs_of_others(
@@ -102,6 +166,17 @@ def _needs_of_others(
         ways.append(way)
         more.append(rest)
     return tuple(first), tuple(ways), tuple(more), tuple(links)
+
+
+def _live_units_of_classes(
+    graph: StageGraph, kinds: Sequence[Kind], positions: Sequence[Sequence[int]]
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """By class of ranks with the same lanes; whenever their slots run, each rank keeps to the order."""
+    lanes_of: dict[int, list[int]] = {}
+    for i, lane in enumerate(graph.lanes):
+        for name in graph.occupies[lane]:
+            lanes_of.setdefault(name, []).append(i)
+    return tuple(_live_units(kinds, [positions[i] for i in lanes]) for _, lanes in sorted(lanes_of.items()))
 
 
 def _live_units(kinds: Sequence[Kind], lanes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

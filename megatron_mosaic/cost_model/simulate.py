@@ -22,6 +22,7 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import StepPrice
 from megatron_mosaic.cost_model.program import Program, fold, planned_program
 from megatron_mosaic.cost_model.work import StepWork, list_stage_work
+from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Plan, RankSet
 from megatron_mosaic.plan.training import TrainingSetup
 from megatron_mosaic.plan.workload import Workload
@@ -31,18 +32,18 @@ from megatron_mosaic.schedules.timeline import Span, Timeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """When each action of a program runs; the timeline of all ranks is written out when asked for."""
+    """When each action of a program runs; the timeline is written out when asked for."""
 
     price: StepPrice
     program: Program
-    start_s: tuple[float, ...]  # by position in the program
+    start_s: tuple[float, ...]  # by row of the program
     end_s: tuple[float, ...]
 
     @property
     def class_end_s(self) -> tuple[float, ...]:
-        """Per class, the end of its last action."""
-        last, data_s = self.program.last, self.price.data_s
-        return tuple(max(data_s, *[self.end_s[last[i]] for i in lanes]) for lanes in self.price.work.class_lanes)
+        """Per class, the end of the last action of its lanes, on all their slots: gradients are added over them."""
+        lane_end_s = [max([self.end_s[row] for row in rows]) for rows in self.program.last]
+        return tuple(max(self.price.data_s, *[lane_end_s[i] for i in lanes]) for lanes in self.price.work.class_lanes)
 
     @property
     def optimizer_start_s(self) -> float:
@@ -71,29 +72,35 @@ class Simulation:
         return memory_of_classes(self.price.work, self.program, [cost.memory for cost in self.price.costs])
 
     def timeline(self) -> Timeline:
-        """Spans of every rank."""
-        lanes, order = self.price.work.lanes, self.program.schedule.order
+        """Spans of a rank of each kind, which stands for all that do the same at the same time."""
+        price, program, replicas = self.price, self.program, self.price.work.replicas
+        order, lanes = program.schedule.order, price.work.lanes
+        kinds_of: dict[int, list[int]] = {}  # slot class -> the ranks that stand for those that it runs on
+        for kind in replicas.kinds:
+            for each in kind.slot_classes:
+                kinds_of.setdefault(each, []).append(kind.ranks.first)
         spans = [
-            Span(rank, lanes[lane].name, start_s, end_s, str(action))
-            for action, lane, start_s, end_s in zip(order, self.program.lane, self.start_s, self.end_s)
-            for rank in lanes[lane].ranks
+            Span(rank, lanes[program.lane_of[slots]].name, start_s, end_s, str(order[at]))
+            for at, slots, start_s, end_s in zip(program.entry, program.slots, self.start_s, self.end_s)
+            for rank in kinds_of[slots]
         ]
-        price, optimizer_start_s = self.price, self.optimizer_start_s
-        for i, end_s in enumerate(self.class_end_s):
-            grads_end_s = end_s + price.gradients_s[i]
+        class_end_s, optimizer_start_s = self.class_end_s, self.optimizer_start_s
+        for kind in replicas.kinds:
+            rank, i = kind.ranks.first, kind.rank_class
             optimizer_end_s = optimizer_start_s + price.optimizer_s[i] + price.source.overheads.step_s
-            for rank in price.work.classes[i].ranks:
-                if price.data_s:
-                    spans.append(Span(rank, "~data", 0.0, price.data_s, "~data"))
-                spans.append(Span(rank, "~grads", end_s, grads_end_s, "~grads"))
-                spans.append(Span(rank, "~optimizer", optimizer_start_s, optimizer_end_s, "~optimizer"))
-        return Timeline(tuple(sorted(spans)))
+            if price.data_s:
+                spans.append(Span(rank, "~data", 0.0, price.data_s, "~data"))
+            spans.append(Span(rank, "~grads", class_end_s[i], class_end_s[i] + price.gradients_s[i], "~grads"))
+            spans.append(Span(rank, "~optimizer", optimizer_start_s, optimizer_end_s, "~optimizer"))
+        return Timeline(tuple(sorted(spans)), FrozenMap({kind.ranks.first: kind.ranks for kind in replicas.kinds}))
 
 
 def simulate(plan: Plan, model: CostModel, schedule: Schedule | None = None) -> Simulation:
     """The predicted step of a plan, in the order of this schedule (default: the plan's own)."""
     price = model.price(plan)
-    return simulate_program(price, fold(schedule, price.work.graph)) if schedule else simulate_planned(price)
+    if schedule is None:
+        return simulate_planned(price)
+    return simulate_program(price, fold(schedule, price.work.graph, price.work.replicas.classes))
 
 
 def simulate_planned(price: StepPrice, num_microbatches: int = 0) -> Simulation:
@@ -101,14 +108,15 @@ def simulate_planned(price: StepPrice, num_microbatches: int = 0) -> Simulation:
     graph = price.work.graph
     if num_microbatches:
         graph = replace(graph, num_microbatches=num_microbatches)
-    return simulate_program(price, planned_program(price.work.schedule, graph))
+    return simulate_program(price, planned_program(price.work.schedule, graph, price.work.replicas.classes))
 
 
 def simulate_program(price: StepPrice, program: Program) -> Simulation:
     """The step of a program whose costs are known. ScheduleError for a kind of action that has no price."""
     job_s = [price.costs[lane].seconds(kind) for lane, kind in program.jobs]
     lag_s = [0.0] + [price.transfer_s(since, to) for since, to in program.links[1:]]
-    start_s, end_s = ([price.data_s + at for at in times] for times in run_clock(program, job_s, lag_s, price.machine))
+    machine = price.machine_of(program.lane_of, price.work.replicas.share)
+    start_s, end_s = ([price.data_s + at for at in times] for times in run_clock(program, job_s, lag_s, machine))
     return Simulation(price=price, program=program, start_s=tuple(start_s), end_s=tuple(end_s))
 
 
@@ -151,4 +159,4 @@ def estimate_memory(plan: Plan, workload: Workload, setup: TrainingSetup) -> dic
     """Ranks that are alike -> the peak of each. No clock: the order of work decides what is alive."""
     work, precision = list_stage_work(plan, workload, plan.world_size), precision_of(setup)
     memory = [stage_memory(lane.work, precision, setup) for lane in work.lanes]
-    return memory_of_classes(work, planned_program(work.schedule, work.graph), memory)
+    return memory_of_classes(work, planned_program(work.schedule, work.graph, work.replicas.classes), memory)

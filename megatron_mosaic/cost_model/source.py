@@ -70,7 +70,7 @@ class CostSource(Protocol):
         """Cores that a rank computes on: 1 on a GPU, where nobody else's device is touched."""
 
     def machine(self, threads: Sequence[int]) -> Machine:
-        """What lanes compute on whose actions use so many threads, on all ranks of their stages together."""
+        """What ranks compute on: an action of class i of dp slots, on all of them together, uses `threads[i]`."""
 
     def optimizer_s(self, num_parameters: float) -> float:
         """Of a rank's optimizer step over so many parameters."""

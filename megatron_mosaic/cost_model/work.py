@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.layers import count_layers
+from megatron_mosaic.cost_model.replicas import LaneSlots, Replicas, find_replicas
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload
@@ -131,6 +132,20 @@ class StepWork:
         """By class, the numbers of its lanes."""
         number = {lane.name: i for i, lane in enumerate(self.lanes)}
         return tuple(tuple(sorted(number[name] for name in alike.lanes)) for alike in self.classes)
+
+    @cached_property
+    def replicas(self) -> Replicas:
+        """Which dp slots of each lane do the same at the same time."""
+        number = {lane.name: i for i, lane in enumerate(self.lanes)}
+        stages = self.graph.num_stages
+        links = [(i, i + 1) for i, lane in enumerate(self.lanes) if lane.stage < stages[lane.module] - 1]
+        links += [(number[f"{m}.{stages[m] - 1}"], number[f"{m}.0"]) for m in self.graph.num_chunks]
+        links += [(number[f"{a}.{stages[a] - 1}"], number[f"{b}.0"]) for a, b in self.graph.edges]
+        return find_replicas(
+            tuple(LaneSlots.of(lane.module, lane.ranks, lane.work.layout) for lane in self.lanes),
+            tuple(links),
+            tuple((alike.ranks, lanes) for alike, lanes in zip(self.classes, self.class_lanes)),
+        )
 
     @property
     def num_busy_ranks(self) -> int:

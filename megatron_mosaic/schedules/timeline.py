@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import RankSet
 from megatron_mosaic.units import MS
+
+_MOST_SPANS = 4  # of ranks, in the name of a row
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -27,9 +31,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Spans of one step. Constructor: spans of one (rank, lane) do not overlap."""
+    """Spans of one step. Constructor: spans of one (rank, lane) do not overlap.
+
+    `alike`: a rank -> all that do the same at the same time, itself among them; only the spans of that one are here. A
+    rank that is left out stands for itself.
+    """
 
     spans: tuple[Span, ...]
+    alike: Mapping[int, RankSet] = FrozenMap()
 
     def __post_init__(self) -> None:
         last: dict[tuple[int, str], Span] = {}
@@ -50,37 +59,65 @@ class Timeline:
         return max((span.end_s for span in self.spans), default=0.0)
 
     @property
+    def by_row(self) -> dict[tuple[int, str], tuple[Span, ...]]:
+        """(rank, lane) -> its spans, in order; rows by rank, then by first start."""
+        rows: dict[tuple[int, str], list[Span]] = {}
+        for span in sorted(self.spans):
+            rows.setdefault((span.rank, span.lane), []).append(span)
+        found = sorted(rows.items(), key=lambda row: (row[0][0], row[1][0].start_s, row[0][1]))
+        return {row: tuple(spans) for row, spans in found}
+
+    @property
     def rows(self) -> tuple[tuple[int, str], ...]:
         """(rank, lane) of every row, ordered by rank, then by first start."""
-        first: dict[tuple[int, str], float] = {}
-        for span in self.spans:
-            key = (span.rank, span.lane)
-            first[key] = min(first.get(key, span.start_s), span.start_s)
-        return tuple(sorted(first, key=lambda key: (key[0], first[key], key[1])))
+        return tuple(self.by_row)
 
-    def busy_s(self, rank: int) -> float:
-        """Seconds in which the rank runs at least one span."""
-        busy, until = 0.0, 0.0
-        for start, end in sorted((s.start_s, s.end_s) for s in self.spans if s.rank == rank):
-            busy += max(0.0, end - max(start, until))
-            until = max(until, end)
+    def num_ranks(self, rank: int) -> int:
+        """That this one stands for."""
+        return len(self.alike[rank]) if rank in self.alike else 1
+
+    def name_ranks(self, rank: int) -> str:
+        """The ranks that this one stands for, e.g. `rank 3`, `ranks 0-7`; of many spans, the first."""
+        ranks = self.alike.get(rank)
+        if ranks is None or len(ranks) == 1:
+            return f"rank {rank}"
+        if len(ranks.spans) > _MOST_SPANS:
+            return f"ranks {RankSet(ranks.spans[:_MOST_SPANS])},... ({len(ranks)})"
+        return f"ranks {ranks}"
+
+    def busy_s_by_rank(self) -> dict[int, float]:
+        """Rank -> seconds in which it runs at least one span."""
+        busy: dict[int, float] = {}
+        until: dict[int, float] = {}
+        for span in sorted(self.spans, key=lambda span: span.start_s):
+            since = max(span.start_s, until.get(span.rank, 0.0))
+            busy[span.rank] = busy.get(span.rank, 0.0) + max(0.0, span.end_s - since)
+            until[span.rank] = max(until.get(span.rank, 0.0), span.end_s)
         return busy
 
     @property
     def bubble_frac(self) -> float:
         """Share of rank-seconds in which a rank has nothing to run. Ranks without any span do not count."""
-        ranks = {span.rank for span in self.spans}
-        return 1 - sum(map(self.busy_s, ranks)) / (len(ranks) * self.end_s) if self.end_s else 0.0
+        busy = self.busy_s_by_rank()
+        all_busy_s = sum(self.num_ranks(rank) * seconds for rank, seconds in busy.items())
+        return 1 - all_busy_s / (sum(map(self.num_ranks, busy)) * self.end_s) if self.end_s else 0.0
+
+    def seconds_by_lane(self) -> dict[str, float]:
+        """Lane -> seconds of its spans, mean over the ranks that run it."""
+        return self._mean_seconds(lambda span: span.lane)
 
     def seconds_by_module(self) -> dict[str, float]:
         """Module -> seconds of its spans, mean over the ranks that run it."""
+        return self._mean_seconds(lambda span: span.lane.partition(".")[0])
+
+    def _mean_seconds(self, key: Callable[[Span], str]) -> dict[str, float]:
         total: dict[str, float] = {}
         ranks: dict[str, set[int]] = {}
         for span in self.spans:
-            module = span.lane.partition(".")[0]
-            total[module] = total.get(module, 0.0) + span.end_s - span.start_s
-            ranks.setdefault(module, set()).add(span.rank)
-        return {module: total[module] / len(ranks[module]) for module in total}
+            name = key(span)
+            total[name] = total.get(name, 0.0) + self.num_ranks(span.rank) * (span.end_s - span.start_s)
+            ranks.setdefault(name, set()).add(span.rank)
+        return {name: seconds / sum(map(self.num_ranks, ranks[name])) for name, seconds in total.items()}
 
 
 def render_text(timeline: Timeline, *, width: int = 100, end_s: float | None = None) -> str:

@@ -3,16 +3,23 @@ ahead. What the clock is held against."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 import pytest
 import simpy
 
+from megatron_mosaic.cost_model.replicas import Replicas
 from megatron_mosaic.cost_model.simulate import Simulation
-from megatron_mosaic.plan import Plan
-from megatron_mosaic.schedules import Action
+from megatron_mosaic.plan import Layout, Plan
+from megatron_mosaic.schedules import Action, Schedule
 from megatron_mosaic.schedules.passes import project, stage_ranks
+
+Slot = tuple[int, ...]  # ranks of one replica of a stage
+Lags = Callable[[str, str], float]  # from a lane to one that needs its results
 
 
 def times_of(simulation: Simulation) -> tuple[list[float], list[float]]:
@@ -23,11 +30,79 @@ def times_of(simulation: Simulation) -> tuple[list[float], list[float]]:
 
 
 def assert_as_in_the_oracle(simulation: Simulation, plan: Plan, cores: int = 0) -> None:
-    """Every action starts and ends when it does with each rank a process of its own. `cores` 0: ranks share none."""
-    expected = run_oracle(simulation, plan, cores)
-    for position, action in enumerate(simulation.program.schedule.order):
-        found = simulation.start_s[position], simulation.end_s[position]
-        assert found == pytest.approx(expected[action], rel=1e-6, abs=1e-9), str(action)
+    """Every action starts and ends on every rank when it does with each rank a process of its own. `cores` 0: ranks
+    share none."""
+    price, schedule = simulation.price, simulation.program.schedule
+    number = {lane.name: i for i, lane in enumerate(price.work.lanes)}
+    expected = run_oracle(
+        plan,
+        schedule,
+        seconds=lambda action: price.costs[number[action.lane]].seconds(action.kind),
+        lag_s=lambda source, target: price.transfer_s(number[source], number[target]),
+        rank_threads={name: price.costs[i].threads // len(price.work.lanes[i].ranks) for name, i in number.items()},
+        cores=cores,
+    )
+    found = by_rank(simulation, price.work.replicas)
+    assert found.keys() == expected.keys()
+    for key, times in found.items():
+        assert times == pytest.approx([price.data_s + at for at in expected[key]], rel=1e-6, abs=1e-9), str(key)
+
+
+def by_rank(simulation: Simulation, replicas: Replicas) -> dict[tuple[int, Action], tuple[float, float]]:
+    """Rank and action -> start and end, as a simulation says."""
+    program = simulation.program
+    ranks = [[r for kind in replicas.kinds if each in kind.slot_classes for r in kind.ranks] for each in
+             range(len(program.resources))]  # fmt: skip
+    rows = zip(program.entry, program.slots, simulation.start_s, simulation.end_s)
+    order = program.schedule.order
+    return {(rank, order[at]): (start, end) for at, slots, start, end in rows for rank in ranks[slots]}
+
+
+@lru_cache(maxsize=256)
+def find_slots(plan: Plan, module: str, stage: int) -> list[Slot]:
+    """Ranks that start together: of one dp slot, and of all that share a group of experts; as sets grow together."""
+    ranks, layout = stage_ranks(plan, module, stage), plan.modules[module].layout
+    groups = [{*range(i, i + size)} for size in _group_sizes(layout) for i in range(0, len(ranks), size)]
+    joined: list[set[int]] = []
+    for group in groups:
+        touching = [other for other in joined if other & group]
+        joined = [other for other in joined if not other & group] + [group.union(*touching)]
+    return [tuple(ranks[i] for i in sorted(group)) for group in sorted(joined, key=min)]
+
+
+def _group_sizes(layout: Layout) -> tuple[int, int]:
+    return layout.tp * layout.cp, layout.ep * layout.etp
+
+
+def find_hand_over(plan: Plan, source: str, target: str) -> set[tuple[int, int]]:
+    """Slots of two lanes that share items: those on the same ranks where each side's slots get an even share of what
+    the other's share out evenly, else those whose shares of a unit's items, cut in order, overlap."""
+    own, opposite = (find_slots(plan, *split_lane(lane)) for lane in (source, target))
+    modules = [split_lane(lane)[0] for lane in (source, target)]
+    if modules[0] == modules[1]:
+        return {(i, i) for i in range(len(own))}
+    ranks_of = [
+        [{r for stage in range(plan.modules[m].layout.pp) for r in find_slots(plan, m, stage)[i]} for i in range(count)]
+        for m, count in zip(modules, (len(own), len(opposite)))
+    ]
+    shared = {(i, j) for i, a in enumerate(ranks_of[0]) for j, b in enumerate(ranks_of[1]) if a & b}
+    back = {(j, i) for i, j in shared}
+    if _even(shared, len(own), len(opposite)) and _even(back, len(opposite), len(own)):
+        return shared
+    return {(i, j) for i in range(len(own)) for j in range(len(opposite)) if _overlap(i, len(own), j, len(opposite))}
+
+
+def _even(pairs: set[tuple[int, int]], count: int, opposite: int) -> bool:
+    degree = Counter(a for a, _ in pairs)
+    loads = dict.fromkeys(range(opposite), Fraction(0))
+    for a, b in pairs:
+        loads[b] += Fraction(1, degree[a])
+    return len(degree) == count and {*loads.values()} == {Fraction(count, opposite)}
+
+
+def _overlap(i: int, count: int, j: int, opposite: int) -> bool:
+    low = max(Fraction(i, count), Fraction(j, opposite))
+    return low < min(Fraction(i + 1, count), Fraction(j + 1, opposite))
 
 
 @dataclass
@@ -73,42 +148,73 @@ class _Cores:
                     finished.succeed()
 
 
-def run_oracle(simulation: Simulation, plan: Plan, cores: int = 0) -> dict[Action, tuple[float, float]]:
-    """Action -> start and end. Every track of every rank is a process that works through its program; the ranks of a
-    stage meet, wait for their inputs, then run together."""
-    price, schedule = simulation.price, simulation.program.schedule
-    number = {lane.name: i for i, lane in enumerate(price.work.lanes)}
+def run_oracle(
+    plan: Plan,
+    schedule: Schedule,
+    *,
+    seconds: Callable[[Action], float],
+    lag_s: Lags,
+    rank_threads: Mapping[str, int] | None = None,
+    cores: int = 0,
+) -> dict[tuple[int, Action], tuple[float, float]]:
+    """(rank, action) -> start and end. Every track of every rank is a process that works through its program; the ranks
+    of a slot meet, wait for their inputs from the slots opposite, then run together."""
     env = simpy.Environment()
     machine = _Cores(env, cores)
-    done = {action: env.event() for action in schedule.order}
-    meeting = {action: simpy.Container(env, init=0) for action in done}
-    times: dict[Action, tuple[float, float]] = {}
+    slots = {lane: find_slots(plan, *split_lane(lane)) for lane in schedule.lanes}
+    keys = [(action, i) for action in schedule.order for i in range(len(slots[action.lane]))]
+    done = {key: env.event() for key in keys}
+    meeting = {key: simpy.Container(env, init=0) for key in keys}
+    times: dict[tuple[int, Action], tuple[float, float]] = {}
 
-    def needed(need: Action, action: Action):
-        yield done[need]
+    handed: dict[tuple[str, str], set[tuple[int, int]]] = {}
+
+    def meets(source: str, i: int, target: str, j: int) -> bool:
+        if (source, target) not in handed:
+            handed[source, target] = find_hand_over(plan, source, target)
+        return (i, j) in handed[source, target]
+
+    def needed(need: Action, i: int, action: Action):
+        yield done[need, i]
         if need.lane != action.lane:
-            yield env.timeout(price.transfer_s(number[need.lane], number[action.lane]))
+            yield env.timeout(lag_s(need.lane, action.lane))
 
-    def act(action: Action, num_ranks: int):
-        inputs = [env.process(needed(need, action)) for need in schedule.needs(action)]
-        yield env.all_of([meeting[action].get(num_ranks), *inputs])
-        start, cost = env.now, price.costs[number[action.lane]]
-        yield machine.run(cost.seconds(action.kind), cost.threads)
-        times[action] = (price.data_s + start, price.data_s + env.now)
-        done[action].succeed()
+    def act(action: Action, i: int):
+        ranks = slots[action.lane][i]
+        inputs = [
+            env.process(needed(need, j, action))
+            for need in schedule.needs(action)
+            for j in range(len(slots[need.lane]))
+            if meets(need.lane, j, action.lane, i)
+        ]
+        yield env.all_of([meeting[action, i].get(len(ranks)), *inputs])
+        start = env.now
+        if cores:
+            yield machine.run(seconds(action), rank_threads[action.lane] * len(ranks))
+        else:
+            yield env.timeout(seconds(action))
+        for rank in ranks:
+            times[rank, action] = start, env.now
+        done[action, i].succeed()
 
-    def track_process(program: Sequence[Action]):
+    def track_process(rank: int, program: Sequence[Action]):
         for action in program:
-            yield meeting[action].put(1)
-            yield done[action]
+            key = action, next(i for i, ranks in enumerate(slots[action.lane]) if rank in ranks)
+            yield meeting[key].put(1)
+            yield done[key]
 
-    for action in done:
-        env.process(act(action, len(stage_ranks(plan, action.module, action.stage))))
+    for key in keys:
+        env.process(act(*key))
     lanes_of: dict[tuple[int, int], list[str]] = {}  # rank and track -> lanes
-    for lane in price.work.lanes:
-        for rank in lane.ranks:
-            lanes_of.setdefault((rank, schedule.tracks[lane.name]), []).append(lane.name)
-    for lanes in lanes_of.values():
-        env.process(track_process(project(schedule, lanes)))
+    for lane, found in slots.items():
+        for rank in [rank for ranks in found for rank in ranks]:
+            lanes_of.setdefault((rank, schedule.tracks[lane]), []).append(lane)
+    for (rank, _), lanes in lanes_of.items():
+        env.process(track_process(rank, project(schedule, lanes)))
     env.run(until=env.all_of(list(done.values())))
     return times
+
+
+def split_lane(lane: str) -> tuple[str, int]:
+    module, _, stage = lane.rpartition(".")
+    return module, int(stage)

@@ -12,13 +12,14 @@ from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.machine import OwnDevices
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.program import fold
+from megatron_mosaic.cost_model.replicas import MAX_CLASSES, SlotClasses
 from megatron_mosaic.cost_model.simulate import Simulation, simulate, simulate_program
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
 from megatron_mosaic.schedules import Action, Kind, Schedule, build_schedule, stage_graph
 from megatron_mosaic.schedules.passes import schedule_in_turns
 from tests.cases import BACKBONE_ONLY, WORKLOAD, make_cluster, make_plan, make_profile, plans
-from tests.cost_model.oracle_events import assert_as_in_the_oracle, times_of
+from tests.cost_model.oracle_events import assert_as_in_the_oracle, by_rank, find_hand_over, find_slots, times_of
 
 
 def _gpu_model(num_ranks: int = 4) -> CostModel:
@@ -76,7 +77,8 @@ def test_lanes_of_one_rank_take_turns_on_a_track_and_overlap_on_two():
 
 
 def _overlap(simulation: Simulation, one: str, other: str) -> bool:
-    spans = list(zip(simulation.program.schedule.order, simulation.start_s, simulation.end_s))
+    order = [simulation.program.schedule.order[at] for at in simulation.program.entry]
+    spans = list(zip(order, simulation.start_s, simulation.end_s))
     return any(
         a.module == one and b.module == other and a_start < b_end and b_start < a_end
         for a, a_start, a_end in spans
@@ -84,44 +86,67 @@ def _overlap(simulation: Simulation, one: str, other: str) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    "modules",
-    [
-        {"vision": ("0-999", Layout(tp=4, dp=250)), "llm": ("0-999", Layout(tp=2, pp=4, dp=125)),
-         "generator": ("500-899", Layout(dp=400))},  # shared, nested, partly overlapping
-        {"vision": ("0-199", Layout(dp=200)), "llm": ("200-839", Layout(tp=8, pp=4, dp=20)),
-         "generator": ("840-999", Layout(pp=2, dp=80))},  # apart
-        {"vision": ("0-99,300-399,700-749", Layout(pp=2, dp=125)), "llm": ("50-849", Layout(pp=4, dp=200)),
-         "generator": ("0-999", Layout(dp=1000))},
-    ],
-)  # fmt: skip
-def test_a_thousand_ranks_folded_are_a_thousand_ranks(modules):
-    backbone_dp = modules["llm"][1].dp
-    plan = make_plan(modules, world_size=1000, global_batch_size=9 * backbone_dp)
-    simulation = simulate(plan, _gpu_model(1000))
-    assert len(simulation.price.work.classes) < 12
-    expected = _rank_by_rank(plan, simulation)
-    assert simulation.start_s == tuple(expected[action][0] for action in simulation.program.schedule.order)
-    assert simulation.end_s == tuple(expected[action][1] for action in simulation.program.schedule.order)
+APART = {"vision": ("0-199", Layout(dp=200)), "llm": ("200-839", Layout(tp=8, pp=4, dp=20)),
+         "generator": ("840-999", Layout(pp=2, dp=80))}  # fmt: skip
+NESTED = {"vision": ("0-255", Layout(tp=2, dp=128)), "llm": ("0-255", Layout(tp=4, pp=4, dp=16)),
+          "generator": ("128-255", Layout(dp=128))}  # fmt: skip
+HALF = {"vision": ("0-63", Layout(dp=64)), "llm": ("0-127", Layout(dp=128)),
+        "generator": ("0-127", Layout(tp=4, dp=32))}  # fmt: skip
+IRREGULAR = {"vision": ("0-9,30-69,70-94", Layout(dp=75)), "llm": ("50-249", Layout(pp=2, dp=100)),
+             "generator": ("0-199", Layout(dp=200))}  # fmt: skip
 
 
-def _rank_by_rank(plan: Plan, simulation: Simulation) -> dict[Action, tuple[float, float]]:
-    """Every rank by itself, in the schedule's order."""
+def _simulate_hundreds(modules: dict[str, tuple[str, Layout]]) -> tuple[Plan, Simulation]:
+    plan = make_plan(modules, world_size=1000, global_batch_size=5 * modules["llm"][1].dp)
+    return plan, simulate(plan, _gpu_model(1000))
+
+
+@pytest.mark.parametrize(("modules", "num_classes"), [(APART, 7), (NESTED, 10), (HALF, 21)])
+def test_hundreds_of_ranks_folded_are_hundreds_of_ranks(modules, num_classes):
+    plan, simulation = _simulate_hundreds(modules)
+    assert len(simulation.program.resources) <= num_classes
+    assert by_rank(simulation, simulation.price.work.replicas) == _rank_by_rank(plan, simulation)
+
+
+def test_slots_that_no_class_is_left_for_are_late_and_never_early():
+    plan, simulation = _simulate_hundreds(IRREGULAR)
+    found, expected = by_rank(simulation, simulation.price.work.replicas), _rank_by_rank(plan, simulation)
+    assert len(simulation.program.resources) <= len(simulation.price.work.lanes) * MAX_CLASSES
+    assert found.keys() == expected.keys()
+    assert all(found[key][1] >= end_s for key, (_, end_s) in expected.items())
+    last_s = max(end_s for _, end_s in expected.values())
+    assert max(simulation.end_s) == pytest.approx(last_s, rel=0.02)
+
+
+def _rank_by_rank(plan: Plan, simulation: Simulation) -> dict[tuple[int, Action], tuple[float, float]]:
+    """Every slot of ranks by itself, in the schedule's order."""
     price, schedule = simulation.price, simulation.program.schedule
     number = {lane.name: i for i, lane in enumerate(price.work.lanes)}
+    slots = {
+        name: find_slots(plan, price.work.lanes[i].module, price.work.lanes[i].stage) for name, i in number.items()
+    }
+    meets: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for link in {(need.lane, action.lane) for action in schedule.order for need in schedule.needs(action)}:
+        meets[link] = {}
+        for i, j in find_hand_over(plan, *link):
+            meets[link].setdefault(j, []).append(i)
     free = [0.0] * plan.world_size
-    times: dict[Action, tuple[float, float]] = {}
+    ends: dict[Action, list[float]] = {}
+    times: dict[tuple[int, Action], tuple[float, float]] = {}
     for action in schedule.order:
         lane = number[action.lane]
-        ranks = price.work.lanes[lane].ranks.ranks
-        arrivals = [
-            times[need][1] + (price.transfer_s(number[need.lane], lane) if need.lane != action.lane else 0.0)
-            for need in schedule.needs(action)
-        ]
-        start = max([free[rank] for rank in ranks] + arrivals)
-        times[action] = start, start + price.costs[lane].seconds(action.kind)
-        for rank in ranks:
-            free[rank] = times[action][1]
+        ends[action] = []
+        for i, ranks in enumerate(slots[action.lane]):
+            arrivals = [
+                ends[need][j] + (price.transfer_s(number[need.lane], lane) if need.lane != action.lane else 0.0)
+                for need in schedule.needs(action)
+                for j in meets[need.lane, action.lane][i]
+            ]
+            start = max([free[rank] for rank in ranks] + arrivals)
+            ends[action].append(start + price.costs[lane].seconds(action.kind))
+            for rank in ranks:
+                free[rank] = ends[action][i]
+                times[rank, action] = start, ends[action][i]
     return times
 
 
@@ -165,7 +190,9 @@ def test_a_program_is_kept_by_its_graph_and_not_by_its_ranks():
 def test_needs_of_other_lanes_are_kept_and_own_ones_dropped():
     plan = make_plan({"llm": ("0-1", Layout(pp=2))}, workload=BACKBONE_ONLY, world_size=2, global_batch_size=3)
     graph = stage_graph(plan, BACKBONE_ONLY)
-    program = fold(build_schedule(plan, BACKBONE_ONLY), graph)
+    program = fold(
+        build_schedule(plan, BACKBONE_ONLY), graph, SlotClasses.one_each([graph.occupies[lane] for lane in graph.lanes])
+    )
     place = dict(zip(program.schedule.order, count(1)))
     needs = {str(action): program.need[at - 1] for action, at in place.items()}
     assert needs["llm.0F0"] == needs["llm.1B2"] == 0  # its own forward is all that llm.1B2 needs

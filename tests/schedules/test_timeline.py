@@ -38,15 +38,15 @@ def test_other_lanes_and_touching_spans_may_meet():
 def test_numbers():
     assert TIMELINE.end_s == 1.0
     assert TIMELINE.rows == ((0, "vision.0"), (0, "llm.0"), (0, "~grads"), (1, "llm.1"))
-    assert TIMELINE.busy_s(0) == pytest.approx(0.8)
-    assert TIMELINE.busy_s(1) == pytest.approx(0.6)
+    assert TIMELINE.busy_s_by_rank()[0] == pytest.approx(0.8)
+    assert TIMELINE.busy_s_by_rank()[1] == pytest.approx(0.6)
     assert TIMELINE.bubble_frac == pytest.approx(0.3)  # (0.2 + 0.4) of 2 rank-seconds
     assert TIMELINE.seconds_by_module() == pytest.approx({"vision": 0.1, "llm": 0.6, "~grads": 0.1})
 
 
 def test_busy_counts_concurrent_lanes_once():
     timeline = Timeline((Span(0, "a.0", 0, 2, "a.0F0"), Span(0, "b.0", 1, 3, "b.0F0"), Span(0, "b.0", 5, 6, "b.0B0")))
-    assert timeline.busy_s(0) == 4
+    assert timeline.busy_s_by_rank()[0] == 4
 
 
 def test_empty():
