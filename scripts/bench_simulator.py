@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_mosaic.cost_model.clock import run_clock
+from megatron_mosaic.cost_model.clock.machine import Machine, SharedCores
+from megatron_mosaic.cost_model.clock.program import fold
+from megatron_mosaic.cost_model.clock.run import run_clock
 from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
-from megatron_mosaic.cost_model.machine import Machine, SharedCores
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.program import fold
 from megatron_mosaic.cost_model.simulate import simulate_planned
 from megatron_mosaic.cost_model.source import AnalyticCosts
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice

@@ -10,11 +10,12 @@ from megatron_mosaic.cli.page import render_page
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cli.show import print_memory
 from megatron_mosaic.cost_model.model import memory_limit_bytes
-from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.cost_model.simulate import count_memory, simulate
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.schedules.plan_match import load_training_schedule
-from megatron_mosaic.schedules.timeline import Timeline, render_text, to_chrome_trace
+from megatron_mosaic.schedules.views.text import render_text
+from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from megatron_mosaic.units import format_bytes, format_seconds
 
 
@@ -28,11 +29,11 @@ def main(arguments: argparse.Namespace) -> int:
     simulation = simulate(plan, task.cost_model(), schedule)
     timeline = simulation.timeline()
     if arguments.trace:
-        write_text(arguments.trace, to_chrome_trace([("predicted", timeline)]))
+        step = TracedStep(title="predicted", timeline=timeline, memory=count_memory(simulation))
+        write_text(arguments.trace, to_chrome_trace([step], simulation.program.schedule))
     if arguments.html:
         write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
     memory = simulation.memory()
-    alike = {ranks.first: ranks for ranks in memory}
     fits = task.fits(simulation.peak_bytes)
     if arguments.json:
         print_json(
@@ -46,10 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
             }
         )
         return 0 if fits else 1
-    print(render_text(Timeline(tuple(span for span in timeline.spans if span.rank in alike))))
-    for first, ranks in alike.items():
-        if len(ranks) > 1:
-            print(f"ranks {ranks} do the same as rank {first}")
+    print(render_text(timeline))
     print()
     source = simulation.price.source
     print_table(

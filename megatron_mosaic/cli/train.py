@@ -26,7 +26,9 @@ from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
-from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from megatron_mosaic.schedules.timeline import Span, Timeline, diff
+from megatron_mosaic.schedules.views.text import render_text
+from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
@@ -56,8 +58,9 @@ def main(arguments: argparse.Namespace) -> int:
         losses, measured = _read_report(Path(directory))
     timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
     if arguments.trace:
-        both = [("predicted", predicted)] if predicted else []
-        write_text(arguments.trace, to_chrome_trace([*both, ("measured", timeline)]))
+        both = {"predicted": predicted, "measured": timeline}
+        steps = [TracedStep(title=title, timeline=each) for title, each in both.items() if each]
+        write_text(arguments.trace, to_chrome_trace(steps, schedule))
     if arguments.json:
         print_json(_result(losses, measured, timeline, predicted))
         return 0

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_mosaic.cost_model.clock.machine import Machine
 from megatron_mosaic.cost_model.effects.boundary_traffic import Message, boundary_message, stage_message
 from megatron_mosaic.cost_model.effects.gradients import gradient_sync_s
 from megatron_mosaic.cost_model.effects.memory import LaneMemory, stage_memory
 from megatron_mosaic.cost_model.effects.parameters import updated_parameters
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.profile import Operation
-from megatron_mosaic.cost_model.machine import Machine
 from megatron_mosaic.cost_model.source import CostSource
 from megatron_mosaic.cost_model.work import Lane, StageWork, StepWork, of_kind
 from megatron_mosaic.plan.training import Sharding

@@ -7,9 +7,11 @@ over all modules), `~optimizer`. On this machine a step begins with `~data`: eve
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_mosaic.cost_model.clock import run_clock
+from megatron_mosaic.cost_model.clock.program import Program, fold, planned_program
+from megatron_mosaic.cost_model.clock.run import run_clock
 from megatron_mosaic.cost_model.effects.memory import (
     LaneMemory,
     Memory,
@@ -20,13 +22,13 @@ from megatron_mosaic.cost_model.effects.memory import (
 )
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import StepPrice
-from megatron_mosaic.cost_model.program import Program, fold, planned_program
 from megatron_mosaic.cost_model.work import StepWork, list_stage_work
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Plan, RankSet
 from megatron_mosaic.plan.training import TrainingSetup
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.schedules import Schedule
+from megatron_mosaic.schedules import Kind, Schedule
+from megatron_mosaic.schedules.actions import FREES
 from megatron_mosaic.schedules.timeline import Span, Timeline
 
 
@@ -93,6 +95,39 @@ class Simulation:
             spans.append(Span(rank, "~grads", class_end_s[i], class_end_s[i] + price.gradients_s[i], "~grads"))
             spans.append(Span(rank, "~optimizer", optimizer_start_s, optimizer_end_s, "~optimizer"))
         return Timeline(tuple(sorted(spans)), FrozenMap({kind.ranks.first: kind.ranks for kind in replicas.kinds}))
+
+
+def count_memory(simulation: Simulation) -> dict[int, list[tuple[float, dict[str, float]]]]:
+    """The first rank of each kind -> seconds, and from then on the bytes that its lanes hold: parameters and their
+    states, a workspace, and activations by lane. A forward's are there from its start."""
+    price, program = simulation.price, simulation.program
+    found: dict[int, list[tuple[float, dict[str, float]]]] = {}
+    for kind in price.work.replicas.kinds:
+        lanes = {program.lane_of[each] for each in kind.slot_classes}
+        memory = {price.work.lanes[i].name: price.costs[i].memory for i in sorted(lanes)}
+        static = sum(lane.static_bytes for lane in memory.values())
+        changes = sorted(_changes(simulation, {*kind.slot_classes}))
+        held = {"static": static, "workspace": max(lane.workspace_bytes for lane in memory.values())}
+        held |= dict.fromkeys(memory, 0.0)
+        samples = [(0.0, dict(held))]
+        for at_s, units, name in changes:
+            held[name] += units * memory[name].unit_bytes
+            samples.append((at_s, dict(held)))
+        found[kind.ranks.first] = samples
+    return found
+
+
+def _changes(simulation: Simulation, slot_classes: set[int]) -> Iterator[tuple[float, int, str]]:
+    """When a unit of a lane begins to live (1) and ends (-1); at the same moment, ends first."""
+    program, order = simulation.program, simulation.program.schedule.order
+    trained = {lane for lane, kind in program.jobs if kind is not Kind.F}
+    for at, slots, start_s, end_s in zip(program.entry, program.slots, simulation.start_s, simulation.end_s):
+        if slots in slot_classes:
+            action = order[at]
+            if action.kind is Kind.F:
+                yield start_s, 1, action.lane
+            if action.kind in FREES or (action.kind is Kind.F and program.lane_of[slots] not in trained):
+                yield end_s, -1, action.lane
 
 
 def simulate(plan: Plan, model: CostModel, schedule: Schedule | None = None) -> Simulation:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_mosaic.cost_model.clock.machine import Machine, OwnDevices, SharedCores
 from megatron_mosaic.cost_model.effects.comm import CommModel, MeasuredComm, RingComm
 from megatron_mosaic.cost_model.effects.compute import AnalyticCompute, MeasuredCompute
 from megatron_mosaic.cost_model.effects.kernels import stream_s
@@ -17,7 +18,6 @@ from megatron_mosaic.cost_model.effects.memory import Precision, precision_of
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Operation, Overheads, Profile, require_finite
-from megatron_mosaic.cost_model.machine import Machine, OwnDevices, SharedCores
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan.cluster import Cluster

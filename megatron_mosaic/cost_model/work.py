@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
+from megatron_mosaic.cost_model.clock.replicas import LaneSlots, Replicas, find_replicas
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.layers import count_layers
-from megatron_mosaic.cost_model.replicas import LaneSlots, Replicas, find_replicas
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload

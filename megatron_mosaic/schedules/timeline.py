@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import RankSet
-from megatron_mosaic.units import MS
 
 _MOST_SPANS = 4  # of ranks, in the name of a row
 
@@ -85,15 +82,23 @@ class Timeline:
             return f"ranks {RankSet(ranks.spans[:_MOST_SPANS])},... ({len(ranks)})"
         return f"ranks {ranks}"
 
-    def busy_s_by_rank(self) -> dict[int, float]:
-        """Rank -> seconds in which it runs at least one span."""
-        busy: dict[int, float] = {}
+    def bubbles(self) -> dict[int, list[tuple[float, float]]]:
+        """Rank -> when it runs nothing, from 0 to the end of the step."""
+        found: dict[int, list[tuple[float, float]]] = {span.rank: [] for span in sorted(self.spans)}
         until: dict[int, float] = {}
         for span in sorted(self.spans, key=lambda span: span.start_s):
-            since = max(span.start_s, until.get(span.rank, 0.0))
-            busy[span.rank] = busy.get(span.rank, 0.0) + max(0.0, span.end_s - since)
-            until[span.rank] = max(until.get(span.rank, 0.0), span.end_s)
-        return busy
+            idle_s = until.get(span.rank, 0.0)
+            if span.start_s > idle_s:
+                found[span.rank].append((idle_s, span.start_s))
+            until[span.rank] = max(idle_s, span.end_s)
+        for rank, idle in found.items():
+            if until[rank] < self.end_s:
+                idle.append((until[rank], self.end_s))
+        return found
+
+    def busy_s_by_rank(self) -> dict[int, float]:
+        """Rank -> seconds in which it runs at least one span."""
+        return {rank: self.end_s - sum(b - a for a, b in idle) for rank, idle in self.bubbles().items()}
 
     @property
     def bubble_frac(self) -> float:
@@ -120,59 +125,6 @@ class Timeline:
         return {name: seconds / sum(map(self.num_ranks, ranks[name])) for name, seconds in total.items()}
 
 
-def render_text(timeline: Timeline, *, width: int = 100, end_s: float | None = None) -> str:
-    """One row per rank and lane; time runs right, `.` idle, `=` still running.
-
-    `end_s` sets the scale, so that two timelines can be laid under each other.
-    """
-    scale_s = end_s or timeline.end_s
-    if not timeline.spans or scale_s <= 0:
-        return "(empty timeline)"
-    cell_s = scale_s / width
-    names = {row: f"rank {row[0]} {row[1]}" for row in timeline.rows}
-    margin = max(map(len, names.values()))
-    ticks = "".join(f"{tick * cell_s / MS:<10.4g}" for tick in range(0, width, 10))[:width]
-    lines = [f"{'t (ms)':<{margin}} |{ticks}|"]
-    for row, name in names.items():
-        cells = ["."] * width
-        busy_s = 0.0
-        for span in sorted(s for s in timeline.spans if (s.rank, s.lane) == row):
-            busy_s += span.end_s - span.start_s
-            first = min(width - 1, round(span.start_s / cell_s))
-            last = max(first + 1, min(width, round(span.end_s / cell_s)))
-            text = span.label.removeprefix(span.lane)
-            cells[first:last] = list(text[: last - first].ljust(last - first, "="))
-        lines.append(f"{name:<{margin}} |{''.join(cells[:width])}| busy {busy_s / scale_s:4.0%}")
-    return "\n".join(lines)
-
-
-def to_chrome_trace(timelines: Iterable[tuple[str, Timeline]]) -> str:
-    """JSON for Perfetto or chrome://tracing: one process per (title, rank), one thread per lane, microseconds."""
-    events: list[dict[str, Any]] = []
-    pid = 0
-    for title, timeline in timelines:
-        for rank in sorted({span.rank for span in timeline.spans}):
-            pid += 1
-            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"{title} rank {rank}"}})
-            lanes = [lane for r, lane in timeline.rows if r == rank]
-            for tid, lane in enumerate(lanes):
-                events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}})
-                events += [
-                    {
-                        "ph": "X",
-                        "name": span.label,
-                        "cat": lane,
-                        "pid": pid,
-                        "tid": tid,
-                        "ts": span.start_s * 1e6,
-                        "dur": (span.end_s - span.start_s) * 1e6,
-                    }
-                    for span in sorted(timeline.spans)
-                    if (span.rank, span.lane) == (rank, lane)
-                ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneDifference:
     """Seconds of one lane (mean over ranks), predicted and measured."""
@@ -185,15 +137,7 @@ class LaneDifference:
 def diff(predicted: Timeline, measured: Timeline) -> tuple[LaneDifference, ...]:
     """Lane by lane, how many seconds its spans were predicted to take and took."""
 
-    def seconds(timeline: Timeline) -> dict[str, float]:
-        total: dict[str, float] = {}
-        ranks: dict[str, set[int]] = {}
-        for span in timeline.spans:
-            total[span.lane] = total.get(span.lane, 0.0) + span.end_s - span.start_s
-            ranks.setdefault(span.lane, set()).add(span.rank)
-        return {lane: total[lane] / len(ranks[lane]) for lane in total}
-
-    ours, theirs = seconds(predicted), seconds(measured)
+    ours, theirs = predicted.seconds_by_lane(), measured.seconds_by_lane()
     return tuple(
         LaneDifference(lane=lane, predicted_s=ours.get(lane, 0.0), measured_s=theirs.get(lane, 0.0))
         for lane in sorted({*ours, *theirs})

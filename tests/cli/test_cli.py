@@ -134,13 +134,15 @@ def test_simulate(capsys, plan, profile, tmp_path):
     assert max(sum(held.values()) for held in result["memory"].values()) == pytest.approx(result["peak_bytes"])
     assert set(result["by_module"]) >= {"vision", "llm", "generator"}
     assert 0 < result["bubble_frac"] < 1
-    assert json.loads(trace.read_text())["traceEvents"]
+    assert {e["ph"] for e in json.loads(trace.read_text())["traceEvents"]} == {*"MXCsf"}
     text = page.read_text()
-    assert text.count("<rect") == 2 * 4 * (2 * 2 + 2 * 2) + 2 * 4  # actions of all ranks, and two tail spans a rank
+    spans, bubbles = text.count("<title>") - 1, text.count('class="bubble"')
+    assert spans == 2 * (2 * 4 * 2 + 2)  # two kinds of ranks: two lanes with F and B of four units, and two tails
+    assert 0 < bubbles == text.count("<rect") - spans
     assert "http" not in text
     status, out, _ = run(capsys, "simulate", plan)
     assert status == 0
-    assert "rank 0 vision.0" in out
+    assert "ranks 0-1 vision.0" in out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from functools import lru_cache
 import pytest
 import simpy
 
-from megatron_mosaic.cost_model.replicas import Replicas
+from megatron_mosaic.cost_model.clock.replicas import Replicas
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Layout, Plan
 from megatron_mosaic.schedules import Action, Schedule

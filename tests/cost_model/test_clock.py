@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.clock import run_clock, run_events
+from megatron_mosaic.cost_model.clock.machine import OwnDevices
+from megatron_mosaic.cost_model.clock.program import fold
+from megatron_mosaic.cost_model.clock.replicas import MAX_CLASSES, SlotClasses
+from megatron_mosaic.cost_model.clock.run import run_clock, run_events
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
-from megatron_mosaic.cost_model.machine import OwnDevices
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.program import fold
-from megatron_mosaic.cost_model.replicas import MAX_CLASSES, SlotClasses
 from megatron_mosaic.cost_model.simulate import Simulation, simulate, simulate_program
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice

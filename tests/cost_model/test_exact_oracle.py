@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from megatron_mosaic.cost_model import clock
-from megatron_mosaic.cost_model.machine import OwnDevices
-from megatron_mosaic.cost_model.program import Program, fold
-from megatron_mosaic.cost_model.replicas import Replicas
+from megatron_mosaic.cost_model.clock import run as clock
+from megatron_mosaic.cost_model.clock.machine import OwnDevices
+from megatron_mosaic.cost_model.clock.program import Program, fold
+from megatron_mosaic.cost_model.clock.replicas import Replicas
 from megatron_mosaic.cost_model.work import list_stage_work
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.schedules import Action, Schedule, build_schedule

@@ -1,5 +1,6 @@
 """The simulator against an independent discrete-event simulation, against hand counts, and its own bounds."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -7,20 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.clock import run_clock
+from megatron_mosaic.cost_model.clock.machine import OwnDevices
+from megatron_mosaic.cost_model.clock.run import run_clock
 from megatron_mosaic.cost_model.effects.memory import precision_of
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.hardware.profile import Overheads
-from megatron_mosaic.cost_model.machine import OwnDevices
 from megatron_mosaic.cost_model.model import CostModel
-from megatron_mosaic.cost_model.simulate import estimate_memory, estimate_step, simulate, simulate_planned
+from megatron_mosaic.cost_model.simulate import count_memory, estimate_memory, estimate_step, simulate, simulate_planned
 from megatron_mosaic.cost_model.work import list_stage_work
 from megatron_mosaic.errors import ConfigError, ProfileError, ScheduleError
 from megatron_mosaic.plan import Layout, Quota, Recompute, ScheduleChoice
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, Sharding, TrainingSetup
 from megatron_mosaic.schedules import Kind, build_schedule
 from megatron_mosaic.schedules.passes import rank_programs
-from megatron_mosaic.schedules.timeline import render_text
+from megatron_mosaic.schedules.timeline import Timeline
+from megatron_mosaic.schedules.views.text import render_text
+from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from tests.cases import BACKBONE_ONLY, WORKLOAD, make_cluster, make_plan, make_profile, plans
 from tests.cost_model.oracle_events import assert_as_in_the_oracle, times_of
 from tests.goldens import assert_golden
@@ -71,15 +74,23 @@ def test_timeline_says_what_the_simulation_says(plan):
     simulation = simulate(plan, _gpu_model())
     timeline = simulation.timeline()  # its constructor refuses overlaps
     assert timeline.end_s == pytest.approx(simulation.step_s)
-    assert {span.rank for span in timeline.spans} == {r for m in plan.modules.values() for r in m.ranks.ranks}
+    assert {r for ranks in timeline.alike.values() for r in ranks} == {
+        r for m in plan.modules.values() for r in m.ranks
+    }
+    assert {span.rank for span in timeline.spans} == {*timeline.alike}
     price = simulation.price
     for alike, gradients_s, optimizer_s in zip(price.work.classes, price.gradients_s, price.optimizer_s, strict=True):
         tail = {
-            s.label: s.end_s - s.start_s for s in timeline.spans if s.rank == alike.ranks.first and s.label[0] == "~"
+            s.label: s.end_s - s.start_s
+            for s in timeline.spans
+            if s.rank == next(r for r, ranks in timeline.alike.items() if alike.ranks.first in ranks)
+            and s.label[0] == "~"
         }
         assert tail == pytest.approx({"~grads": gradients_s, "~optimizer": optimizer_s})
     programs = rank_programs(plan, build_schedule(plan, WORKLOAD))
-    for rank, program in programs.items():
+    for rank in timeline.alike:
+        program = programs[rank]
+        assert all(programs[other] == program for other in timeline.alike[rank])
         spans = sorted((s for s in timeline.spans if s.rank == rank and s.lane[0] != "~"), key=lambda s: s.start_s)
         assert [s.label for s in spans] == [str(a) for a in program]
         assert all(a.end_s <= b.start_s + 1e-12 for a, b in pairwise(spans))
@@ -133,7 +144,7 @@ def test_a_step_on_this_machine_begins_with_its_data_and_agrees_twice():
     assert with_data.step_s == pytest.approx(without.step_s + 16 * 2e-3 * 2)
     assert min(with_data.start_s) == pytest.approx(16 * 2e-3 * 2)
     spans = sorted(with_data.timeline().spans, key=lambda span: span.start_s)
-    labels = [span.label for span in spans if span.rank == 3]
+    labels = [span.label for span in spans if span.rank == 0]
     assert labels[0] == "~data" and labels[-2:] == ["~grads", "~optimizer"]
     consensus_s = 1.09009e-4 + 64 * 0.990991e-9
     assert with_data.price.consensus_s == pytest.approx(consensus_s, rel=1e-4)
@@ -315,3 +326,36 @@ def test_overheads_are_added():
     slow = type(plain).model_validate({**data, "overheads": {"action_s": 0.5, "step_s": 7.0}})
     before, after = (simulate(plan, CostModel(BACKBONE_ONLY, local_cluster(p, 1), p)).step_s for p in (plain, slow))
     assert after - before == pytest.approx(4 * 0.5 + 7)
+
+
+def test_trace_has_an_arrow_for_every_need_and_counts_up_to_the_peak():
+    plan = make_plan(
+        {"vision": ("0-1", Layout(dp=2)), "llm": ("0-3", Layout(pp=2, dp=2)), "generator": ("2-3", Layout(dp=2))},
+        global_batch_size=8,
+    )
+    simulation = simulate(plan, _gpu_model())
+    timeline, schedule = simulation.timeline(), simulation.program.schedule
+    assert isinstance(timeline, Timeline)
+    memory = count_memory(simulation)
+    step = TracedStep(title="predicted", timeline=timeline, memory=memory)
+    events = json.loads(to_chrome_trace([step], schedule))["traceEvents"]
+    needs = sum(need.lane != action.lane for action in schedule.order for need in schedule.needs(action))
+    starts, ends = ({e["id"]: e for e in events if e["ph"] == kind} for kind in "sf")
+    assert len(starts) == len(ends) == needs > 0
+    slices = [e for e in events if e["ph"] == "X" and e["name"][0] != "~" and e["name"] != "bubble"]
+
+    def at(arrow):
+        return {
+            e["name"] for e in slices
+            if (e["pid"], e["tid"]) == (arrow["pid"], arrow["tid"]) and e["ts"] <= arrow["ts"] < e["ts"] + e["dur"]
+        }  # fmt: skip
+
+    found = {(*at(starts[i]), *at(ends[i])) for i in starts}
+    assert found == {
+        (str(need), str(action)) for action in schedule.order for need in schedule.needs(action)
+        if need.lane != action.lane
+    }  # fmt: skip
+    peaks = {alike.ranks.first: peak for alike, peak in zip(simulation.price.work.classes, simulation.class_peak_bytes)}
+    for rank, samples in memory.items():
+        assert max(sum(held.values()) for _, held in samples) == pytest.approx(peaks[rank])
+        assert sum(samples[-1][1].values()) == pytest.approx(sum(samples[0][1].values()))  # all is freed

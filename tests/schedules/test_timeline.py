@@ -5,7 +5,11 @@ import json
 import pytest
 
 from megatron_mosaic.errors import ScheduleError
-from megatron_mosaic.schedules.timeline import Span, Timeline, diff, render_text, to_chrome_trace
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import RankSet
+from megatron_mosaic.schedules.timeline import Span, Timeline, diff
+from megatron_mosaic.schedules.views.text import render_text
+from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from tests.goldens import assert_golden
 
 SPANS = (
@@ -60,16 +64,48 @@ def test_render_golden():
     assert_golden("timeline", render_text(TIMELINE, width=40) + "\n\n" + other + "\n")
 
 
+def test_ranks_that_are_alike_count_as_often_as_they_are():
+    folded = Timeline(SPANS, FrozenMap({0: RankSet.parse("0,2-3")}))
+    assert folded.bubble_frac == pytest.approx((3 * 0.2 + 0.4) / 4)
+    assert folded.seconds_by_lane() == pytest.approx(TIMELINE.seconds_by_lane())
+    both = Timeline((*SPANS, Span(4, "llm.0", 0.0, 0.2, "llm.0F0")), folded.alike)
+    assert both.seconds_by_lane()["llm.0"] == pytest.approx((3 * 0.6 + 0.2) / 4)
+    assert [folded.name_ranks(rank) for rank in (0, 1)] == ["ranks 0,2-3", "rank 1"]
+    many = Timeline(SPANS, FrozenMap({0: RankSet.of(range(0, 40, 2))}))
+    assert many.name_ranks(0) == "ranks 0,2,4,6,... (20)"
+
+
+def test_bubbles_are_where_a_rank_runs_nothing():
+    assert TIMELINE.bubbles()[0] == [(0.7, 0.9)]
+    assert TIMELINE.bubbles()[1] == [(0.0, 0.3), (0.9, 1.0)]
+    rows = dict(line.split(" |", 1) for line in render_text(TIMELINE, width=40).splitlines()[1:])
+    assert rows["rank 1 llm.1   "].startswith("............F0")  # nothing runs there
+    assert rows["rank 0 llm.0   "].startswith("    F0")  # vision.0 does
+
+
+def _trace(**more) -> list[dict]:
+    return json.loads(to_chrome_trace([TracedStep(title="predicted", timeline=TIMELINE, **more)]))["traceEvents"]
+
+
 def test_chrome_trace():
-    events = json.loads(to_chrome_trace([("predicted", TIMELINE), ("measured", TIMELINE)]))["traceEvents"]
+    steps = [TracedStep(title=title, timeline=TIMELINE) for title in ("predicted", "measured")]
+    events = json.loads(to_chrome_trace(steps))["traceEvents"]
     slices = [e for e in events if e["ph"] == "X"]
-    assert len(slices) == 2 * len(SPANS)
+    assert sum(e["name"] == "bubble" for e in slices) == 2 * 3
+    assert len(slices) == 2 * len(SPANS) + 2 * 3
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert names == {f"{t} rank {r}" for t in ("predicted", "measured") for r in (0, 1)}
     first = next(e for e in slices if e["name"] == "llm.0B0")
     assert (first["ts"], first["dur"]) == pytest.approx((0.3e6, 0.4e6))
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert all(threads[e["pid"], e["tid"]] == e["cat"] for e in slices)
+    assert {e["ph"] for e in events} == {"M", "X"}
+
+
+def test_counters_are_those_of_the_samples():
+    events = _trace(memory={1: [(0.0, {"llm.1": 5.0}), (0.5, {"llm.1": 7.0})]})
+    counters = [(e["pid"], e["ts"], e["args"]) for e in events if e["ph"] == "C"]
+    assert counters == [(2, 0.0, {"llm.1": 5.0}), (2, 0.5e6, {"llm.1": 7.0})]
 
 
 def test_diff():

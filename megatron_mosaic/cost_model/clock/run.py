@@ -18,8 +18,8 @@ from itertools import compress, repeat
 from math import inf
 from operator import mul, sub, truediv
 
-from megatron_mosaic.cost_model.machine import Machine, OwnDevices, SharedCores
-from megatron_mosaic.cost_model.program import Program
+from megatron_mosaic.cost_model.clock.machine import Machine, OwnDevices, SharedCores
+from megatron_mosaic.cost_model.clock.program import Program
 
 Times = tuple[list[float], list[float]]  # starts and ends, by row
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from megatron_mosaic.cost_model.replicas import SlotClasses
+from megatron_mosaic.cost_model.clock.replicas import SlotClasses
 from megatron_mosaic.plan import ScheduleChoice
 from megatron_mosaic.schedules import Kind, Schedule, build
 from megatron_mosaic.schedules.actions import FREES

@@ -1,0 +1,1 @@
+"""Timelines as people see them: text, and a trace for Perfetto."""
