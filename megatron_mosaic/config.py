@@ -22,6 +22,7 @@ from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.cost_model.source import MEASURED
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.launch.slurm.launcher_file import LauncherSection
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import Cluster, ClusterSection, GpuClusterSection, Link, LocalClusterSection
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingOverrides, TrainingSection, TrainingSetup
@@ -30,7 +31,7 @@ from megatron_mosaic.plan.workload_file import Count, Items, ModelSection, make_
 from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation
 from megatron_mosaic.search.space import SearchConfig
 
-GROUPS = ("model", "cluster", "workload", "search")
+GROUPS = ("model", "cluster", "workload", "search", "train", "launcher")
 ClusterValues = GpuClusterSection | LocalClusterSection
 _OF_PLAN = "~plan"  # the option of the group `cluster` whose values are a plan's
 _SHORT = reprlib.Repr(maxstring=100)
@@ -62,6 +63,8 @@ class Sections(Schema):
     cluster: ClusterSection
     workload: WorkloadSection
     search: SearchSection
+    train: dict[str, Any]
+    launcher: LauncherSection
 
     @property
     def training(self) -> TrainingSetup:

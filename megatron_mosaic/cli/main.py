@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "megatron_mosaic.cli.calibrate",
     "check": "megatron_mosaic.cli.check",
     "train": "megatron_mosaic.cli.train",
+    "submit": "megatron_mosaic.cli.submit",
     "validate": "megatron_mosaic.cli.validate",
 }
 
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = add("plan", "search for the fastest plan and write it")
     plan.add_argument("--out", metavar="PLAN", help="file to write the plan to; without it, the plan is printed")
+    plan.add_argument("--like", metavar="PLAN", help="for the model, batch, cluster and training of this plan")
     compare = add("compare", "the plan beside what other systems would do, on the same cost model")
     show = add("show", "modules, rank map, schedule and memory of a plan")
     simulate = add("simulate", "the predicted timeline of a plan")
@@ -69,12 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
     check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")
     train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
+    submit = add("submit", "a plan as a Slurm job that goes on after its time limit: [PLAN] OVERRIDES")
+    submit.add_argument("--dry-run", action="store_true", help="write the run directory, print all, submit nothing")
     validate = add("validate", "the cost model against published measurements")
     validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
     validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
     for command in (show, simulate, check, train):
         command.add_argument("plan", metavar="PLAN", help="plan file")
-    for command in (plan, compare, show, simulate, calibrate):
+    for command in (plan, compare, show, simulate, calibrate, submit):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
     for command in (simulate, check, train):
         command.add_argument(
@@ -84,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     train.add_argument("--log", metavar="FILE", help="write Megatron's own output there instead of showing it")
     train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
-    for command in (plan, compare, simulate, train):
+    for command in (plan, compare, simulate, train, submit):
         command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
     return parser
 

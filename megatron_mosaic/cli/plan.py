@@ -8,24 +8,22 @@ from typing import Any
 import yaml
 
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
-from megatron_mosaic.config import load_task
+from megatron_mosaic.cli.planned import apply_overrides
+from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, validate_plan
-from megatron_mosaic.plan.plan_file import format_plan, save_plan
+from megatron_mosaic.plan.plan_file import format_plan, load_plan, save_plan
 from megatron_mosaic.search.find import SearchResult, find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Find the plan, write it, report it."""
-    task = load_task(arguments.overrides, profile_path=arguments.profile)
-    result = find_plan(
-        task.cost_model(),
-        task.search,
-        progress=lambda step: print_progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
-    )
-    plan = task.complete(result.plan)
-    validate_plan(plan, task.workload, task.cluster)
+    if arguments.like:
+        task = apply_overrides(load_plan(arguments.like), arguments.overrides).build_task(arguments.profile)
+    else:
+        task = load_task(arguments.overrides, profile_path=arguments.profile)
+    plan, result = search_plan(task)
     if arguments.out:
         save_plan(plan, arguments.out)
     fits = task.fits(result.simulation.peak_bytes)
@@ -34,6 +32,18 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         _print(plan, result, arguments.out)
     return 0 if fits else 1
+
+
+def search_plan(task: Task) -> tuple[Plan, SearchResult]:
+    """The best plan that the search finds, with cluster and training, and how it was found."""
+    result = find_plan(
+        task.cost_model(),
+        task.search,
+        progress=lambda step: print_progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
+    )
+    plan = task.complete(result.plan)
+    validate_plan(plan, task.workload, task.cluster)
+    return plan, result
 
 
 def predict(simulation: Simulation) -> dict[str, float]:

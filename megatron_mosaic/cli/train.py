@@ -8,11 +8,11 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_mosaic.any2any.arguments import judge_words, read_words, refuse_given
+from megatron_mosaic.any2any.arguments import add_any2any_arguments, judge_words, read_words, refuse_given
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
@@ -24,6 +24,7 @@ from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.flags.judge import Purpose
+from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_words
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Span, Timeline, diff
@@ -40,7 +41,8 @@ TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss toke
 def main(arguments: argparse.Namespace) -> int:
     """Launch torchrun, then print losses, the measured timeline and, with a profile, the predicted one."""
     plan = load_plan(arguments.plan)
-    line = read_words(arguments.megatron_args)
+    flags = _flags(arguments.megatron_args)
+    line = read_words(flags)
     refuse_given(line, _GIVEN, "mosaic train")
     workload, notes = judge_words(line, plan, Purpose.train)
     _validate_length(line)
@@ -54,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
             words += ["--mosaic-schedule", arguments.mosaic_schedule]
         with _output(arguments) as output:
             progress = _Progress(Path(directory) / "losses.jsonl")
-            run_torchrun(plan.world_size, [*words, *arguments.megatron_args], output=output, watch=progress.show)
+            run_torchrun(plan.world_size, [*words, *flags], output=output, watch=progress.show)
         losses, measured = _read_report(Path(directory))
     timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
     if arguments.trace:
@@ -69,6 +71,13 @@ def main(arguments: argparse.Namespace) -> int:
     print()
     print_timelines(timeline, predicted)
     return 0
+
+
+def _flags(words: Sequence[str]) -> list[str]:
+    """Megatron's flags, those written as Hydra words (`train.lr=3e-4`) first."""
+    values, rest = split_words(words)
+    refuse_twice(values, read_words(rest).typed)
+    return [*flags_of(values, add_any2any_arguments), *rest]
 
 
 def _output(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[IO[str] | None]:
@@ -98,7 +107,8 @@ class _Progress:
 
 def read_losses(path: Path) -> list[dict[str, float]]:
     """One mapping of loss name -> value per step; a line that is still being written is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [{name: value for name, value in step.items() if name != "iteration"} for step in steps]
 
 
 def _read_report(directory: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What torchrun starts for every rank of ours: the script, in a process that dies with torchrun and has a flight.
+"""What torchrun or srun starts for every rank of ours: the script, in a process that dies with torchrun, with a flight.
 
 Before the script's own imports, which take seconds. Called as python is: `-m MODULE ARGUMENTS` or `SCRIPT ARGUMENTS`.
 """
@@ -17,14 +17,19 @@ from typing import Never
 from megatron_mosaic.flight.parent import die_with_parent
 from megatron_mosaic.flight.process import begin_flight
 from megatron_mosaic.flight.verdict import judge, stamp
+from megatron_mosaic.launch.slurm.ending import EXITS_VARIABLE, note_exit
+from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm
 
 PARENT_VARIABLE = "MOSAIC_TORCHRUN_PID"
 
 
 def main(words: Sequence[str]) -> Never:
     """Run the script and leave with its exit status, by the shortest way: a peer may be gone, its sockets half open."""
-    die_with_parent(int(os.environ[PARENT_VARIABLE]))
-    flight = begin_flight(int(os.environ["RANK"]))
+    if PARENT_VARIABLE in os.environ:  # torchrun's that we started; srun's tasks have none
+        die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    take_rank_from_slurm()
+    rank = int(os.environ["RANK"])
+    flight = begin_flight(rank)
     code = 0
     try:
         _run(list(words))
@@ -38,6 +43,8 @@ def main(words: Sequence[str]) -> Never:
         code = 1
         judge(flight, error)  # before peers can notice
         traceback.print_exc()
+    if EXITS_VARIABLE in os.environ:
+        note_exit(os.environ[EXITS_VARIABLE], rank, code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -22,6 +22,7 @@ from megatron_mosaic.runtime.dumps.writer import Dump
 from megatron_mosaic.runtime.model import MosaicModel
 from megatron_mosaic.schedules.timeline import Span
 
+ITERATION = "iteration"
 LOSSES_FILE = "losses.jsonl"
 TIMELINE_FILE = "timeline.json"
 MEASURES_FILE = "measures.json"
@@ -29,20 +30,26 @@ KEPT_STEPS = 200  # whose spans are in memory for the timeline
 
 
 class StepReport:
-    """Losses (rank 0, written at once) and spans (kept, gathered at the end)."""
+    """Losses (rank 0, written at once) and spans (kept, gathered at the end). `_has_begun`: a step was written.
+
+    A run that goes on from a checkpoint appends its losses; what an earlier start had beyond the checkpoint goes.
+    """
 
     def __init__(self, directory: str, rank: int) -> None:
         self._directory, self._rank = Path(directory), rank
         self._directory.mkdir(parents=True, exist_ok=True)
         self._steps: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
-        if rank == 0:
-            (self._directory / LOSSES_FILE).write_text("")
+        self._has_begun = False
 
-    def add_losses(self, losses: Mapping[str, float]) -> None:
-        """Append one step's losses."""
+    def add_losses(self, iteration: int, losses: Mapping[str, float]) -> None:
+        """Append one step's losses. Iterations count from 1, over all starts of a run."""
         if self._rank == 0:
-            with (self._directory / LOSSES_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(losses)) + "\n")
+            path = self._directory / LOSSES_FILE
+            if not self._has_begun:
+                _keep_before(path, iteration)
+                self._has_begun = True
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({ITERATION: iteration, **losses}) + "\n")
 
     def add_spans(self, spans: Sequence[Span]) -> None:
         """Keep one step's spans of this rank."""
@@ -81,6 +88,13 @@ class StepReport:
         ]
         data = {"step": median, "step_s": seconds[median], "seconds": seconds, "spans": spans}
         (self._directory / TIMELINE_FILE).write_text(json.dumps(data), encoding="utf-8")
+
+
+def _keep_before(path: Path, iteration: int) -> None:
+    """Leave the lines of earlier iterations, whole ones alone: a start may have been killed while it wrote."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    steps = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    path.write_text("".join(line for line, step in steps if step[ITERATION] < iteration), encoding="utf-8")
 
 
 class UnitStatistics:
@@ -126,10 +140,10 @@ class Observers:
         if self.meter is not None:
             self.meter.backward(module, unit)
 
-    def losses(self, losses: Mapping[str, float]) -> None:
+    def losses(self, iteration: int, losses: Mapping[str, float]) -> None:
         """A training step came to these."""
         if self.report is not None:
-            self.report.add_losses(losses)
+            self.report.add_losses(iteration, losses)
 
     def finished_gradients(self, model: MosaicModel, optimizers: ModuleOptimizers) -> None:
         """The optimizers are about to use them."""

@@ -156,7 +156,7 @@ class StepRunner:
         summed.wait()
         if not forward_only:
             own.scale_gradients(1.0 / self._sums.divisor(totals))
-            self._observers.losses(self._sums.means(totals))
+            self._observers.losses(self._executor.step, self._sums.means(totals))
         rows = self._sums.as_reported(totals)  # the loop adds them up over the world
         return [rows if self._view.rank == 0 else {name: torch.zeros_like(row) for name, row in rows.items()}]
 

@@ -101,7 +101,8 @@ def failure_of(directory: Path, name: str, *arguments: str, plan: Plan = SMALL_P
 
 def losses(directory: Path, name: str) -> list[dict[str, float]]:
     """Losses per step of a run."""
-    return [json.loads(line) for line in (directory / name / "losses.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (directory / name / "losses.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in step.items() if key != "iteration"} for step in steps]
 
 
 _REBOUND = ("get_forward_backward_func", "get_megatron_optimizer", "save_checkpoint", "load_checkpoint")

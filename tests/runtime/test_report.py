@@ -36,10 +36,11 @@ def test_report_of_the_median_step(tmp_path, two_ranks) -> None:
     report = StepReport(str(tmp_path), rank=0)
     for start_s, length_s in ((0.0, 9.0), (10.0, 3.0), (20.0, 1.0), (30.0, 2.0)):
         report.add_spans([Span(0, "vision.0", start_s, start_s + length_s, "vision.0F0")])
-    report.add_losses({"lm loss": 2.5})
+    report.add_losses(3, {"lm loss": 2.5})
     report.write(None, {"peak": {"llm": 3, "vision": 4}}, 0.25)
 
-    assert [json.loads(line) for line in (tmp_path / LOSSES_FILE).read_text().splitlines()] == [{"lm loss": 2.5}]
+    lines = (tmp_path / LOSSES_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"iteration": 3, "lm loss": 2.5}]
     assert json.loads((tmp_path / MEASURES_FILE).read_text()) == {
         "peak": {"llm": 5, "vision": 4},
         "group_creation_s": 0.5,
@@ -49,8 +50,23 @@ def test_report_of_the_median_step(tmp_path, two_ranks) -> None:
     assert timeline["spans"] == [[0, "vision.0", 0.0, 2.0, "vision.0F0"], [1, "llm.0", 0.5, 2.0, "llm.0F0"]]
 
 
+def test_losses_go_on_from_the_checkpoint_that_a_later_start_loads(tmp_path) -> None:
+    """Iterations 1-3, killed in line 4; the next start loads iteration 2: its own 3 counts, no step stands twice."""
+    first = StepReport(str(tmp_path), rank=0)
+    for iteration in (1, 2, 3):
+        first.add_losses(iteration, {"loss": float(iteration)})
+    with (tmp_path / LOSSES_FILE).open("a") as file:
+        file.write('{"iteration": 4, "lo')
+    second = StepReport(str(tmp_path), rank=0)
+    second.add_losses(3, {"loss": 30.0})
+    second.add_losses(4, {"loss": 40.0})
+    lines = (tmp_path / LOSSES_FILE).read_text().splitlines()
+    found = [(step["iteration"], step["loss"]) for step in map(json.loads, lines)]
+    assert found == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+
+
 def test_only_rank_0_writes_losses(tmp_path) -> None:
-    StepReport(str(tmp_path), rank=1).add_losses({"lm loss": 1.0})
+    StepReport(str(tmp_path), rank=1).add_losses(1, {"lm loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,7 +88,7 @@ def test_nobody_looks_on_without_observers() -> None:
     with nobody.forward("llm", 0):
         pass
     nobody.backward("llm", 0)
-    nobody.losses({"lm loss": 1.0})
+    nobody.losses(1, {"lm loss": 1.0})
     nobody.finished_gradients(None, None)
     nobody.finished_step(None, [])
     assert nobody.measures(["llm"]) == {"peak_activation_bytes_by_module": {"llm": 0}}

@@ -63,7 +63,7 @@ def read_command_line(words: Sequence[str], add_arguments: AddArguments, default
 
     ConfigError if a word is wrong. `add_arguments` of a script is asked once in the life of the process.
     """
-    parser = _parser_of(add_arguments)
+    parser = parser_of(add_arguments)
     typed = argparse.Namespace(**dict.fromkeys((action.dest for action in parser._actions), _NOT_TYPED))
     try:
         _, unknown = parser.parse_known_args(list(words), typed)
@@ -78,7 +78,8 @@ def read_command_line(words: Sequence[str], add_arguments: AddArguments, default
 
 
 @cache
-def _parser_of(add_arguments: AddArguments) -> _Parser:
+def parser_of(add_arguments: AddArguments) -> _Parser:
+    """A parser of Megatron's arguments, a script's and mosaic's own."""
     parser = _Parser(allow_abbrev=False, add_help=False, exit_on_error=False)
     for argument in load_arguments():
         _add(parser, argument)
@@ -88,7 +89,7 @@ def _parser_of(add_arguments: AddArguments) -> _Parser:
 
 @cache
 def _defaults_of(add_arguments: AddArguments) -> Mapping[str, Any]:
-    return vars(_parser_of(add_arguments).parse_args([]))
+    return vars(parser_of(add_arguments).parse_args([]))
 
 
 _NOT_TYPED = object()
