@@ -56,22 +56,32 @@ def check_plan(
     prepare_ranks()
     with contextlib.suppress(ImportError):  # the ranks say what is missing
         import sklearn.datasets  # noqa: F401  seconds to import; forked ranks inherit it
-    arguments = [*_steady_words(megatron_args, steps), *megatron_args]
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
-        checked = Path(directory) / "plan.yaml"
-        save_plan(plan, checked)
-        ours = [*arguments, "--mosaic-plan", str(checked), "--mosaic-report", directory]
-        ours += ["--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
-        ours += ["--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
+        ours = words_of_ranks(plan, steps, megatron_args, directory)
         ours += ["--mosaic-schedule", schedule] if schedule else []
         _run(plan.world_size, directory, ours, pretrain.train)
-        reference = [*arguments, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
+        reference = words_of_reference(plan, steps, megatron_args)
         for measure_rounding in (False, True):  # takes six times as long, and few checks need it
             _run(1, directory, reference, reference_run.main, directory, measure_rounding, env={PLAN_VARIABLE: ""})
             parity = compare.compare(plan, steps, Path(directory))
             if parity.grad_rel_err_max <= TOLERANCE:
                 break
         return parity
+
+
+def words_of_ranks(plan: Plan, steps: int, megatron_args: Sequence[str], directory: str) -> list[str]:
+    """The command line of the plan's ranks, which leave all that is compared in the directory; so is the plan."""
+    path = Path(directory) / "plan.yaml"
+    save_plan(plan, path)
+    words = [*_steady_words(megatron_args, steps), *megatron_args, "--mosaic-plan", str(path)]
+    words += ["--mosaic-report", directory, "--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
+    return [*words, "--no-check-for-nan-in-loss-and-grad"]  # a NaN is a finding of the check, not the end of it
+
+
+def words_of_reference(plan: Plan, steps: int, megatron_args: Sequence[str]) -> list[str]:
+    """The command line of the single process."""
+    words = [*_steady_words(megatron_args, steps), *megatron_args]
+    return [*words, "--global-batch-size", str(plan.global_batch_size), "--micro-batch-size", "1"]
 
 
 def in_fp32(plan: Plan) -> Plan:

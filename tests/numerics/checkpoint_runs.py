@@ -64,9 +64,7 @@ def _run_on_rank(runs: Sequence[Run], directory: Path, ports: Sequence[int]) -> 
     for run, port in zip(runs, ports, strict=True):
         if int(os.environ["RANK"]) >= run.plan.world_size:
             continue
-        # A world of its own, which its rank 0 serves: the launcher's store remembers the run before.
-        own_world = {"WORLD_SIZE": str(run.plan.world_size), "MASTER_PORT": str(port)}
-        os.environ.update(own_world, TORCHELASTIC_USE_AGENT_STORE="False")
+        enter_world(run.plan.world_size, port)
         own = directory / run.name
         _dump_before_step(run.dump_at, own)
         files = ["--mosaic-plan", str(own / "plan.yaml"), "--mosaic-report", str(own)]
@@ -75,11 +73,25 @@ def _run_on_rank(runs: Sequence[Run], directory: Path, ports: Sequence[int]) -> 
         except SystemExit as stop:  # --exit-interval
             code = stop.code
         assert not code, f"{run.name}: exit status {code}"
-        megatron_training.destroy_global_state()
-        # Once set, a further all-reduce at start-up: ranks that sat out the runs before would not take part.
-        megatron_training._STARTUP_TIMESTAMPS.update(dict.fromkeys(megatron_training._STARTUP_TIMESTAMPS))
-        for key, stock in _STOCK.items():
-            setattr(megatron_training, key, stock)
+        forget_run()
+
+
+def enter_world(world_size: int, port: int) -> None:
+    """The next run of this rank meets the others in a world of its own, which its rank 0 serves.
+
+    The launcher's store remembers the run before.
+    """
+    own_world = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    os.environ.update(own_world, TORCHELASTIC_USE_AGENT_STORE="False")
+
+
+def forget_run() -> None:
+    """Leave the process as the next run wants to find it."""
+    megatron_training.destroy_global_state()
+    # Once set, a further all-reduce at start-up: ranks that sat out the runs before would not take part.
+    megatron_training._STARTUP_TIMESTAMPS.update(dict.fromkeys(megatron_training._STARTUP_TIMESTAMPS))
+    for key, stock in _STOCK.items():
+        setattr(megatron_training, key, stock)
 
 
 def saving(directory: Path, *arguments: str) -> tuple[str, ...]:
