@@ -58,5 +58,9 @@ class GroupError(MosaicError):
     """Code of a module reaches for process groups that are not its own."""
 
 
+class BatchError(MosaicError):
+    """Two ranks do not hold the same samples, or not the same rows of them."""
+
+
 class RankFailure(MosaicError):
     """A worker process failed while it ran an action."""

@@ -23,6 +23,7 @@ from megatron_mosaic.colocation.lane import Clock
 from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Channels, Exchange
+from megatron_mosaic.parallel_state_ext.boundaries.fingerprints import Fingerprint, no_fingerprint
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import Metadata, PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
@@ -68,11 +69,13 @@ class Step:
         of_plan: PlanMap,
         channels: Channels,
         tools: LaneTools,
+        fingerprint: Fingerprint = no_fingerprint,
     ) -> None:
         """`program`: this rank's actions, in order. `samples`: of each microbatch, the same on every rank."""
         self.program, self._sums = program, tools.sums
         batches = Batches(samples, collate)
-        step_map = StepMap(of_plan, [_read_metadata(tools.definition, batch) for batch in batches.of_microbatch])
+        metadata = [_read_metadata(tools.definition, batch, fingerprint) for batch in batches.of_microbatch]
+        step_map = StepMap(of_plan, metadata)
         self._exchange = Exchange(channels, step_map)
         self._lanes = {
             name: LaneRunner(
@@ -117,9 +120,10 @@ class StepRunner:
         dtype: torch.dtype,
         observers: Observers,
         cores: CpuQuota,
+        fingerprint: Fingerprint = no_fingerprint,
     ) -> None:
-        """`cores`: of the modules, where they compute on a CPU."""
-        self._view, self._definition, self._collate = view, definition, collate
+        """`cores`: of the modules, where they compute on a CPU. `fingerprint`: of the samples of every message."""
+        self._view, self._definition, self._collate, self._fingerprint = view, definition, collate, fingerprint
         self._grids, self._scopes, self._executor, self._observers = grids, scopes, executor, observers
         self._sums = LossSums(names=definition.loss_names)
         self._channels = Channels(view, definition.workload, grids, dtype)
@@ -181,7 +185,7 @@ class StepRunner:
     ) -> Step:
         """Read the step's samples and find out who does what."""
         samples = [next(data_iterator) for _ in range(num_microbatches)]
-        return Step(program.actions, samples, self._collate, self._of_plan, self._channels, tools)
+        return Step(program.actions, samples, self._collate, self._of_plan, self._channels, tools, self._fingerprint)
 
     @contextlib.contextmanager
     def _activate(self, module: str) -> Iterator[None]:
@@ -206,7 +210,7 @@ class StepRunner:
                 finalize_model_grads(model.stages_of(name), None, pg_collection=groups)
 
 
-def _read_metadata(definition: ModelDefinition, batch: Batch) -> Metadata:
+def _read_metadata(definition: ModelDefinition, batch: Batch, fingerprint: Fingerprint) -> Metadata:
     edges = definition.workload.edges
     links = {(edge.source, edge.target): definition.list_links(edge, batch) for edge in edges}
-    return Metadata(items=definition.list_items(batch), links=links)
+    return Metadata(items=definition.list_items(batch), links=links, content=fingerprint(batch))

@@ -39,6 +39,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.process import begin_flight, collective_timeout, end_flight, noted
 from megatron_mosaic.flight.results import ResultWatch
 from megatron_mosaic.flight.verdict import naming
+from megatron_mosaic.parallel_state_ext.boundaries.fingerprints import fingerprint_samples, no_fingerprint
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import (
@@ -107,6 +108,7 @@ class Runtime:
             args.params_dtype,
             self.observers,
             CpuQuota(opened.threads),
+            fingerprint_samples if args.mosaic_guard else no_fingerprint,
         )
         draw_rng_states = partial(Scopes, view=self.view)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
+from megatron_mosaic.parallel_state_ext.rebound import guard
 from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.parity.verdict import TOLERANCE
 from megatron_mosaic.runtime import model, step, train
@@ -77,7 +79,11 @@ def test_gradients_that_are_not_summed_over_dp(parity_of_two_ranks, monkeypatch)
 
 
 def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> None:
-    """The llm reads the wrong picture: its loss is another one, and so are the gradients of both ends."""
+    """The llm reads the wrong picture: its loss is another one, and so are the gradients of both ends.
+
+    In guard mode the first message says so.
+    """
+    monkeypatch.setenv(guard.VARIABLE, "0")
     sends = StepMap.sends
 
     def swapped(self, end, unit, peer):
@@ -89,6 +95,10 @@ def test_two_images_swapped_on_their_way(parity_of_two_ranks, monkeypatch) -> No
     parity = parity_of_two_ranks()
     assert not parity.ok and parity.loss_rel_err > TOLERANCE
     assert {"vision", "llm"} <= {name for name, e in parity.grad_rel_err_by_module.items() if e > TOLERANCE}
+    monkeypatch.setenv(guard.VARIABLE, "1")
+    with pytest.raises(RankFailure, match=r"a message from rank \d to rank \d") as failure:
+        parity_of_two_ranks()
+    assert "BatchError" in failure.value.where and "lane llm.0 action llm.0F0" in failure.value.where
 
 
 def test_weights_that_depend_on_the_rank(parity_of_two_ranks, monkeypatch) -> None:

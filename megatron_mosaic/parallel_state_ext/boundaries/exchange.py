@@ -104,14 +104,16 @@ class Exchange:
 
     def _send(self, end: EdgeEnd, unit: int, rows: Tensor) -> None:
         for peer in self._map.peers(end, unit):
-            parts = self._map.sends(end, unit, peer)
-            self._channels.rows_from(end).send(end.in_order(unit, peer), parts, rows)
+            parts, marks = self._map.sends(end, unit, peer), self._map.marks_sent(end, unit, peer)
+            self._channels.rows_from(end).send(end.in_order(unit, peer), parts, rows, marks)
 
     def _receive(self, end: EdgeEnd, unit: int) -> Tensor:
         arrivals = [
             (end.in_order(unit, peer), self._map.receives(end, unit, peer)) for peer in self._map.peers(end, unit)
         ]
-        return self._channels.rows_from(end.opposite).receive(arrivals, len(self._map.rows(end, unit)))
+        peers = self._map.peers(end, unit) if self._map.is_marked else ()
+        marks = [self._map.marks_received(end, unit, peer) for peer in peers]
+        return self._channels.rows_from(end.opposite).receive(arrivals, len(self._map.rows(end, unit)), marks)
 
     def _place(self, end: EdgeEnd, unit: int) -> Place:
         held = self._map.rows(end, unit)
@@ -122,9 +124,11 @@ class Exchange:
     def send_hidden(self, module: str, unit: int, chunk: int, hidden: Tensor, *, towards: int) -> None:
         """Post hidden states of this (virtual) stage to the next one (+1), or gradients to the one before (-1)."""
         arrives_at = (unit, self._modules[module].chunk_of_neighbour(chunk, towards))
-        self._channels.hidden(module).send(hidden, arrives_at, towards=towards)
+        mark = self._map.hidden_mark(module, *arrives_at)
+        self._channels.hidden(module).send(hidden, arrives_at, towards=towards, mark=mark)
 
     def receive_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> Tensor:
         """[tokens, items, hidden_size] of this rank's shard, from the stage before (-1) or after (+1)."""
         shape = (len(shard.tokens), len(shard.items), self._workload.by_name[module].hidden_size)
-        return self._channels.hidden(module).receive(shape, (unit, chunk), origin=origin)
+        mark = self._map.hidden_mark(module, unit, chunk)
+        return self._channels.hidden(module).receive(shape, (unit, chunk), origin=origin, mark=mark)

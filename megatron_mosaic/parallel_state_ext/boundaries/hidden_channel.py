@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mosaic.parallel_state_ext.boundaries.row_channel import receive_mark
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 
@@ -31,8 +32,11 @@ class HiddenChannel:
         }
         self._outbox: list[tuple[dist.Work, Tensor]] = []
 
-    def send(self, hidden: Tensor, place: Place, *, towards: int) -> None:
-        """Post hidden states to the next stage (+1), or their gradients to the one before (-1); never waits."""
+    def send(self, hidden: Tensor, place: Place, *, towards: int, mark: int | None = None) -> None:
+        """Post hidden states to the next stage (+1), or their gradients to the one before (-1); never waits.
+
+        `mark`: a fingerprint of whose they are, which then goes before them.
+        """
         if self._stays:
             self._kept[towards, place] = hidden.detach()
             return
@@ -40,15 +44,24 @@ class HiddenChannel:
         self._outbox[:] = [(work, kept) for work, kept in self._outbox if not work.is_completed()]
         neighbour = self._neighbours[towards]
         group = self._groups[towards, neighbour.wraps]
+        if mark is not None:
+            header = torch.tensor([mark], dtype=torch.int64, device=self._device)
+            self._outbox.append((dist.isend(header, dst=neighbour.rank, group=group), header))
         self._outbox.append((dist.isend(buffer, dst=neighbour.rank, group=group), buffer))
 
-    def receive(self, shape: tuple[int, int, int], place: Place, *, origin: int) -> Tensor:
-        """[tokens, items, hidden_size] from the stage before (-1) or after (+1). Waits for them."""
+    def receive(self, shape: tuple[int, int, int], place: Place, *, origin: int, mark: int | None = None) -> Tensor:
+        """[tokens, items, hidden_size] from the stage before (-1) or after (+1). Waits for them.
+
+        BatchError where another fingerprint than `mark` comes.
+        """
         if self._stays:
             return self._kept.pop((-origin, place))
         buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
         neighbour = self._neighbours[origin]
-        dist.recv(buffer, src=neighbour.rank, group=self._groups[-origin, neighbour.wraps])
+        group = self._groups[-origin, neighbour.wraps]
+        if mark is not None:
+            receive_mark(mark, neighbour.rank, group, self._device)
+        dist.recv(buffer, src=neighbour.rank, group=group)
         return buffer
 
     def drain(self) -> None:

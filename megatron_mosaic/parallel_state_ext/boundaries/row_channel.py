@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mosaic.parallel_state_ext.boundaries.fingerprints import require_same
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
 from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 
@@ -48,17 +49,23 @@ class RowChannel:
         self._spare: list[Tensor] = []  # staging buffers
         self.sent_bytes = 0
 
-    def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor) -> None:
+    def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor, marks: Sequence[int] = ()) -> None:
         """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units.
+
+        `marks`: a fingerprint of each part, which then goes before it (and is asked for: see `receive`).
 
         gloo calls a message delivered only when it is waited for: there, buffers are free again after `drain`.
         """
         rows = rows.detach()
         self._collect()
-        for part in parts:
+        for index, part in enumerate(parts):
             if part.rank == self._rank:
                 self._kept[key] = rows[_index(part.rows, rows.device)]
                 continue
+            group = self._up if part.rank > self._rank else self._down
+            if marks:
+                header = torch.tensor([marks[index]], dtype=torch.int64, device=self._device)
+                self._outbox.append((dist.isend(header, dst=part.rank, group=group), header, False))
             staged = not isinstance(part.rows, slice)
             if staged:
                 buffer = self._take(part.num_rows)
@@ -66,25 +73,34 @@ class RowChannel:
             else:
                 buffer = rows[part.rows].contiguous()
             self.sent_bytes += buffer.numel() * buffer.element_size()
-            group = self._up if part.rank > self._rank else self._down
             self._outbox.append((dist.isend(buffer, dst=part.rank, group=group), buffer, staged))
 
-    def receive(self, arrivals: Sequence[tuple[Hashable, Sequence[Part]]], num_rows: int) -> Tensor:
-        """All of this rank's rows of a unit, [num_rows, width]. Waits for them. `arrivals`: by key, what comes."""
+    def receive(
+        self,
+        arrivals: Sequence[tuple[Hashable, Sequence[Part]]],
+        num_rows: int,
+        marks: Sequence[Sequence[int]] = (),
+    ) -> Tensor:
+        """All of this rank's rows of a unit, [num_rows, width]. Waits for them. `arrivals`: by key, what comes.
+
+        `marks`: for each arrival, the fingerprints of its parts. BatchError where another one comes.
+        """
         if len(arrivals) == 1 and len(arrivals[0][1]) == 1:
             key, (part,) = arrivals[0]
             if part.rank == self._rank and part.num_rows == num_rows:
                 return self._take_kept(key)
         rows = torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
         waiting = []
-        for key, parts in arrivals:
-            for part in parts:
+        for arrival, (key, parts) in enumerate(arrivals):
+            for index, part in enumerate(parts):
                 if part.rank == self._rank:
                     rows[_index(part.rows, rows.device)] = self._take_kept(key)
                     continue
+                group = self._up if part.rank < self._rank else self._down
+                if marks:
+                    receive_mark(marks[arrival][index], part.rank, group, self._device)
                 staged = not isinstance(part.rows, slice)
                 buffer = self._take(part.num_rows) if staged else rows[part.rows]
-                group = self._up if part.rank < self._rank else self._down
                 waiting.append((dist.irecv(buffer, src=part.rank, group=group), part, buffer, staged))
         for work, part, buffer, staged in waiting:
             work.wait()
@@ -138,6 +154,13 @@ class RowChannel:
         """Take back what `_take` gave: never more buffers than messages were under way at once."""
         with self._lock:
             self._spare.append(buffer if buffer._base is None else buffer._base)
+
+
+def receive_mark(expected: int, sender: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Wait for the fingerprint that goes before a message. BatchError unless it is the expected one."""
+    header = torch.empty(1, dtype=torch.int64, device=device)
+    dist.recv(header, src=sender, group=group)
+    require_same(int(header), expected, sender, dist.get_rank())
 
 
 def _index(rows: Rows, device: torch.device) -> slice | Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
+from megatron_mosaic.parallel_state_ext.boundaries.fingerprints import mark
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Items, Links, Shard, expand
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Side, blocks_of, incoming, outgoing
 from megatron_mosaic.parallel_state_ext.boundaries.slots import SlotRule, UnitSlots
@@ -27,10 +28,14 @@ from megatron_mosaic.plan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What is known of one microbatch before any tensor is touched."""
+    """What is known of one microbatch before any tensor is touched.
+
+    `content`: a fingerprint of its samples; empty where messages carry none.
+    """
 
     items: Mapping[str, Items]
     links: Mapping[tuple[str, str], Links]
+    content: bytes = b""
 
     def digest(self, part: str | tuple[str, str]) -> bytes:
         """Of a module's items, or of an edge's links: the same for microbatches in which they are the same."""
@@ -89,6 +94,7 @@ class HeldRows:
     tokens: Integers
     items: Integers
     opposite: Integers  # group at the other end
+    numbers: Integers  # of each row among all of its edge and microbatch: the same at both ends
     first: Integers
 
     def __len__(self) -> int:
@@ -154,6 +160,26 @@ class StepMap:
         """This rank's rows of `unit` that come from the other end's unit `peer`: gradients at the source, else rows."""
         return self._parts(end, unit, peer)[1]
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether messages carry fingerprints."""
+        return all(one.content for one in self._microbatches)
+
+    def marks_sent(self, end: EdgeEnd, unit: int, peer: int) -> tuple[int, ...]:
+        """A fingerprint for each part of `sends`: of the samples, and of which rows of them; none if not marked."""
+        return self._marks(end, unit, peer, self.sends(end, unit, peer)) if self.is_marked else ()
+
+    def marks_received(self, end: EdgeEnd, unit: int, peer: int) -> tuple[int, ...]:
+        """The same for `receives`; the sender works it out from what it holds."""
+        return self._marks(end, unit, peer, self.receives(end, unit, peer)) if self.is_marked else ()
+
+    def hidden_mark(self, module: str, unit: int, chunk: int) -> int | None:
+        """A fingerprint of this rank's shard of a unit, for hidden states that reach a chunk; None if not marked."""
+        if not self.is_marked:
+            return None
+        shard, contents = self.shard(module, unit), [self._microbatches[m].content for m in self.covered(module, unit)]
+        return mark(contents, (module, unit, chunk), np.array(shard.items), shard.tokens)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _key(self, end: EdgeEnd, unit: int) -> tuple[Hashable, ...]:
@@ -184,15 +210,29 @@ class StepMap:
         return self._cache.find(key, lambda: self._find_parts(end, unit, peer))
 
     def _find_parts(self, end: EdgeEnd, unit: int, peer: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-        held, covered = self.rows(end, unit), self.covered(end.module, unit)
-        shared = self.covered(end.opposite.module, peer)
-        low, high = max(covered.start, shared.start), min(covered.stop, shared.stop)
-        first, stop = held.first[[low - covered.start, high - covered.start]].tolist()
+        held, covered, shared = self.rows(end, unit), self.covered(end.module, unit), self._shared(end, unit, peer)
+        first, stop = held.first[[shared.start - covered.start, shared.stop - covered.start]].tolist()
         blocks = blocks_of(held.opposite[first:stop], first)
         own, other = self._side(end, unit), self._side(end.opposite, peer)
         group, replica = own.group_of(self._modules[end.module].at)
         sent = outgoing(self._rank, own.ranks_of(group), other, blocks)
         return sent, incoming(self._rank, group, replica, other, blocks)
+
+    def _marks(self, end: EdgeEnd, unit: int, peer: int, parts: Sequence[Part]) -> tuple[int, ...]:
+        held, covered, shared = self.rows(end, unit), self.covered(end.module, unit), self._shared(end, unit, peer)
+        contents = [self._microbatches[m].content for m in shared]
+        where = (end.source, end.target, end.in_order(unit, peer))
+        found = []
+        for part in parts:
+            rows = np.arange(len(held))[part.rows]
+            microbatches = np.searchsorted(held.first, rows, side="right") - 1 + covered.start - shared.start
+            found.append(mark(contents, where, microbatches, held.numbers[rows]))
+        return tuple(found)
+
+    def _shared(self, end: EdgeEnd, unit: int, peer: int) -> range:
+        """The microbatches that `unit` and the other end's unit `peer` both cover."""
+        covered, shared = self.covered(end.module, unit), self.covered(end.opposite.module, peer)
+        return range(max(covered.start, shared.start), min(covered.stop, shared.stop))
 
     def _unit(self, module: str, unit: int) -> UnitSlots:
         if (module, unit) not in self._units:
@@ -211,7 +251,7 @@ class StepMap:
         at, other = self._modules[end.module].at, end.opposite.module
         found, own = self._unit(end.module, unit), self._side(end, unit)
         mine, _ = own.group_of(at)
-        columns: list[list[Integers]] = [[], [], []]
+        columns: list[list[Integers]] = [[], [], [], []]
         first = [0]
         for index, m in enumerate(self.covered(end.module, unit)):
             links = self._microbatches[m].links[end.source, end.target]
@@ -221,6 +261,7 @@ class StepMap:
             link, within = expand(links.rows[near])
             rows = near[link]
             item, token = items[rows] + found.offsets[index], starts[rows] + within
+            number = (links.rows.cumsum() - links.rows)[rows] + within
             far_unit = m // self._unit_sizes[other]
             far_offset = self._unit(other, far_unit).offsets[m - self.covered(other, far_unit).start]
             far, far_token = far_items[rows] + far_offset, far_starts[rows] + within
@@ -228,9 +269,11 @@ class StepMap:
             if own.splits_tokens:
                 kept = np.flatnonzero(group == mine)
                 item, place, far, far_token = item[kept], place[kept], far[kept], far_token[kept]
+                number = number[kept]
             columns[0].append(place)
             columns[1].append(own.index_in_slot[item])
             columns[2].append(self._side(end.opposite, far_unit).locate(far, far_token)[0])
+            columns[3].append(number)
             first.append(first[-1] + len(item))
-        tokens, row_items, groups = (np.concatenate(column) for column in columns)
-        return HeldRows(tokens, row_items, groups, np.array(first, dtype=np.int64))
+        tokens, row_items, groups, numbers = (np.concatenate(column) for column in columns)
+        return HeldRows(tokens, row_items, groups, numbers, np.array(first, dtype=np.int64))

@@ -41,7 +41,8 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--mosaic-guard",
         action="store_true",
-        help="raise where a module's code reads Megatron's global process groups; default $MOSAIC_GUARD",
+        help="raise where a module's code reads Megatron's global process groups, or where a message is of other "
+        "samples than the receiver has; default $MOSAIC_GUARD",
     )
     group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser
