@@ -20,6 +20,7 @@ from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.runtime import arguments
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.model import initialize_by_name, wrap_stage
 from megatron_mosaic.runtime.parameters import cut_of, is_first_replica, put_together, whole_name
@@ -148,6 +149,7 @@ def test_arguments_that_a_plan_does_not_carry_over_are_refused_by_name(flag, tmp
 
 def test_the_training_of_a_plan_is_written_into_the_arguments(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(arguments, "set_global_variables", lambda args: None)  # forked ranks would inherit them
 
     def parsed(*words: str):
         plan = replace(
