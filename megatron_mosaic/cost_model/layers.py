@@ -26,7 +26,8 @@ def split_layers(num_layers: int, pieces: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def count_layers(module: ModuleConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    """Layers of one stage, all its chunks together: without experts, and with."""
+    """Layers of one stage, all its chunks together: without experts, and with. The last stage has those of multi-token
+    prediction too, which are like the module's last."""
     sizes, first, dense, sparse = split_layers(module.num_layers, layout.pp * layout.vpp), 0, 0, 0
     num_dense = module.num_dense_layers if module.num_experts else module.num_layers
     for piece, size in enumerate(sizes):
@@ -34,4 +35,6 @@ def count_layers(module: ModuleConfig, layout: Layout, stage: int) -> tuple[int,
             without = min(max(num_dense - first, 0), size)
             dense, sparse = dense + without, sparse + size - without
         first += size
-    return dense, sparse
+    if stage == layout.pp - 1 and module.num_experts:
+        return dense, sparse + module.num_mtp_layers
+    return dense + (module.num_mtp_layers if stage == layout.pp - 1 else 0), sparse

@@ -54,6 +54,15 @@ class ModuleConfig:
     q_latent_size: int = 0  # multi-head latent attention (DeepSeek-V2, 2024): rank of the queries; 0: ordinary heads
     kv_latent_size: int = 0  # and of keys and values
     untied_output: bool = False  # logits have a matrix of their own
+    num_mtp_layers: int = (
+        0  # multi-token prediction (DeepSeek-V3, 2024, section 2.2): layers behind the last, with loss
+    )
+    merge_tokens: int = (
+        1  # tokens that leave as one row (spatial merge, pixel shuffle): the projector reads them together
+    )
+    projector_size: int = 0  # width between the two matrices of the projector; 0: it has one
+    attention_window: int = 0  # tokens that one attends to (causal: the last so many); 0: all of its item
+    num_full_attention_layers: int = 0  # of a module with a window: layers that attend to all the same
     frozen: bool = False  # no parameter is trained; gradients still flow through to trained modules before it
     trains_projector: bool = False  # of a frozen module: what makes its output rows is trained all the same
 
@@ -94,6 +103,7 @@ class ModuleConfig:
                 expected="1 to num_experts",
                 fix="change moe_top_k or num_experts",
             )
+        self._validate_shape(where)
         if self.trains_projector and not (self.frozen and self.output_size):
             raise ConfigError(
                 f"{where}: trains_projector",
@@ -101,6 +111,34 @@ class ModuleConfig:
                 expected="a frozen module with output_size",
                 fix="set frozen: true, or leave trains_projector out",
             )
+
+    def _validate_shape(self, where: str) -> None:
+        for key, got, expected, right in (
+            ("num_dense_layers", self.num_dense_layers, "at most num_layers", self.num_dense_layers <= self.num_layers),
+            (
+                "num_full_attention_layers",
+                self.num_full_attention_layers,
+                "at most num_layers",
+                self.num_full_attention_layers <= self.num_layers,
+            ),
+            (
+                "merge_tokens",
+                self.merge_tokens,
+                f"a divisor of tokens_per_item {self.tokens_per_item}",
+                self.merge_tokens >= 1 and self.tokens_per_item % self.merge_tokens == 0,
+            ),
+        ):
+            if not right:
+                raise ConfigError(f"{where}: {key}", got=got, expected=expected, fix=f"change {key}")
+
+    @property
+    def attended_tokens(self) -> float:
+        """Tokens that a token attends to, mean over tokens and layers."""
+        tokens, window = self.tokens_per_item, min(self.attention_window or self.tokens_per_item, self.tokens_per_item)
+        within = window * (1 - window / (2 * tokens)) if self.causal else window
+        all_of_them = tokens / 2 if self.causal else tokens
+        full_frac = self.num_full_attention_layers / self.num_layers
+        return full_frac * all_of_them + (1 - full_frac) * within
 
     @property
     def is_trained(self) -> bool:

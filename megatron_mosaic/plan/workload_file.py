@@ -38,6 +38,18 @@ class ModuleSection(Schema):
     causal: bool = False
     num_experts: OptionalSize = 0
     moe_top_k: Count = 2
+    shared_expert_size: OptionalSize = 0
+    num_dense_layers: OptionalSize = 0
+    dense_ffn_size: OptionalSize = 0
+    kv_channels: OptionalSize = 0
+    q_latent_size: OptionalSize = 0
+    kv_latent_size: OptionalSize = 0
+    untied_output: bool = False
+    num_mtp_layers: OptionalSize = 0
+    merge_tokens: Count = 1
+    projector_size: OptionalSize = 0
+    attention_window: OptionalSize = 0
+    num_full_attention_layers: OptionalSize = 0
     frozen: bool = False
     trains_projector: bool = False
 

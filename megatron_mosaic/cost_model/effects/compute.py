@@ -16,7 +16,9 @@ from megatron_mosaic.cost_model.effects.kernels import (
     flops_per_s,
     forward_s,
     gemm_s,
+    head_gemms,
     layer_work,
+    projector_gemms,
 )
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Part
@@ -25,6 +27,7 @@ from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.quota import grant_quota
 from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
+from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.schedules.actions import Kind
 
 BF16_BYTES = 2
@@ -53,9 +56,8 @@ class AnalyticCompute:
         gpu, module, setup = self.gpu, work.module, self.setup
         whole = work.recompute is Recompute.whole
         if not work.reaches_layers:
-            head = Gemm(module.hidden_size, module.output_size, work.tokens)
             forward_again_s = self._forward_s(work, sms, comm_s) if whole else 0.0
-            return forward_again_s + (gemm_s(gpu, head, sms, setup.format, 8) if work.last else 0.0)
+            return forward_again_s + (self._projector_backward_s(module, work.tokens, sms) if work.last else 0.0)
         seconds = 0.0
         for kernels, count in self._parts(work):
             layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
@@ -86,11 +88,17 @@ class AnalyticCompute:
             gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
             parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1))
         if work.last:
-            widths = [width for width in (module.vocab_size / layout.tp, module.output_size) if width]
             # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
-            moved = tokens * (4 * h + 16 * module.vocab_size / layout.tp)
-            parts.append((Work(tuple(Gemm(tokens, width, h) for width in widths), moved, 10), 1))
+            logits = 16 * module.vocab_size / layout.tp * (1 + module.num_mtp_layers)
+            parts.append((Work(head_gemms(module, tokens, layout.tp), tokens * (4 * h + logits), 10), 1))
         return parts
+
+    def _projector_backward_s(self, module: ModuleConfig, tokens: float, sms: int) -> float:
+        """Of a trained projector behind frozen layers: gradients of its matrices, and of what is between the two."""
+        products = projector_gemms(module, tokens)
+        weights = [gemm_s(self.gpu, Gemm(g.k, g.n, g.m), sms, self.setup.format, 8) for g in products]
+        between = [gemm_s(self.gpu, Gemm(g.m, g.k, g.n), sms, self.setup.format) for g in products[1:]]
+        return sum(weights) + sum(between)
 
 
 def _is_layer(kernels: Work) -> bool:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_mosaic.cost_model.effects.kernels import Gemm, attention_gemms, mean_head_size, mlp_gemms
+from megatron_mosaic.cost_model.effects.kernels import (
+    Gemm,
+    attention_gemms,
+    head_gemms,
+    mean_head_size,
+    mlp_gemms,
+    projector_gemms,
+)
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.plan.workload import ModuleConfig
 
@@ -68,19 +75,20 @@ def count_parameters(module: ModuleConfig, part: Part, tp: int = 1, ep: int = 1,
         return embedding + (module.input_size + 1) * h * (module.input_size > 0)
     head: float = count_projector_parameters(module)
     if module.untied_output:
-        head += module.vocab_size * h / tp
-    return norm + head  # else logits share the embedding's weights (Megatron's default)
+        head += module.vocab_size * h / tp  # else logits share the embedding's weights (Megatron's default)
+    # multi-token prediction joins the last layer's output and the next token's embedding: [2h, h], three norms
+    return norm + head + module.num_mtp_layers * (2 * h * h / tp + 3 * norm)
 
 
 def count_projector_parameters(module: ModuleConfig) -> float:
     """Parameters of what makes the module's output rows."""
-    return (module.hidden_size + 1.0) * module.output_size * (module.output_size > 0)
+    return float(sum((gemm.k + 1) * gemm.n for gemm in projector_gemms(module, module.tokens_per_item)))
 
 
 def count_flops(module: ModuleConfig, part: Part) -> float:
     """Forward FLOPs of one part for one item, over the whole tp group. A multiply-add is 2.
 
-    Matrix products 2*m*n*k; attention scores and values 4*s*s*h, half of it under a causal mask
+    Matrix products 2*m*n*k; attention scores and values 4*s*s*h, half of it under a causal mask, less in a window
     (Narayanan et al. 2021, appendix, which counts the full square).
     """
     s, h = module.tokens_per_item, module.hidden_size
@@ -94,13 +102,12 @@ def count_flops(module: ModuleConfig, part: Part) -> float:
         return linear + count_attention_flops(module)
     if part is Part.pre:
         return 2.0 * s * module.input_size * h
-    return 2.0 * s * h * (module.vocab_size + module.output_size)
+    return _flops(head_gemms(module, s, 1))
 
 
 def count_attention_flops(module: ModuleConfig) -> float:
     """Forward FLOPs of one layer's attention core for one item."""
-    square = 4.0 * module.tokens_per_item**2 * module.num_heads * mean_head_size(module)
-    return square * (0.5 if module.causal else 1.0)
+    return 4.0 * module.tokens_per_item * module.attended_tokens * module.num_heads * mean_head_size(module)
 
 
 def _flops(gemms: Iterable[Gemm]) -> float:
@@ -160,14 +167,15 @@ def count_activation_bytes(
 
 def count_logits_bytes(module: ModuleConfig, tp: int, value_bytes: int) -> float:
     """Logits of one item on a rank, once in training precision and once in fp32 (their softmax)."""
-    return module.tokens_per_item * module.vocab_size * (value_bytes + 4.0) / tp
+    logits = module.vocab_size * (1 + module.num_mtp_layers)
+    return module.tokens_per_item * logits * (value_bytes + 4.0) / tp
 
 
 def module_parameters(module: ModuleConfig) -> float:
     """Parameters of the whole module."""
-    dense = module.num_dense_layers if module.num_experts else module.num_layers
-    layers = dense * count_parameters(module, Part.layer, dense=True)
-    layers += (
-        (module.num_layers - dense) * count_parameters(module, Part.layer, dense=False) if module.num_experts else 0
-    )
+    count = module.num_layers + module.num_mtp_layers
+    dense = module.num_dense_layers if module.num_experts else count
+    layers = dense * count_parameters(module, Part.layer, dense=True) if dense else 0.0
+    if count > dense:
+        layers += (count - dense) * count_parameters(module, Part.layer, dense=False)
     return layers + sum(count_parameters(module, part) for part in (Part.pre, Part.post))

@@ -65,6 +65,24 @@ def attention_gemms(module: ModuleConfig, tokens: float, tp: int) -> tuple[Gemm,
     return (Gemm(tokens, heads * size + kv, h), Gemm(tokens, h, heads * size))
 
 
+def projector_gemms(module: ModuleConfig, tokens: float) -> tuple[Gemm, ...]:
+    """Products that make the rows that leave a module: one, or two with an activation function between."""
+    if not module.output_size:
+        return ()
+    rows, width = tokens / module.merge_tokens, module.merge_tokens * module.hidden_size
+    if not module.projector_size:
+        return (Gemm(rows, module.output_size, width),)
+    return Gemm(rows, module.projector_size, width), Gemm(rows, module.output_size, module.projector_size)
+
+
+def head_gemms(module: ModuleConfig, tokens: float, tp: int) -> tuple[Gemm, ...]:
+    """Products behind the last layer: logits, those of multi-token prediction with what joins its two inputs, rows."""
+    h = module.hidden_size
+    logits = (Gemm(tokens, module.vocab_size / tp, h),) * (1 + module.num_mtp_layers) if module.vocab_size else ()
+    joined = (Gemm(tokens, h / tp, 2 * h),) * module.num_mtp_layers
+    return (*logits, *joined, *projector_gemms(module, tokens))
+
+
 def mean_head_size(module: ModuleConfig) -> float:
     """Channels of a head, mean of keys and values: latent attention gives keys a rotary part of their own."""
     return module.head_size + (_ROPE_CHANNELS / 2 if module.kv_latent_size else 0)
@@ -104,13 +122,12 @@ def layer_work(
     rotary = 4 * tokens * (heads + module.query_groups / tp) * size if module.gated else 0.0
     routed = 0.0 if dense else 12 * tokens / tp * module.moe_top_k * h  # permute, unpermute, weighted sum
     low = sum(3 * g.m * g.k * g.count for g in gemms) if setup.format.is_low else 0.0  # reads 2 bytes, writes 1
-    causal = 0.5 if module.causal else 1.0
-    flops = 4 * items * s * s * cp * heads * (size + _HEAD_LOSS)
+    flops = 4 * items * s * module.attended_tokens * heads * (size + _HEAD_LOSS)
     moved = between + activation + rotary + routed + low
     # router, sorting and exchange, then two products for every expert of the rank
     launches = _LAYER_LAUNCHES + (0.0 if dense else _MIXTURE_LAUNCHES + 2 * module.num_experts / ep)
     if setup.fused_attention:
-        return Work(gemms, moved, launches, flops * causal)
+        return Work(gemms, moved, launches, flops)
     pairs = items * heads * s * module.tokens_per_item
     products = (
         Gemm(s, module.tokens_per_item, size, items * heads, False),

@@ -124,7 +124,8 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
     """Parameters, gradients, optimizer state and message buffers of one stage on one rank.
 
     Sharded optimizer: 6 + 12 / d bytes a parameter in bf16 (core developer guide); gradients and parameters follow
-    in the further stages (Rajbhandari et al. 2020, figure 1), which gather two layers at a time.
+    in the further stages (Rajbhandari et al. 2020, figure 1). Of parameters that are sharded, two layers are there as
+    a whole, and what is no layer for the whole step (torch FSDP, root unit); of gradients one layer.
     """
     module, layout = work.module, work.layout
     trained, frozen = trained_parameters(work), frozen_parameters(work)
@@ -145,7 +146,8 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
             for dense, _ in work.layers_by_mlp
         ]
         layer = max(sizes, default=0.0)
-        held += Memory(buffers=2.0 * value * layer)
+        ends = sum(work.parts()[part] * count_parameters(module, part, layout.tp) for part in (Part.pre, Part.post))
+        held += Memory(buffers=value * (2.0 * layer + ends) + gradient * layer)
     return held
 
 

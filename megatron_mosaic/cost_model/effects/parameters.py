@@ -14,9 +14,10 @@ from megatron_mosaic.plan.training import Sharding
 
 
 def stage_parameters(work: StageWork) -> float:
-    """Parameters of one stage on one rank. The last of several stages keeps its own copy of tied embeddings."""
+    """Parameters of one stage on one rank. The last of several stages keeps its own copy of the embeddings where it
+    makes logits with them, or reads the next token's (multi-token prediction)."""
     module, layout = work.module, work.layout
-    tied = module.vocab_size and not module.untied_output
+    tied = module.vocab_size and (not module.untied_output or module.num_mtp_layers)
     copy = module.vocab_size * module.hidden_size / layout.tp if tied and work.last and not work.first else 0.0
     ends = sum(work.parts()[part] * count_parameters(module, part, layout.tp) for part in (Part.pre, Part.post))
     return (
