@@ -27,7 +27,14 @@ def build_large_case() -> Case:
     """A 64-layer VLM, its encoder on all ranks."""
     num_gpus = TP * PP * DP
     degrees = {"n_gpus": num_gpus, "tp": TP, "pp": PP, "enc_tp": ENCODER_TP, "enc_dp": num_gpus // ENCODER_TP}
-    shape = {"gbs": DP * MICROBATCHES, "num_layers": 64, "hidden": 8192, "heads": 64, "kv_heads": 8}
+    shape = {
+        "gbs": DP * MICROBATCHES,
+        "num_microbatches": MICROBATCHES,
+        "num_layers": 64,
+        "hidden": 8192,
+        "heads": 64,
+        "kv_heads": 8,
+    }
     row = load_rows(PUBLISHED / "mimo_vlm_h100.csv")[0]
     case = try_case({**row, **{key: str(value) for key, value in (degrees | shape).items()}})
     assert isinstance(case, Case), case

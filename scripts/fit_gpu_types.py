@@ -2,8 +2,7 @@
 
 GPU types of one family have the same SMs, so they share constants, all but calibration.OWN; a type without rows takes
 those of the family's first. Weights: each file counts alike in a
-family, however many rows it has. A launch is the host's work: only the rows on one A100 node are bound by it, and their
-value holds for every family.
+family, however many rows it has. A launch is the host's work, and hosts are of the GPUs' generation.
 """
 
 import sys
@@ -13,14 +12,21 @@ from pathlib import Path
 import yaml
 
 from megatron_mosaic.cost_model.published import constants as calibration
-from megatron_mosaic.cost_model.published.constants import BOUNDS, NUM_FOLDS, Constants, fit_constants, fold_of
+from megatron_mosaic.cost_model.published.constants import (
+    BOUNDS,
+    NUM_FOLDS,
+    Constants,
+    at_bound,
+    fit_constants,
+    fold_of,
+)
+from megatron_mosaic.cost_model.published.prediction import estimate_case
 from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 
 PUBLISHED = Path(calibration.__file__).parent
 GPU_TYPES = PUBLISHED.parent / "hardware" / "gpu_types"
-LAUNCH_BOUND = "a100_sxm_80gb"
 FAMILIES = {
-    "ampere": (LAUNCH_BOUND, "a100_sxm_40gb"),
+    "ampere": ("a100_sxm_80gb", "a100_sxm_40gb"),
     "hopper": ("h100_sxm", "h200_sxm"),
     "blackwell": ("b200_sxm", "b300_sxm", "gb200", "gb300"),
 }
@@ -35,9 +41,15 @@ def load_cases() -> list[tuple[str, Case]]:
             case = try_case(row)
             if not isinstance(case, Case) or not case.measured_s:
                 continue
+            if case.is_incomplete and not fits(case):
+                continue
             if name not in calibration.ATTENTION_ONLY or is_attention_bound(case):
                 found.append((name, case))
     return found
+
+
+def fits(case: Case) -> bool:
+    return estimate_case(case).peak_bytes <= case.cluster.gpu.memory_bytes
 
 
 def is_attention_bound(case: Case) -> bool:
@@ -51,7 +63,7 @@ def main(names: list[str]) -> None:
         mine = [(file, case) for file, case in cases if case.gpu in FAMILIES[family]]
         counts = Counter(file for file, _ in mine)
         weighted = [(case, (1 / counts[file]) ** 0.5 * 5) for file, case in mine]
-        fixed = {} if LAUNCH_BOUND in FAMILIES[family] else {"launch_s": read(LAUNCH_BOUND)["launch_s"]}
+        fixed: Constants = {}
         found = fit_constants(weighted, fixed)
         folds = []
         for fold in range(NUM_FOLDS):
@@ -59,7 +71,13 @@ def main(names: list[str]) -> None:
             folds.append(fit_constants(train, fixed, start=found))
         write(family, found, folds, counts)
         for gpu, constants in found.items():
-            print(gpu, {key: f"{value:.4g}" for key, value in constants.items()}, flush=True)
+            for key, value in constants.items():
+                spread = [fold.get(gpu, constants)[key] for fold in folds]
+                print(
+                    f"{gpu:14} {key:26} {value:.4g}, over the folds {min(spread):.4g} to {max(spread):.4g}"
+                    f"{', at its bound' if at_bound(key, value) else ''}",
+                    flush=True,
+                )
         print(f"  {family}: {dict(counts)}", flush=True)
 
 
@@ -74,8 +92,6 @@ def write(family: str, found: dict, folds: list[dict], counts: Counter[str]) -> 
         for key in BOUNDS:
             data[key] = found[sibling][key]
             data["sources"][key] = "scripts/fit_gpu_types.py, see fitted_to"
-        if LAUNCH_BOUND not in FAMILIES[family]:
-            data["sources"]["launch_s"] = f"as {LAUNCH_BOUND}: the host's work"
         data["sources"]["fitted_to"] = f"{family}, {' '.join(FAMILIES[family])}: {rows}"
         if sibling != name:
             data["sources"]["fitted_to"] += f"; none is of {name}, which has the constants of {sibling}"

@@ -7,7 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_mosaic.cli.output import print_json, print_table
-from megatron_mosaic.cost_model.published.accuracy import PUBLISHED, Report, by_family, merge_reports, validate_folder
+from megatron_mosaic.cost_model.published.accuracy import (
+    PUBLISHED,
+    Report,
+    by_family,
+    constant_spreads,
+    merge_reports,
+    validate_folder,
+)
 from megatron_mosaic.cost_model.published.side_tables import compare_memory
 from megatron_mosaic.errors import ConfigError
 
@@ -28,12 +35,18 @@ def main(arguments: argparse.Namespace) -> int:
                 "files": {name: report.as_dict() for name, report in reports.items()},
                 "families": {name: report.as_dict() for name, report in by_family(reports.values()).items()},
                 "overall": overall.as_dict(),
+                "constants": constant_spreads(),
                 "korthikanti2022_memory": [asdict(row) for row in memory],
             }
         )
         return 0
     _print("published measurements, mean absolute errors", "file", {**reports, "all": overall})
     _print("by family", "family", by_family(reports.values()))
+    _print_choices({**reports, "all": overall})
+    for gpu, constants in constant_spreads().items():
+        for name, each in constants.items():
+            bound = ", at its bound: an effect is missing" if each["at_bound"] else ""
+            print(f"  {gpu} {name}: {each['value']:.4g}, over the folds {each['low']:.4g} to {each['high']:.4g}{bound}")
     for row in memory:
         errors = f"parameters and optimizer {row.static_error_frac:+.1%}, activations {row.activation_error_frac:+.1%}"
         print(f"  {row.model}, {row.mode}: {errors}")
@@ -50,6 +63,18 @@ def _print(title: str, first: str, reports: dict[str, Report]) -> None:
         values = report.as_dict()
         rows.append((name, *(_cell(key, values[key]) for key in _COLUMNS)))
     print_table(title, (first, *_TITLES), rows)
+
+
+def _print_choices(reports: dict[str, Report]) -> None:
+    """Of layouts that were measured side by side, how good the predicted best is."""
+    rows = []
+    for name, report in reports.items():
+        values = report.as_dict()
+        if values["layout_groups"]:
+            cells = (_cell(key, values[key]) for key in ("regret_mean", "regret_worst", "rank_correlation"))
+            rows.append((name, str(values["layout_groups"]), *cells))
+    titles = ("file", "groups", "regret, mean", "worst", "rank correlation")
+    print_table("choosing the predicted best of layouts measured side by side", titles, rows)
 
 
 def _cell(key: str, value: object) -> str:

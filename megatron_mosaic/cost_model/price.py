@@ -54,7 +54,7 @@ def price_stage(work: StageWork, source: CostSource) -> StageCost:
         num_actions=work.num_actions,
         threads=source.threads(work) * work.num_ranks,
         gradients_s=gradient_sync_s(work, source.comm, source.precision, source.setup),
-        updated_parameters=updated_parameters(work, source.setup.sharding),
+        updated_parameters=updated_parameters(work, source.setup),
         memory=stage_memory(work, source.precision, source.setup),
     )
 

@@ -66,6 +66,8 @@ class TrainingSetup:
     expert_dispatcher: Dispatcher = Dispatcher.alltoall
     cuda_graphs: bool = False  # layers are launched as a whole
     gradient_format: Format = Format.fp32  # of the buffer that gradients are added in, and of their traffic
+    optimizer_shards: int = 0  # ranks that share one (`--num-distributed-optimizer-instances`); 0: all replicas
+    fused_loss: bool = False  # `--cross-entropy-loss-fusion`, which keeps another fp32 copy of the logits
     recomputed: frozenset[Recomputed] = frozenset({Recomputed.core_attn})  # where a module's recomputation is selective
     full_recompute_frac: float = 1.0  # of a stage's layers, those that full recomputation is about
     scatters_messages: bool = False  # between pipeline stages each tp rank sends a part: Megatron until 2022

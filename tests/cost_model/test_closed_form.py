@@ -20,7 +20,14 @@ def _model(tp: int, pp: int, dp: int, encoder_tp: int, microbatches: int) -> tup
     """A 64-layer VLM; its encoder on all ranks."""
     num_gpus = tp * pp * dp
     degrees = {"n_gpus": num_gpus, "tp": tp, "pp": pp, "enc_tp": encoder_tp, "enc_dp": num_gpus // encoder_tp}
-    shape = {"gbs": dp * microbatches, "num_layers": 64, "hidden": 8192, "heads": 64, "kv_heads": 8}
+    shape = {
+        "gbs": dp * microbatches,
+        "num_microbatches": microbatches,
+        "num_layers": 64,
+        "hidden": 8192,
+        "heads": 64,
+        "kv_heads": 8,
+    }
     case = try_case(ROW | {key: str(value) for key, value in (degrees | shape).items()})
     assert isinstance(case, Case), case
     return case, CostModel(case.workload, case.cluster, setup=case.setup)
@@ -52,7 +59,7 @@ def test_a_pipeline_between_encoders_is_its_closed_form(tp, pp, dp, encoder_tp, 
 def test_encoders_apart_are_stages_before_the_first(pp, dp, encoder_dp, encoder_pp, microbatches):
     own = encoder_dp * encoder_pp
     degrees = {"n_gpus": own + 4 * pp * dp, "tp": 4, "pp": pp, "dp": dp, "enc_tp": 1, "enc_dp": encoder_dp}
-    shape = {"gbs": dp * microbatches, "enc_pp": encoder_pp}
+    shape = {"gbs": dp * microbatches, "num_microbatches": microbatches, "enc_pp": encoder_pp}
     case = try_case(ROW | {key: str(value) for key, value in (degrees | shape).items()})
     assert isinstance(case, Case), case
     vision, llm = case.plan.modules["vision"], case.plan.modules["llm"]

@@ -19,6 +19,7 @@ from megatron_mosaic.cost_model.effects.kernels import (
     head_gemms,
     layer_work,
     projector_gemms,
+    stream_s,
 )
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import Part
@@ -26,7 +27,7 @@ from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
 from megatron_mosaic.plan.quota import grant_quota
-from megatron_mosaic.plan.training import DEFAULT_SETUP, TrainingSetup
+from megatron_mosaic.plan.training import DEFAULT_SETUP, Recomputed, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.schedules.actions import Kind
 
@@ -61,15 +62,30 @@ class AnalyticCompute:
         seconds = 0.0
         for kernels, count in self._parts(work):
             layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
-            # its collectives are in comm_s too
-            again = whole or (work.recompute is Recompute.full and _is_layer(kernels))
-            each_comm_s = layer_comm_s / 2 if again else layer_comm_s
+            # of the layers that are recomputed, whose collectives are in comm_s too
+            again = setup.full_recompute_frac if work.recompute is Recompute.full and _is_layer(kernels) else 0.0
+            again = 1.0 if whole else again
+            each_comm_s = layer_comm_s / (1 + again)
             each = backward_s(gpu, kernels, sms, setup, trained=not module.frozen, comm_s=each_comm_s)
             if again:
-                each += forward_s(gpu, kernels, sms, setup, each_comm_s)
-            elif work.recompute is Recompute.selective:
-                each += core_s(gpu, kernels, sms)
+                each += again * forward_s(gpu, kernels, sms, setup, each_comm_s)
+            elif work.recompute is Recompute.selective and _is_layer(kernels):
+                each += self._parts_again_s(work, kernels, sms)
             seconds += count * each
+        return seconds
+
+    def _parts_again_s(self, work: StageWork, kernels: Work, sms: int) -> float:
+        """The forward of the parts of a layer that selective recomputation is about."""
+        gpu, setup, parts = self.gpu, self.setup, self.setup.recomputed
+        seconds = core_s(gpu, kernels, sms) if Recomputed.core_attn in parts else 0.0
+        if Recomputed.layernorm in parts:
+            seconds += stream_s(gpu, kernels.norm_bytes, sms)
+        sparse = len(kernels.mlp_gemms) > 2
+        if (Recomputed.moe if sparse else Recomputed.mlp) in parts:
+            products = sum(gemm_s(gpu, gemm, sms, setup.format) for gemm in kernels.mlp_gemms)
+            return seconds + products + stream_s(gpu, kernels.activation_bytes, sms)
+        if sparse and Recomputed.moe_act in parts:
+            seconds += stream_s(gpu, kernels.activation_bytes, sms)
         return seconds
 
     def _parts(self, work: StageWork) -> list[tuple[Work, int]]:
@@ -77,7 +93,15 @@ class AnalyticCompute:
         parts = [
             (
                 layer_work(
-                    module, work.items, layout.tp, layout.cp, layout.ep, work.sequence_parallel, dense, self.setup
+                    module,
+                    work.items,
+                    layout.tp,
+                    layout.cp,
+                    layout.ep,
+                    work.sequence_parallel,
+                    dense,
+                    self.setup,
+                    layout.etp,
                 ),
                 n,
             )

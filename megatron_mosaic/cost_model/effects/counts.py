@@ -17,6 +17,7 @@ from megatron_mosaic.cost_model.effects.kernels import (
     projector_gemms,
 )
 from megatron_mosaic.cost_model.hardware.profile import Part
+from megatron_mosaic.plan.training import Recomputed
 from megatron_mosaic.plan.workload import ModuleConfig
 
 
@@ -125,6 +126,7 @@ def count_activation_bytes(
     dropout: bool = False,
     dense: bool | None = None,
     product_bytes: float = 0.0,
+    recomputed: frozenset[Recomputed] = frozenset(),
 ) -> float:
     """Bytes that the forward of one part keeps for the backward, per item and rank. `split`: sequence parallelism;
     `dense` as in `count_parameters`.
@@ -135,18 +137,16 @@ def count_activation_bytes(
 
     `product_bytes`: of a value that is kept as the input of a matrix product (0: as any other). Of the 8 these are
     norms' outputs, 4; of the MLP what its activation function makes. Attention keeps what it makes in 2 bytes, and the
-    projection behind it its own copy if that is smaller.
+    projection behind it its own copy if that is smaller. Parts that are `recomputed` keep what they start from.
     """
     product = (product_bytes or value_bytes) * 2 / value_bytes  # in 2-byte values
     s, h, f = module.tokens_per_item, module.hidden_size, module.ffn_hidden_size
     scale = value_bytes / 2
     if part is Part.layer:
         q = module.num_heads * module.head_size
-        f_kept = float(f)
-        routed = 0.0
-        if module.num_experts and dense:
-            f_kept = float(module.dense_ffn_size)
-        elif module.num_experts:
+        sparse = module.num_experts > 0 and not dense
+        f_kept, routed = float(_mlp_size(module)), 0.0
+        if sparse:
             f_kept = float(module.moe_top_k * f + module.shared_expert_size)
             routed = module.moe_top_k * (2.0 + product) * h  # rows that leave and enter the experts
         if module.kv_latent_size:  # expanded keys and values, and what they are expanded from
@@ -154,10 +154,19 @@ def count_activation_bytes(
         else:
             attention = 4.0 * q + 4.0 * _kv_size(module)
         copied = product * q if product < 2 else 0.0
-        divided = attention + copied + f_kept * ((4.0 if module.gated else 2.0) + product) + routed
-        matrix = 0.0 if fused_attention else (5.0 if dropout else 2.0) * module.num_heads * s
+        made = f_kept * (0.0 if sparse and Recomputed.moe_act in recomputed else product)
+        mlp = f_kept * (4.0 if module.gated else 2.0) + made + routed
+        if (Recomputed.moe if sparse else Recomputed.mlp) in recomputed:
+            mlp = 0.0
+        divided = attention + copied + mlp
+        matrix = (
+            0.0
+            if fused_attention or Recomputed.core_attn in recomputed
+            else (5.0 if dropout else 2.0) * module.num_heads * s
+        )
         masks = 2.0 if dropout else 0.0
-        between = (4.0 + 2 * product + masks) * h / (tp if split else 1)
+        norms = 0.0 if Recomputed.layernorm in recomputed else 2 * product
+        between = (4.0 + norms + masks) * h / (tp if split else 1)
         return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:
         return scale * s * 2.0 * module.input_size

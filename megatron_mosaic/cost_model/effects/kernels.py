@@ -8,7 +8,7 @@ sizes that libraries offer. Everything else is moved bytes. A part is never fast
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_mosaic.errors import ConfigError
@@ -39,7 +39,8 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Kernels of a part in its forward pass. `core`: attention, which selective recomputation repeats."""
+    """Kernels of a part in its forward pass. `core`: attention, which selective recomputation repeats; so it may an
+    MLP's products and activation function, and norms (their bytes are in `moved_bytes`)."""
 
     gemms: tuple[Gemm, ...]
     moved_bytes: float
@@ -47,6 +48,9 @@ class Work:
     core_flops: float = 0.0
     core_bytes: float = 0.0
     core_gemms: tuple[Gemm, ...] = ()
+    mlp_gemms: tuple[Gemm, ...] = ()  # those of `gemms` that are the MLP's
+    activation_bytes: float = 0.0
+    norm_bytes: float = 0.0
 
 
 def attention_gemms(module: ModuleConfig, tokens: float, tp: int) -> tuple[Gemm, ...]:
@@ -88,14 +92,15 @@ def mean_head_size(module: ModuleConfig) -> float:
     return module.head_size + (_ROPE_CHANNELS / 2 if module.kv_latent_size else 0)
 
 
-def mlp_gemms(module: ModuleConfig, tokens: float, tp: int, ep: int, dense: bool) -> tuple[Gemm, ...]:
-    """Products of an MLP; of a mixture of experts, those of the experts of one rank at even routing."""
+def mlp_gemms(module: ModuleConfig, tokens: float, tp: int, ep: int, dense: bool, etp: int = 1) -> tuple[Gemm, ...]:
+    """Products of an MLP; of a mixture of experts, those of the experts of one rank at even routing. `etp`: ranks that
+    share an expert, and gather their tokens for it."""
     h, wide = module.hidden_size, 2 if module.gated else 1
     if dense:
         f = (module.dense_ffn_size if module.num_experts else module.ffn_hidden_size) / tp
         return Gemm(tokens, wide * f, h), Gemm(tokens, h, f)
-    f, local = module.ffn_hidden_size, module.num_experts / ep
-    rows = tokens / tp * module.moe_top_k * ep / module.num_experts
+    f, local = module.ffn_hidden_size / etp, module.num_experts / ep
+    rows = tokens / tp * etp * module.moe_top_k * ep / module.num_experts
     gemms = (Gemm(tokens / tp, module.num_experts, h), Gemm(rows, wide * f, h, local), Gemm(rows, h, f, local))
     shared = module.shared_expert_size / tp
     return (*gemms, Gemm(tokens, wide * shared, h), Gemm(tokens, h, shared)) if shared else gemms
@@ -103,13 +108,22 @@ def mlp_gemms(module: ModuleConfig, tokens: float, tp: int, ep: int, dense: bool
 
 @lru_cache(maxsize=65536)
 def layer_work(
-    module: ModuleConfig, items: int, tp: int, cp: int, ep: int, split: bool, dense: bool, setup: TrainingSetup
+    module: ModuleConfig,
+    items: int,
+    tp: int,
+    cp: int,
+    ep: int,
+    split: bool,
+    dense: bool,
+    setup: TrainingSetup,
+    etp: int = 1,
 ) -> Work:
     """One layer on one rank. `split`: sequence parallelism divides what stands between the matrix products."""
     s = module.tokens_per_item / cp
     tokens, h, heads = items * s, module.hidden_size, module.num_heads / tp
     size = mean_head_size(module)
-    gemms = attention_gemms(module, tokens, tp) + mlp_gemms(module, tokens, tp, ep, dense)
+    mlp = mlp_gemms(module, tokens, tp, ep, dense, etp)
+    gemms = attention_gemms(module, tokens, tp) + mlp
     # 2-byte values: two norms read and write, two residual additions read two and write one (and a mask)
     between = tokens * h * (2 * 4 + 2 * (7 if setup.dropout else 6)) / (tp if split else 1)
     active = module.ffn_hidden_size * module.moe_top_k / tp if not dense else 0.0
@@ -126,14 +140,29 @@ def layer_work(
     moved = between + activation + rotary + routed + low
     # router, sorting and exchange, then two products for every expert of the rank
     launches = _LAYER_LAUNCHES + (0.0 if dense else _MIXTURE_LAUNCHES + 2 * module.num_experts / ep)
+    found = Work(
+        gemms,
+        moved,
+        launches,
+        flops,
+        mlp_gemms=mlp,
+        activation_bytes=activation,
+        norm_bytes=8 * tokens * h / (tp if split else 1),
+    )
     if setup.fused_attention:
-        return Work(gemms, moved, launches, flops)
+        return found
     pairs = items * heads * s * module.tokens_per_item
     products = (
         Gemm(s, module.tokens_per_item, size, items * heads, False),
         Gemm(s, size, module.tokens_per_item, items * heads, False),
     )
-    return Work(gemms, moved, launches + 8, 0.0, pairs * (4 + (5 if setup.dropout else 0)), products)
+    return replace(
+        found,
+        launches=launches + 8,
+        core_flops=0.0,
+        core_bytes=pairs * (4 + (5 if setup.dropout else 0)),
+        core_gemms=products,
+    )
 
 
 @lru_cache(maxsize=65536)

@@ -20,8 +20,9 @@ class LayerComm:
         self.gpu, self.comm, self.setup, self.value_bytes = gpu, comm, setup, value_bytes
 
     def estimate(self, work: StageWork, kind: Kind) -> float:
-        """Of one unit. `times`: a backward that computes layers again goes through them twice."""
-        times = of_kind({Kind.F: 1, Kind.B: 2 if work.recompute in (Recompute.full, Recompute.whole) else 1}, kind)
+        """Of one unit. `times`: a backward goes twice through layers that it computes again."""
+        shares = {Recompute.full: self.setup.full_recompute_frac, Recompute.whole: 1.0}
+        times = of_kind({Kind.F: 1.0, Kind.B: 1 + shares.get(work.recompute, 0.0)}, kind)
         if kind is not Kind.F and not work.reaches_layers:
             return self.estimate(work, Kind.F) if work.recompute is Recompute.whole else 0.0
         return (
@@ -30,21 +31,25 @@ class LayerComm:
             + work.expert_layers * self._experts_s(work, times)
         )
 
-    def _tensor_s(self, work: StageWork, kind: Kind, times: int) -> float:
+    def _tensor_s(self, work: StageWork, kind: Kind, times: float) -> float:
         """Two all-reduces of [tokens, items, hidden] per layer and direction (Shoeybi et al. 2019, section 3), or
         reduce-scatters and all-gathers of the same bytes under sequence parallelism.
 
-        A mixture of whole experts (etp 1) has the one of its attention, unless a shared expert is split.
+        A mixture of whole experts (etp 1) has the one of its attention, unless a shared expert is split. Where experts
+        are split, their ranks gather every copy of their tokens, and scatter what they made of them.
         """
         if work.layout.tp == 1:
             return 0.0
         config = work.module
         num_bytes = work.tokens * config.hidden_size * self.value_bytes
         exposed = 1 - self.setup.tp_overlap_frac
-        alone = work.layout.etp == 1 and not config.shared_expert_size
-        count = 2 * work.layers - work.expert_layers * alone
-        all_reduce_s = self.comm.estimate(Operation.all_reduce, work.groups.tp, num_bytes)
-        return exposed * (times * count * all_reduce_s + self._gathered_again_s(work, kind, num_bytes))
+        count = 2 * work.layers - (0 if config.shared_expert_size else work.expert_layers)
+        seconds = count * self.comm.estimate(Operation.all_reduce, work.groups.tp, num_bytes)
+        if work.layout.etp > 1:
+            copies = config.moe_top_k * num_bytes * work.layout.etp / work.layout.tp
+            group = Group.on_one_node(work.layout.etp) if work.groups.tp.nodes == 1 else work.groups.tp
+            seconds += work.expert_layers * self.comm.estimate(Operation.all_reduce, group, copies)
+        return exposed * (times * seconds + self._gathered_again_s(work, kind, num_bytes))
 
     def _gathered_again_s(self, work: StageWork, kind: Kind, num_bytes: float) -> float:
         """Sequence parallelism keeps a part of a split matrix's input; its backward gathers all of it for the matrix's
@@ -62,7 +67,7 @@ class LayerComm:
                 exposed_s += count * max(0.0, gather_s - meanwhile_s)
         return exposed_s
 
-    def _ring_s(self, work: StageWork, kind: Kind, times: int) -> float:
+    def _ring_s(self, work: StageWork, kind: Kind, times: float) -> float:
         """Of a layer. Keys and values travel around the cp ring while attention computes on those that are here (Liu,
         Zaharia, Abbeel 2023): what attention does not hide is counted."""
         config, layout = work.module, work.layout
@@ -85,7 +90,7 @@ class LayerComm:
         forward_s, backward_s = max(0.0, ring_s - hidden_s), max(0.0, 2 * ring_s - 2.5 * hidden_s)
         return of_kind({Kind.F: forward_s, Kind.B: backward_s + (times - 1) * forward_s}, kind)
 
-    def _experts_s(self, work: StageWork, times: int) -> float:
+    def _experts_s(self, work: StageWork, times: float) -> float:
         """Of a layer with experts: tokens go to them and come back."""
         config, group = work.module, work.groups.ep
         if work.layout.ep == 1:

@@ -112,10 +112,17 @@ def precision_of(setup: TrainingSetup) -> Precision:
 
 
 def stage_memory(work: StageWork, precision: Precision, setup: TrainingSetup) -> LaneMemory:
-    """One stage on one rank; a unit on one of its virtual stages."""
+    """One stage on one rank; a unit on one of its virtual stages.
+
+    Of a backbone's virtual stages only the last makes logits, and goes back right after: one unit's are there at a
+    time.
+    """
+    head, layers = _head(work, precision, setup), _layers(work, precision, setup)
+    static, vpp = _static(work, precision, setup), work.layout.vpp
+    at_once = vpp > 1 and work.module.role is Role.backbone
     return LaneMemory(
-        static=_static(work, precision, setup),
-        unit=_unit(work, precision, setup).times(1 / work.layout.vpp),
+        static=static + head if at_once else static,
+        unit=layers.times(1 / vpp) if at_once else (layers + head).times(1 / vpp),
         workspace_bytes=_workspace_bytes(work, precision, setup),
     )
 
@@ -134,7 +141,7 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
     buffers = 2.0 * _hidden_bytes(work, precision) if layout.pp > 1 else 0.0  # one each way
     level = list(Sharding).index(setup.sharding)
     held = Memory(parameters=value * frozen, buffers=buffers)
-    for count, shards in zip(trained, shards_of(layout)):
+    for count, shards in zip(trained, shards_of(layout, setup)):
         held += Memory(
             parameters=value * count / (shards if level > 2 else 1),
             gradients=gradient * count / (shards if level > 1 else 1),
@@ -151,9 +158,9 @@ def _static(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memo
     return held
 
 
-def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
-    """Activations and logits that one live unit keeps on one rank of a stage. With recomputation of the whole forward
-    these are what enters the stage and what the module exports.
+def _layers(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """Activations that one live unit keeps in the layers of one rank of a stage, and before them. With recomputation of
+    the whole forward these are what enters the stage and what the module exports.
 
     Full recomputation keeps each layer's input only (Korthikanti et al. 2022: 2sbh); selective drops the attention
     matrix. Offloaded activations wait in the host's memory.
@@ -162,24 +169,34 @@ def _unit(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory
         return Memory()
     if work.recompute is Recompute.whole:
         return Memory(activations=_passed_bytes(work, precision))
-    return _graph(work, precision, setup)
+    return _saved(work, precision, setup)
 
 
-def _graph(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
-    """What a forward saves for its backward."""
+def _saved(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """What a forward saves of layers, and before them, for its backward."""
     parts = work.parts()
+    layers = sum(count * _kept_bytes(work, Part.layer, precision, setup, dense) for dense, count in work.layers_by_mlp)
     if work.recompute is Recompute.full:
-        layers = work.layers * _hidden_bytes(work, precision)
-    else:
-        layers = sum(
-            count * _kept_bytes(work, Part.layer, precision, setup, dense) for dense, count in work.layers_by_mlp
-        )
-    pre, post = (_kept_bytes(work, part, precision, setup) for part in (Part.pre, Part.post))
-    logits = work.items * count_logits_bytes(work.module, work.layout.tp, precision.value_bytes) / work.layout.cp
-    return Memory(
-        activations=layers + parts[Part.pre] * pre + parts[Part.post] * (post - logits),
-        logits=parts[Part.post] * logits,
-    )
+        again = setup.full_recompute_frac
+        layers = again * work.layers * _hidden_bytes(work, precision) + (1 - again) * layers
+    return Memory(activations=layers + parts[Part.pre] * _kept_bytes(work, Part.pre, precision, setup))
+
+
+def _head(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    """What it keeps behind the layers: activations and logits."""
+    if work.recompute is Recompute.whole or (setup.offloads_encoders and work.module.role is Role.encoder):
+        return Memory()
+    return _saved_head(work, precision, setup)
+
+
+def _saved_head(work: StageWork, precision: Precision, setup: TrainingSetup) -> Memory:
+    if not work.parts()[Part.post]:
+        return Memory()
+    kept = _kept_bytes(work, Part.post, precision, setup)
+    value = precision.value_bytes
+    logits = work.items * count_logits_bytes(work.module, work.layout.tp, value) / work.layout.cp
+    copy = logits * 4 / (value + 4) if setup.fused_loss else 0.0
+    return Memory(activations=kept - logits, logits=logits + copy)
 
 
 def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup) -> float:
@@ -193,7 +210,8 @@ def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup
         layers = [_kept_bytes(work, Part.layer, precision, setup, dense) for dense, _ in work.layers_by_mlp]
         passing += max(layers, default=0.0)
     if work.recompute is Recompute.whole:
-        passing += _graph(work, precision, setup).total / work.layout.vpp
+        graph = _saved(work, precision, setup) + _saved_head(work, precision, setup)
+        passing += graph.total / work.layout.vpp
     return precision.library_bytes + passing
 
 
@@ -222,7 +240,8 @@ def _kept_bytes(
         part,
         work.layout.tp,
         value_bytes=precision.value_bytes,
-        fused_attention=precision.fused_attention or work.recompute is Recompute.selective,
+        fused_attention=precision.fused_attention,
+        recomputed=setup.recomputed if work.recompute is Recompute.selective else frozenset(),
         split=work.sequence_parallel,
         dropout=setup.dropout,
         dense=dense,

@@ -10,7 +10,7 @@ from megatron_mosaic.cost_model.effects.counts import (
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.work import StageWork
 from megatron_mosaic.plan import Layout
-from megatron_mosaic.plan.training import Sharding
+from megatron_mosaic.plan.training import Sharding, TrainingSetup
 
 
 def stage_parameters(work: StageWork) -> float:
@@ -49,14 +49,16 @@ def stage_expert_parameters(work: StageWork) -> float:
     return work.expert_layers * count_expert_parameters(work.module, work.layout.ep, work.layout.etp)
 
 
-def shards_of(layout: Layout) -> tuple[int, int]:
+def shards_of(layout: Layout, setup: TrainingSetup) -> tuple[int, int]:
     """Ranks over which the optimizer of dense and of expert parameters is sharded."""
     dense = layout.dp * layout.cp
-    return dense, max(1, dense * layout.tp // (layout.ep * layout.etp))
+    share = setup.optimizer_shards / dense if setup.optimizer_shards else 1.0
+    experts = max(1, dense * layout.tp // (layout.ep * layout.etp))
+    return max(1, round(dense * min(1.0, share))), max(1, round(experts * min(1.0, share)))
 
 
-def updated_parameters(work: StageWork, sharding: Sharding) -> float:
+def updated_parameters(work: StageWork, setup: TrainingSetup) -> float:
     """Parameters whose optimizer step a rank computes: its shard where the optimizer is sharded."""
-    shards = (1, 1) if sharding is Sharding.none else shards_of(work.layout)
+    shards = (1, 1) if setup.sharding is Sharding.none else shards_of(work.layout, setup)
     dense, experts = (count / ranks for count, ranks in zip(trained_parameters(work), shards))
     return dense + experts

@@ -17,9 +17,11 @@ from pathlib import Path
 import yaml
 
 from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
-from megatron_mosaic.cost_model.published.constants import FITTED_FILES, fold_of, with_constants
+from megatron_mosaic.cost_model.published.cells import Row
+from megatron_mosaic.cost_model.published.constants import BOUNDS, FITTED_FILES, at_bound, fold_of, with_constants
 from megatron_mosaic.cost_model.published.prediction import estimate_case
-from megatron_mosaic.cost_model.published.rows import Case, Row, load_table, try_case
+from megatron_mosaic.cost_model.published.regret import group_layouts
+from megatron_mosaic.cost_model.published.rows import Case, load_table, try_case
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan.cluster import GpuType
 
@@ -61,6 +63,8 @@ class Report:
         timed = [each for each in self.compared if each.case.measured_s]
         errors = [each.time_error_frac for each in timed]
         memory = [each.memory_error_frac for each in self.compared if each.case.measured_bytes]
+        groups = group_layouts((each.case, each.fold_step_s) for each in timed)
+        regrets = [group.regret_frac for group in groups]
         by_format: dict[str, list[float]] = {}
         for each in timed:
             by_format.setdefault(each.case.setup.format, []).append(abs(each.fold_error_frac))
@@ -75,9 +79,33 @@ class Report:
             "time_mape_out_of_sample": _mean(abs(each.fold_error_frac) for each in timed),
             "time_mape_out_of_sample_by_format": {name: _mean(errors) for name, errors in by_format.items()},
             "timed_by_format": {name: len(errors) for name, errors in by_format.items()},
+            "layout_groups": len(groups),
+            "regret_mean": _mean(regrets),
+            "regret_worst": max(regrets, default=None),
+            "rank_correlation": _mean(group.rank_correlation for group in groups),
+            "by_kind": {kind: _errors(part) for kind, part in _by_kind(timed).items()},
             "memory_mape": _mean(map(abs, memory)),
             "memory_median": _quantile(map(abs, memory), 0.5),
         }
+
+
+def _by_kind(compared: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    """Models of dense layers, and those with experts."""
+    found: dict[str, list[Comparison]] = {}
+    for each in compared:
+        sparse = any(module.num_experts for module in each.case.workload.modules)
+        found.setdefault("experts" if sparse else "dense", []).append(each)
+    return found
+
+
+def _errors(compared: Sequence[Comparison]) -> dict[str, object]:
+    memory = [abs(each.memory_error_frac) for each in compared if each.case.measured_bytes]
+    return {
+        "rows": len(compared),
+        "time_mape": _mean(abs(each.time_error_frac) for each in compared),
+        "time_mape_out_of_sample": _mean(abs(each.fold_error_frac) for each in compared),
+        "memory_mape": _mean(memory),
+    }
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -97,6 +125,20 @@ def _fold_gpus(name: str) -> tuple[GpuType, ...]:
         return ()
     gpu = load_gpu_type(name)
     return tuple(with_constants(gpu, constants) for constants in yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def constant_spreads() -> dict[str, dict[str, dict[str, float | bool]]]:
+    """GPU type -> fitted constant -> its value, the lowest and the highest of the folds, whether it is at its bound."""
+    found: dict[str, dict[str, dict[str, float | bool]]] = {}
+    for path in sorted((PUBLISHED / "folds").glob("*.yaml")):
+        gpu, folds = load_gpu_type(path.stem), yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[path.stem] = {}
+        for name in BOUNDS:
+            value, spread = getattr(gpu, name), [fold[name] for fold in folds]
+            found[path.stem][name] = {
+                "value": value, "low": min(spread), "high": max(spread), "at_bound": at_bound(name, value)
+            }  # fmt: skip
+    return found
 
 
 def _validate_rows(file: str, rows: Sequence[Row], *, fitted: bool) -> Report:
@@ -119,6 +161,9 @@ def _validate_rows(file: str, rows: Sequence[Row], *, fitted: bool) -> Report:
             continue
         except (OverflowError, ValueError):
             refused["a number beyond what can be computed"] += 1
+            continue
+        if case.is_incomplete and cost.peak_bytes > case.cluster.gpu.memory_bytes:
+            refused["its recomputation is not stated, and without any it does not fit"] += 1
             continue
         compared.append(
             Comparison(case=case, file=file, step_s=cost.step_s, fold_step_s=fold.step_s, peak_bytes=cost.peak_bytes)

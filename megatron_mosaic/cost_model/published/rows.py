@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.cost_model.effects.counts import count_flops, module_parameters
-from megatron_mosaic.cost_model.hardware.catalogue import load_gpu_type
 from megatron_mosaic.cost_model.hardware.profile import Part
-from megatron_mosaic.cost_model.published.model_cards import is_gated, model_card
+from megatron_mosaic.cost_model.published.cells import Cells, Refusal, Row
+from megatron_mosaic.cost_model.published.gpu_names import build_cluster
+from megatron_mosaic.cost_model.published.model_cards import encoder_columns, is_gated, model_card
+from megatron_mosaic.cost_model.published.recompute_cells import Recomputation, read_recompute
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
-from megatron_mosaic.plan.cluster import Cluster, GpuType, Link
-from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
+from megatron_mosaic.plan.cluster import Cluster, GpuType
+from megatron_mosaic.plan.training import Dispatcher, Format, Sharding, TrainingSetup
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT
 from megatron_mosaic.text_file import FileKind, read_text_file, show_path
-
-Row = Mapping[str, str]
-
-
-class Refusal(Exception):
-    """A row that the model cannot represent; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +37,12 @@ class Case:
     setup: TrainingSetup
     measured_s: float  # 0: not measured
     measured_bytes: float
-    fills_bubbles: bool  # encoders ran in the pipeline's bubbles
+    is_incomplete: bool  # it says that its recomputation is not stated: none is taken
 
 
-# (word of the table's GPU name, GPU type, ranks that NVLink joins, intra and inter bytes/s of a rank), of datasheets;
-# of the 72 ranks in a rack the tables use 64
-_GPUS = (
-    ("gb300", "gb300", 64, 900e9, 100e9),
-    ("gb200", "gb200", 64, 900e9, 50e9),
-    ("b300", "b300_sxm", 8, 900e9, 100e9),
-    ("b200", "b200_sxm", 8, 900e9, 50e9),
-    ("h200", "h200_sxm", 8, 450e9, 50e9),
-    ("h800", "h100_sxm", 8, 200e9, 50e9),
-    ("h100", "h100_sxm", 8, 450e9, 50e9),
-    ("hopper", "h100_sxm", 8, 450e9, 50e9),
-    ("a100_40gb", "a100_sxm_40gb", 8, 300e9, 25e9),
-    ("a800", "a100_sxm_80gb", 8, 200e9, 25e9),
-    ("a100", "a100_sxm_80gb", 8, 300e9, 25e9),
-)
+_Recomputations = tuple[Recomputation, Recomputation]  # of the backbone and of encoders
 TABLE = FileKind(what="a CSV table in UTF-8", error=ConfigError, fix="correct the file, or move it away")
 _LARGE = 1e9  # parameters
-_MAX_MEASURED = 1e15  # of seconds, tokens, TFLOPs or bytes in a cell; its inverse is the least
 _MAX_STAGES = 1024  # the time of a prediction grows with them
 _FORMATS = (
     ("nvfp4", Format.nvfp4),
@@ -101,21 +80,14 @@ def load_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def parse_measured(text: str) -> float | None:
-    """The number of a cell that something was measured for: above 0 and not absurd, else nothing."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 1 / _MAX_MEASURED <= value <= _MAX_MEASURED else None
-
-
 def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
     """The case of a row. Refusal says why there is none."""
-    number = _Numbers(row)
-    cluster = _cluster(row, number.need("n_gpus"), gpus or {})
+    name = row.get("model", "")
+    card = model_card(name)
+    number = Cells(row, {**(card.columns if card else {}), **encoder_columns(name)})
+    cluster = build_cluster(row, number.need("n_gpus"), gpus or {})
     backbone = _backbone(row, number)
-    encoder = _encoder(row, number) if row.get("enc_layers") else None
+    encoder = _encoder(number) if row.get("enc_layers") or encoder_columns(name) else None
     modules = (encoder, backbone) if encoder else (backbone,)
     edges = (
         (Edge(source="vision", target="llm", rows_per_item=encoder.tokens_per_item, width=backbone.hidden_size),)
@@ -124,8 +96,9 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
     )
     gbs = number.need("gbs")
     workload = Workload(name="published", modules=modules, edges=edges, global_batch_size=gbs)
-    setup = _setup(row, backbone)
-    plan = _plan(row, number, backbone, encoder, gbs)
+    again = read_recompute(row.get("recompute", ""), -(-backbone.num_layers // number.degree("pp", most=_MAX_STAGES)))
+    setup = _setup(row, backbone, again if encoder else again[:1])
+    plan = _plan(row, number, backbone, encoder, gbs, again)
     if cluster.num_ranks < plan.world_size:
         raise Refusal("its degrees need more GPUs than it names")
     return Case(
@@ -138,110 +111,48 @@ def build_case(row: Row, gpus: Mapping[str, GpuType] | None = None) -> Case:
         setup=setup,
         measured_s=_measured_s(number, workload),
         measured_bytes=_measured_bytes(row, number),
-        fills_bubbles=row.get("notes", "").startswith("Optimus"),
+        is_incomplete="not stated" in row.get("recompute", "").lower(),
     )
 
 
-class _Numbers:
-    def __init__(self, row: Row) -> None:
-        self.row = row
-
-    def get(self, key: str, default: int) -> int:
-        """The number in a cell, `default` where it is empty."""
-        text = self.row.get(key, "")
-        try:
-            value = float(text) if text else default
-        except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise Refusal(f"{key} is {text[:40]!r}, not a number")
-        if value < 0:
-            raise Refusal(f"{key} is {text[:40]}, below 0")
-        if text and value > MAX_COUNT:
-            raise Refusal(f"{key} is {text[:40]}, beyond the {MAX_COUNT} that this model takes")
-        return int(value)
-
-    def degree(self, key: str, default: int = 1, most: int = MAX_COUNT) -> int:
-        value = self.get(key, default)
-        if not 1 <= value <= most:
-            raise Refusal(f"{key} is {value}, not a degree of parallelism from 1 to {most}")
-        return value
-
-    def positive(self, key: str) -> float:
-        """0 where the cell is empty."""
-        text = self.row.get(key, "")
-        if not text:
-            return 0.0
-        value = parse_measured(text)
-        if value is None:
-            raise Refusal(f"{key} is {text[:40]!r}, not a number above 0, or none that can be measured")
-        return value
-
-    def need(self, key: str) -> int:
-        value = self.get(key, 0)
-        if value < 1:
-            raise Refusal(f"{key} is not stated")
-        return value
-
-
-def _cluster(row: Row, n_gpus: int, gpus: Mapping[str, GpuType]) -> Cluster:
-    name = row.get("gpu", "").lower()
-    found = next((entry for entry in _GPUS if entry[0] in name), None)
-    if found is None:
-        raise Refusal(f"GPU {row.get('gpu')!r} has no file in gpu_types")
-    _, gpu_name, per_node, intra, inter = found
-    if stated := re.search(r"inter (\d+)Gbps/node", row.get("notes", "")):
-        inter = float(stated[1]) / 8 * 1e9 / per_node
-    if stated := re.search(r"(\d+)x(\d+)Gb RoCE per node", row.get("notes", "")):
-        inter = float(stated[1]) * float(stated[2]) / 8 * 1e9 / per_node
-    gpu = gpus.get(gpu_name) or load_gpu_type(gpu_name)
-    source = "bandwidth: datasheet of the system, or what the row states; latency: NCCL tuning.cc, ring, simple"
-    return Cluster(
-        name=gpu_name,
-        gpu=gpu,
-        num_nodes=-(-n_gpus // per_node),
-        gpus_per_node=min(n_gpus, per_node),
-        intra=Link(name="nvlink", bytes_per_s=intra, latency_s=3.4e-6, source=source),
-        inter=Link(name="network", bytes_per_s=inter, latency_s=14e-6, source=source),
-    )
-
-
-def _backbone(row: Row, number: _Numbers) -> ModuleConfig:
+def _backbone(row: Row, number: Cells) -> ModuleConfig:
     name, family = row.get("model", ""), row.get("family", "")
-    if family in ("hybrid", "t5", "nemotron"):
-        raise Refusal(f"family {family}: state-space, encoder-decoder or hybrid layers are not modelled")
-    layers = number.need("num_layers")
-    hidden = number.need("hidden")
-    ffn = number.get("ffn_hidden", 4 * hidden)
+    if family in ("hybrid", "t5", "nemotron") or "nemotron_3" in name.lower():
+        raise Refusal("state-space, encoder-decoder or hybrid layers are not modelled")
+    if "grpo" in name.lower() or "lora" in name.lower():
+        raise Refusal("reinforcement learning or adapters inside frozen layers are not modelled")
+    if (family == "vlm" or "multimodal" in name) and not (row.get("enc_layers") or encoder_columns(name)):
+        raise Refusal("its encoder's dimensions are not stated")
+    layers, hidden = number.need("num_layers"), number.need("hidden")
     card = model_card(name, layers)
-    sparse = family in ("moe", "mixtral") or "experts" in name
-    if sparse and card is None:
-        found = re.search(r"(?<!\d)(\d{1,4})experts", name)
-        if not found:
-            raise Refusal("a mixture of experts whose number of experts is not stated")
-        card = {"num_experts": int(found[1]), "moe_top_k": 2}
     fields: dict[str, Any] = {
         "name": "llm",
         "role": Role.backbone,
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": number.need("heads"),
-        "ffn_hidden_size": ffn,
+        "ffn_hidden_size": number.get("ffn_hidden", 4 * hidden),
         "tokens_per_item": number.need("seq_len"),
         "num_query_groups": number.get("kv_heads", 0),
         "vocab_size": 0 if family == "dit" else number.get("vocab", 51200),
         "gated": is_gated(name),
         "causal": family not in ("dit", "bert"),
-        "untied_output": is_gated(name),
+        "untied_output": is_gated(name) or "untie" in name,
     }
+    fields |= card.fields if card else {}
+    if (family in ("moe", "mixtral") or "experts" in name) and "num_experts" not in fields:
+        found = re.search(r"(?<!\d)(\d{1,4})experts", name)
+        if not found:
+            raise Refusal("a mixture of experts whose number of experts is not stated")
+        fields |= {"num_experts": int(found[1]), "moe_top_k": 2}
     try:
-        return ModuleConfig(**fields | (card or {}))
+        return ModuleConfig(**fields)
     except ConfigError as error:
         raise Refusal(str(error).splitlines()[0]) from error
 
 
-def _encoder(row: Row, number: _Numbers) -> ModuleConfig:
-    if row.get("enc_frozen") == "1":
+def _encoder(number: Cells) -> ModuleConfig:
+    if number.row.get("enc_frozen") == "1":
         raise Refusal("frozen encoder before padded samples: the true sequence length is not stated")
     hidden = number.need("enc_hidden")
     return ModuleConfig(
@@ -250,14 +161,33 @@ def _encoder(row: Row, number: _Numbers) -> ModuleConfig:
         num_layers=number.need("enc_layers"),
         hidden_size=hidden,
         num_heads=number.need("enc_heads"),
-        ffn_hidden_size=4 * hidden,
-        tokens_per_item=number.get("enc_tokens_per_image", number.need("seq_len")),  # else as long as the text
-        items_per_sample=number.get("images_per_sample", 1),
+        ffn_hidden_size=number.get("enc_ffn", 4 * hidden),
+        tokens_per_item=number.need("enc_tokens_per_image"),
+        items_per_sample=number.need("images_per_sample"),
         output_size=number.need("hidden"),
     )
 
 
-def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleConfig | None, gbs: int) -> Plan:
+def _micro_batch(number: Cells, gbs: int, dp: int) -> int:
+    """Samples of a microbatch. Refusal where cells contradict each other: some tables call the local batch so."""
+    count = number.get("num_microbatches", 0)
+    if not number.row.get("mbs"):
+        if not count or gbs % (count * dp):
+            raise Refusal("the micro batch is not stated")
+        return gbs // (count * dp)
+    mbs = number.degree("mbs")
+    if gbs % (mbs * dp):
+        raise Refusal(f"global batch {gbs} is not a multiple of micro batch {mbs} x dp {dp}")
+    if count and mbs * count * dp != gbs:
+        raise Refusal(
+            f"micro batch {mbs} x {count} microbatches x dp {dp} is not the global batch {gbs}: a local batch?"
+        )
+    return mbs
+
+
+def _plan(
+    row: Row, number: Cells, backbone: ModuleConfig, encoder: ModuleConfig | None, gbs: int, again: _Recomputations
+) -> Plan:
     n_gpus = number.need("n_gpus")
     if encoder and not row.get("tp"):
         raise Refusal("its parallel layout is not stated")
@@ -272,20 +202,18 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         raise Refusal(f"{on} GPUs are not a multiple of tp {tp} x pp {pp} x cp {cp}")
     if backbone.num_heads % tp:
         raise Refusal(f"{backbone.num_heads} heads cannot be split over tp {tp}")
-    mbs = number.degree("mbs")
-    if gbs % (mbs * dp):
-        raise Refusal(f"global batch {gbs} is not a multiple of micro batch {mbs} x dp {dp}")
-    text = row.get("recompute", "")
-    recompute = Recompute.full if "full" in text or "per layer" in text else Recompute.none
-    recompute = Recompute.selective if "selective" in text or "--recompute-activations" in text else recompute
+    mbs = _micro_batch(number, gbs, dp)
     # Not stated: on for a language model (every published recipe has it), off beside an encoder (Megatron's default)
     stated = {"1": True, "0": False}.get(row.get("seq_parallel", ""), encoder is None)
     split = tp > 1 and (stated or bool(backbone.num_experts))
     ep = number.degree("ep") if backbone.num_experts else 1
     stage = on // pp
     ranks = RankSet.block(n_gpus - on, on)
-    layout = Layout(tp=tp, cp=cp, pp=pp, vpp=number.degree("vpp"), dp=dp, ep=ep if stage % ep == 0 else 1)
-    modules = {"llm": ModulePlan(ranks=ranks, layout=layout, recompute=recompute, sequence_parallel=split)}
+    ep = ep if stage % ep == 0 else 1
+    # not stated: Megatron splits experts like everything else where there are ranks enough
+    etp = tp if backbone.num_experts and "etp1" not in row.get("model", "") and stage % (ep * tp) == 0 else 1
+    layout = Layout(tp=tp, cp=cp, pp=pp, vpp=number.degree("vpp"), dp=dp, ep=ep, etp=etp)
+    modules = {"llm": ModulePlan(ranks=ranks, layout=layout, recompute=again[0].kind, sequence_parallel=split)}
     if encoder:
         if own > n_gpus:
             raise Refusal("its encoder's degrees need more GPUs than it names")
@@ -294,6 +222,7 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
         enc = ModulePlan(
             ranks=RankSet.block(0, own),
             layout=Layout(tp=enc_tp, dp=enc_dp, pp=enc_pp),
+            recompute=again[1].kind,
             sequence_parallel=split and enc_tp > 1,
             # beside a pipelined backbone MIMO runs it once for the whole batch, before and after the pipeline
             unit=1 if apart or pp == 1 else gbs // (mbs * dp),
@@ -309,26 +238,23 @@ def _plan(row: Row, number: _Numbers, backbone: ModuleConfig, encoder: ModuleCon
     )
 
 
-def _setup(row: Row, backbone: ModuleConfig) -> TrainingSetup:
+def _setup(row: Row, backbone: ModuleConfig, again: Sequence[Recomputation]) -> TrainingSetup:
     text = row.get("precision", "").lower()
     number_format = next((value for word, value in _FORMATS if word in text), None)
     if number_format is None:
         raise Refusal(f"precision {row.get('precision')!r} is not modelled")
-    if "lora" in row.get("model", "").lower():
-        raise Refusal("LoRA: adapters inside frozen layers are not modelled")
     zero = row.get("zero_or_fsdp", "")
-    modern = not any(word in row.get("gpu", "").lower() for word in ("a100", "a800"))
+    # fp16 marks Megatron as it was before fused attention and the distributed optimizer: unfused softmax, dropout
+    old = number_format is Format.fp16
     if not zero:  # not stated: what recipes of models of this size do since the distributed optimizer is there
         large = module_parameters(backbone) >= _LARGE
-        sharding = Sharding.optimizer if modern and large else Sharding.none
+        sharding = Sharding.none if old or not large else Sharding.optimizer
     elif "FULL" in zero or "ZeRO-3" in zero or re.fullmatch(r"FSDP(=[1-9]\d*)?", zero):
         sharding = Sharding.parameters
     elif "GRAD_OP" in zero or "ZeRO-2" in zero:
         sharding = Sharding.gradients
     else:
         sharding = Sharding.none if zero == "DDP" else Sharding.optimizer
-    # fp16 marks Megatron as it was before fused attention: unfused softmax, dropout
-    old = number_format is Format.fp16
     overlap = 0.9 if sharding is not Sharding.none else 0.0
     return TrainingSetup(
         format=Format.bf16 if old else number_format,
@@ -339,11 +265,37 @@ def _setup(row: Row, backbone: ModuleConfig) -> TrainingSetup:
         gradient_overlap_frac=overlap,
         tp_overlap_frac=0.8 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
-        offloads_encoders="offload" in row.get("source_url", ""),  # the name of the campaign
+        optimizer_shards=_optimizer_shards(row),
+        fused_loss="cross_entropy_loss_fusion" in row.get("model", ""),
+        offloads_encoders=_says_offload(row.get("notes", "")),
+        expert_dispatcher=Dispatcher.flex if number_format.is_low else Dispatcher.alltoall,
+        recomputed=_common([each.parts for each in again if each.kind is Recompute.selective], Recomputation().parts),
+        full_recompute_frac=_common([each.layers_frac for each in again if each.kind is Recompute.full], 1.0),
     )
 
 
-def _measured_s(number: _Numbers, workload: Workload) -> float:
+def _optimizer_shards(row: Row) -> int:
+    """Ranks that share an optimizer, where the row says how many; 0: all."""
+    if stated := re.search(r"zero\d?=(\d+)", row.get("zero_or_fsdp", "").lower()):
+        return int(stated[1])
+    replicas = int(row["dp"]) if row.get("dp", "").isdigit() else 0
+    return replicas // 2 if "multi_dist_optimizer_instances" in row.get("model", "") else 0
+
+
+def _common[T](said: list[T], default: T) -> T:
+    """What all modules say that say it. Refusal where they differ: a set-up has one."""
+    if any(each != said[0] for each in said):
+        raise Refusal("modules recompute different parts of their layers")
+    return said[0] if said else default
+
+
+def _says_offload(notes: str) -> bool:
+    """Whether activations were offloaded: said of the run, not denied."""
+    text = notes.lower()
+    return "offload" in text and not re.search(r"(no|without|w/o|not|offload\w*\s*=\s*(false|none|0)\b)[^;,.]*", text)
+
+
+def _measured_s(number: Cells, workload: Workload) -> float:
     if seconds := number.positive("iter_time_s"):
         return seconds
     tokens = workload.global_batch_size * workload.backbone.tokens_per_item
@@ -358,7 +310,7 @@ def _measured_s(number: _Numbers, workload: Workload) -> float:
     return 0.0
 
 
-def _measured_bytes(row: Row, number: _Numbers) -> float:
+def _measured_bytes(row: Row, number: Cells) -> float:
     if "device-used" in row.get("peak_mem_unit", ""):
         return 0.0  # what a device reports includes the context and the allocator's cache
     return number.positive("peak_mem_gb") * (2**30 if "GiB" in row.get("peak_mem_unit", "") else 1e9)

@@ -12,7 +12,8 @@ from pathlib import Path
 from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_parameters
 from megatron_mosaic.cost_model.effects.memory import BF16
 from megatron_mosaic.cost_model.hardware.profile import Part
-from megatron_mosaic.cost_model.published.rows import Case, load_rows, parse_measured, try_case
+from megatron_mosaic.cost_model.published.cells import parse_measured
+from megatron_mosaic.cost_model.published.rows import Case, load_rows, try_case
 from megatron_mosaic.errors import ConfigError
 
 _FIRST_WORD = {

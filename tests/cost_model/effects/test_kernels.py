@@ -80,8 +80,8 @@ def test_more_bandwidth_is_never_slower(link):
 
 
 def test_experts_have_their_own_shards():
-    assert shards_of(Layout(dp=8, ep=8)) == (8, 1)
-    assert shards_of(Layout(tp=2, dp=8, ep=4)) == (8, 4)
+    assert shards_of(Layout(dp=8, ep=8), TrainingSetup()) == (8, 1)
+    assert shards_of(Layout(tp=2, dp=8, ep=4), TrainingSetup()) == (8, 4)
 
 
 def _parameters(file: str, word: str) -> float:

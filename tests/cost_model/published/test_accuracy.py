@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -127,7 +126,7 @@ def test_bad_cells_of_the_side_table_are_named(tmp_path, table, column, cell, wh
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_layers": ""}, "num_layers is not stated"),
+        ({"num_layers": "", "model": "mine"}, "num_layers is not stated"),
         ({"gpu": "MI300X"}, "has no file in gpu_types"),
         ({"precision": "fp32"}, "precision 'fp32' is not modelled"),
         ({"tp": "3", "n_gpus": "3"}, "cannot be split over tp 3|divides|not a multiple|divisor"),
@@ -180,11 +179,11 @@ def test_memory_of_korthikanti_figure_1():
 
 # file -> largest mean error of the time out of sample, and of the memory (of the median, for the tests of Megatron)
 TARGETS = {
-    "korthikanti2022_table5": (0.031, None),  # 0.025 in closed form: its messages between virtual stages hide nowhere
-    "vtrain_multi_node_a100": (0.08, None),
-    "vtrain_single_node_a100": (0.15, None),
-    "simumax_b200": (0.06, 0.03),
-    "mimo_vlm_h100": (0.08, 0.08),
+    "korthikanti2022_table5": (0.034, None),
+    "vtrain_multi_node_a100": (0.07, None),
+    "vtrain_single_node_a100": (0.08, None),
+    "simumax_b200": (0.05, 0.03),
+    "mimo_vlm_h100": (0.08, 0.06),
 }
 
 
@@ -208,30 +207,17 @@ def test_what_is_validated_is_what_is_searched_with(file, number):
     assert found.peak_bytes == simulation.peak_bytes
 
 
-def test_encoders_hide_in_the_bubbles_of_optimus_and_no_further():
-    row = next(row for row in load_rows(PUBLISHED / "optimus_vlm.csv") if row["notes"].startswith("Optimus"))
-    case = try_case(row)
-    assert isinstance(case, Case), case
-    outside, inside = estimate_case(replace(case, fills_bubbles=False)), estimate_case(case)
-    backbone = case.workload.backbone
-    workload = replace(case.workload, modules=(backbone,), edges=())
-    plan = replace(case.plan, modules={backbone.name: case.plan.modules[backbone.name]})
-    alone = estimate_case(replace(case, workload=workload, plan=plan, fills_bubbles=False))
-    assert alone.step_s <= inside.step_s < outside.step_s
-
-
 def test_errors_on_published_steps_stay_within_their_targets():
     reports = validate_folder(PUBLISHED)
     for name, (time_frac, memory_frac) in TARGETS.items():
         found = reports[name].as_dict()
         assert found["time_mape_out_of_sample"] <= time_frac, name
         assert memory_frac is None or found["memory_mape"] <= memory_frac, name
-    bridge = [each for each in reports["megatron_bridge_perf"].compared if each.case.setup.format in ("bf16", "fp8")]
-    assert len(bridge) > 40
-    assert sum(abs(each.fold_error_frac) for each in bridge) <= 0.12 * len(bridge)
-    assert reports["megatron_ci_golden"].as_dict()["memory_median"] <= 0.08
-    schedules = reports["optimus_vlm"].compared
-    by_measured = sorted(schedules, key=lambda each: each.case.measured_s)
-    assert by_measured == sorted(schedules, key=lambda each: each.step_s)
+    bridge = reports["megatron_bridge_perf"].as_dict()["by_kind"]["dense"]
+    assert bridge["rows"] > 40 and bridge["time_mape_out_of_sample"] <= 0.12
+    golden = reports["megatron_ci_golden"].as_dict()
+    assert golden["memory_mape"] <= 0.08 and golden["memory_median"] <= 0.05
+    multi_node = reports["vtrain_multi_node_a100"].as_dict()
+    assert multi_node["regret_mean"] <= 0.05 and multi_node["regret_worst"] <= 0.2
     total = merge_reports(list(reports.values()))
     assert len(total.compared) >= 0.8 * total.rows
