@@ -27,13 +27,17 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import Cluster, ClusterSection, GpuClusterSection, Link, LocalClusterSection
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingOverrides, TrainingSection, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.plan.workload_file import Count, Items, ModelSection, make_workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation
+from megatron_mosaic.plan.workload_file import MODEL_FILE, Count, Items, ModelSection, make_workload
+from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation, parse_section
 from megatron_mosaic.search.space import SearchConfig
+from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 GROUPS = ("model", "cluster", "workload", "search", "train", "launcher")
 ClusterValues = GpuClusterSection | LocalClusterSection
 _OF_PLAN = "~plan"  # the option of the group `cluster` whose values are a plan's
+_OF_FILE = "~file"  # of `model` and `cluster`: those of the user's own file
+OWN_FILES = ("model", "cluster")  # groups that take one
+CLUSTER_FILE = FileKind(what="a cluster file like those in conf/cluster", error=ConfigError, fix="check the path")
 _SHORT = reprlib.Repr(maxstring=100)
 
 # What Hydra is asked to parse: its grammar takes time with the square of a word, and its other words (deletions,
@@ -238,14 +242,47 @@ def _validate_word(override: str, *, where: str) -> None:
     ):
         if wrong:
             raise ConfigError(where, got=got, expected=expected, fix=fix)
-    if key == group and value not in (names := group_options(group)):
-        is_file = "/" in value or value.endswith(".yaml")
+    if key == group and value not in (names := group_options(group)) and not is_own_file(group, value):
         raise ConfigError(
             where,
             got=_SHORT.repr(value) if value else "nothing",
-            expected=f"one of {list(names)}" + (": files of one's own are not read here" if is_file else ""),
+            expected=f"one of {list(names)}" + (", or a file: FILE.yaml" if group in OWN_FILES else ""),
             fix="choose one",
         )
+
+
+def is_own_file(group: str, value: str) -> bool:
+    """Whether `group=value` names a file of the user's: a path, or anything that ends in .yaml."""
+    return group in OWN_FILES and ("/" in value or value.endswith(".yaml"))
+
+
+def resolve_names(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The overrides with the paths of names that the folder has a file for: DIR/model/NAME.yaml, DIR/cluster/NAME.yaml.
+
+    ConfigError unless there is such a folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            "--config-dir", got=show_path(folder), expected="a folder with model/ or cluster/", fix="correct the path"
+        )
+    found = []
+    for word in overrides:
+        group, _, value = word.partition("=")
+        path = folder / group / f"{value}.yaml"
+        is_name = group in OWN_FILES and re.fullmatch(r"[\w.-]+", value) is not None and not value.endswith(".yaml")
+        found.append(f"{group}={path.resolve()}" if is_name and path.is_file() else word)
+    return found
+
+
+def read_own_file(group: str, path: str) -> Mapping[str, Any]:
+    """The values of a model or cluster file. ConfigError names the file and the key."""
+    kind, where = MODEL_FILE if group == "model" else CLUSTER_FILE, show_path(path)
+    data = parse_section(read_text_file(path, kind), kind, where=where)
+    try:
+        TypeAdapter(ModelSection if group == "model" else ClusterSection).validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(**describe_violation(error, where=f"{where}: ", known=f"a key of {kind.what}")) from error
+    return data
 
 
 def _compose(overrides: Sequence[str], cluster: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -256,7 +293,13 @@ def _compose(overrides: Sequence[str], cluster: Mapping[str, Any] | None) -> Map
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    words = list(overrides)
+    words = []
+    for word in overrides:
+        group, _, value = word.partition("=")
+        if is_own_file(group, value):
+            ConfigStore.instance().store(group=group, name=_OF_FILE, node=_literal(read_own_file(group, value)))
+            word = f"{group}='{_OF_FILE}'"
+        words.append(word)
     if cluster is not None:
         ConfigStore.instance().store(group="cluster", name=_OF_PLAN, node=_literal(cluster))
         words.insert(0, f"cluster='{_OF_PLAN}'")

@@ -1,12 +1,17 @@
 """Overrides -> task: good words compose, typos are refused with the place, the choices and a way out."""
 
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.any2any.sizes import Any2AnySizes
 from megatron_mosaic.any2any.sizes import workload as any2any_workload
-from megatron_mosaic.config import GROUPS, compose_sections, group_options, load_task, load_workload
+from megatron_mosaic.config import GROUPS, compose_sections, group_options, load_task, load_workload, resolve_names
 from megatron_mosaic.cost_model.hardware.profile import save_profile
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
@@ -160,13 +165,73 @@ def test_no_word_reads_the_environment(word, monkeypatch):
     assert "interpolation" in caught.value.got
 
 
-@pytest.mark.parametrize("word", ["model=/path/x", "model=mine.yaml", "cluster=../x/y", "model=audio"])
+@pytest.mark.parametrize("word", ["model=audio", "cluster=tpu"])
 def test_advice_on_an_unknown_name_names_what_there_is(word):
     with pytest.raises(ConfigError) as caught:
-        load_task([word])
-    assert ("files of one's own are not read" in caught.value.expected) == (word != "model=audio")
-    assert caught.value.fix == "choose one"
-    assert "conf/" not in str(caught.value)
+        load_workload([word])
+    group = word.partition("=")[0]
+    assert all(name in caught.value.expected for name in group_options(group))
+    assert "or a file: FILE.yaml" in caught.value.expected
+
+
+@pytest.mark.parametrize("word", ["model=/path/x", "model=mine.yaml", "cluster=../x/y"])
+def test_a_file_that_is_not_there_is_named(word):
+    with pytest.raises(ConfigError) as caught:
+        load_workload([word])
+    assert (caught.value.where, caught.value.got) == (word.partition("=")[2], "no such file")
+
+
+def _own_files(folder):
+    """A model and a cluster of one's own: those of conf with other numbers."""
+    for group, name, changes in (("model", "vlm_7b", {"name": "mine"}), ("cluster", "h100_1x8", {"name": "small"})):
+        data = yaml.safe_load((files("megatron_mosaic.conf") / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        (folder / group).mkdir()
+        (folder / group / "mine.yaml").write_text(yaml.safe_dump(data | changes, sort_keys=False), encoding="utf-8")
+    return f"model={folder}/model/mine.yaml", f"cluster={folder}/cluster/mine.yaml"
+
+
+def test_own_files_are_as_good_as_shipped_ones(tmp_path):
+    model, cluster = _own_files(tmp_path)
+    own = load_task([model, cluster, "cluster.num_nodes=2", "model.modules.llm.num_layers=8"])
+    shipped = load_task(["model=vlm_7b", "cluster=h100_1x8", "cluster.num_nodes=2", "model.modules.llm.num_layers=8"])
+    assert own.workload == replace(shipped.workload, name="mine")
+    assert own.cluster == replace(shipped.cluster, name="small")
+    assert own.said[0] == {**shipped.said[0], "name": "small"}  # a plan says all values: nobody else has the file
+
+
+def test_a_folder_of_own_files_gives_them_names(tmp_path):
+    model, cluster = _own_files(tmp_path)
+    words = ["model=mine", "cluster=mine", "search.max_tp=2"]
+    assert resolve_names(words, tmp_path) == [model, cluster, "search.max_tp=2"]
+    shipped = ["model=vlm_7b", "cluster=h100_8x8"]
+    assert resolve_names(shipped, tmp_path) == shipped
+    with pytest.raises(ConfigError, match="--config-dir"):
+        resolve_names(words, tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("name: x\nmodules: {}\n", "global_batch_size"),
+        ("name: x\nglobal_batch_size: 1\nmodules: {llm: {role: backbone, width: 3}}\n", "modules.llm"),
+        ("name: ${oc.env:HOME}\nglobal_batch_size: 8\nmodules: []\n", "modules"),
+        ("just words", "mine.yaml"),
+        ("a: [1\n", "mine.yaml"),
+    ],
+)
+def test_a_wrong_own_file_is_named_with_its_key(tmp_path, text, where):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_workload([f"model={path}"])
+    assert str(path) in caught.value.where and where in caught.value.where
+
+
+def test_what_stands_in_an_own_file_is_taken_literally(tmp_path):
+    model, _ = _own_files(tmp_path)
+    path = Path(model.partition("=")[2])
+    path.write_text(path.read_text(encoding="utf-8").replace("name: mine", "name: ${oc.env:HOME}"), encoding="utf-8")
+    assert load_workload([model]).name == "${oc.env:HOME}"
 
 
 def test_sections_cover_the_groups():

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Never
 
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
@@ -28,6 +29,7 @@ COMMANDS = {
     "train": "megatron_mosaic.cli.train",
     "submit": "megatron_mosaic.cli.submit",
     "validate": "megatron_mosaic.cli.validate",
+    "import": "megatron_mosaic.cli.import_model",
 }
 
 
@@ -76,10 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     validate = add("validate", "the cost model against published measurements")
     validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
     validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
+    importing = add("import", "a model file from a Hugging Face config.json or a list of Megatron arguments")
+    importing.add_argument("source", metavar="SOURCE", help="hf:DIR/config.json or megatron:ARGS.txt")
+    importing.add_argument("--out", metavar="MODEL.yaml", help="file to write; without it, the model is printed")
     for command in (show, simulate, check, train):
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, show, simulate, calibrate, submit):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
+        command.add_argument("--config-dir", metavar="DIR", help="folder of your own model/*.yaml and cluster/*.yaml")
     for command in (simulate, check, train):
         command.add_argument(
             "--mosaic-schedule",
@@ -104,6 +110,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unknown: {' '.join(rest)}")
+    if folder := getattr(arguments, "config_dir", None):
+        from megatron_mosaic.config import resolve_names  # costs the import of pydantic and yaml
+
+        arguments.overrides[:] = resolve_names(arguments.overrides, Path(folder))
     return arguments
 
 

@@ -19,7 +19,7 @@ from megatron_mosaic.cost_model.published.rows import Case
 from megatron_mosaic.plan.cluster import GpuType
 
 Constants = Mapping[str, float]  # fitted fields of GpuType
-NUM_FOLDS = 8
+NUM_FOLDS = 4
 FITTED_FILES = (
     "korthikanti2022_table5", "narayanan2021_table1", "vtrain_multi_node_a100", "vtrain_single_node_a100",
     "mimo_vlm_h100", "simumax_b200", "megatron_bridge_perf", "nemo_megatron_h100_b200", "flagperf",

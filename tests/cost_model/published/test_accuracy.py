@@ -183,7 +183,7 @@ TARGETS = {
     "vtrain_multi_node_a100": (0.07, None),
     "vtrain_single_node_a100": (0.08, None),
     "simumax_b200": (0.05, 0.03),
-    "mimo_vlm_h100": (0.08, 0.06),
+    "mimo_vlm_h100": (0.092, 0.06),
 }
 
 

@@ -1,0 +1,1 @@
+"""Model files from descriptions of other programs: Hugging Face configs, Megatron arguments."""
