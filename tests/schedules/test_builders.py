@@ -12,6 +12,7 @@ from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, Quota, ScheduleChoice
 from megatron_mosaic.schedules import SCHEDULES, Action, Kind, build, build_schedule
+from megatron_mosaic.schedules.lane_work import LaneWork
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
@@ -217,6 +218,29 @@ def test_interleaved_keeps_what_narayanan_says(p, chunks, groups, has_encoder):
     for stage in range(p):
         alive = 2 * (p - stage - 1) + (chunks - 1) * p + 1
         assert work.live_units(f"llm.{stage}") == min(alive, p * groups * chunks)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [31, 64])
+def test_chains_of_interleaved_modules_hold_few_units_whatever_the_batch(unit, num_microbatches):
+    """The last of a chain keeps what it keeps alone; those before it run ahead, not through the whole batch."""
+
+    def build(count: int) -> LaneWork:
+        graph = StageGraph(
+            num_stages={"vision": 2, "llm": 4, "generator": 2},
+            edges=(("vision", "llm"), ("llm", "generator")),
+            units={"vision": unit, "llm": 1, "generator": 1},
+            num_microbatches=count,
+            has_backward=frozenset({"vision", "llm", "generator"}),
+            backbone="llm",
+            num_chunks=dict.fromkeys(("vision", "llm", "generator"), 2),
+        )
+        return SCHEDULES["interleaved"].build(graph).work
+
+    work, longer = build(num_microbatches), build(2 * num_microbatches)
+    assert [work.live_units(f"generator.{stage}") for stage in (0, 1)] == [2 * 1 + 2 + 1, 2 + 1]
+    for lane in work.lanes:
+        assert work.live_units(lane) <= 40 and longer.live_units(lane) <= work.live_units(lane) + 8
 
 
 @pytest.mark.parametrize("name", NESTING)

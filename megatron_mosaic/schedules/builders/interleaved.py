@@ -22,9 +22,9 @@ from megatron_mosaic.schedules.stage_graph import StageGraph
 def interleaved(graph: StageGraph) -> Schedule:
     """1F1B where modules with virtual stages interleave them. ScheduleError without any such module.
 
-    Modules with virtual stages warm up by Narayanan's formula, and what feeds them runs ahead as far as that needs: the
-    least that does not deadlock. Where no such order exists (units that the stages do not divide, chains of interleaved
-    modules) they warm up longer; the longest runs all forwards first and never waits for a backward.
+    Modules with virtual stages warm up by Narayanan's formula, and what feeds them, with virtual stages or without,
+    runs ahead as far as that needs: the least that does not deadlock. Where no such order exists (units that the stages
+    do not divide) they warm up longer; the longest runs all forwards first and never waits for a backward.
     """
     if not graph.num_chunks:
         raise ScheduleError(
@@ -59,17 +59,24 @@ def _least_ahead(graph: StageGraph, extra: int, longest: int) -> Schedule | None
 
 
 def _try(graph: StageGraph, extra: int, ahead: int) -> Schedule | None:
-    """Modules with virtual stages warm up with `extra` forwards more, those that feed them with `ahead` more."""
+    """Modules with virtual stages warm up with `extra` forwards more; those that feed them with `ahead` microbatches
+    more for each of them on the way."""
     lanes = {}
     for module, num_stages in graph.num_stages.items():
-        feeds = any(graph.reaches(module, chunked) for chunked in graph.num_chunks)
-        more = extra if graph.chunks(module) > 1 else ahead if feeds else 0
+        feeds = -(-ahead * _interleaved_behind(graph, module) // graph.units[module])
+        more = feeds * graph.chunks(module) + (extra if graph.chunks(module) > 1 else 0)
         for stage in range(num_stages):
             lanes[f"{module}.{stage}"] = interleave(graph, module, stage, units_ahead(graph, module, stage) + more)
     try:
         return schedule_in_turns("interleaved", graph, lanes)
     except ScheduleError:
         return None
+
+
+def _interleaved_behind(graph: StageGraph, module: str) -> int:
+    """The most modules with virtual stages on a way from this one, itself left out."""
+    ways = [(graph.chunks(m) > 1) + _interleaved_behind(graph, m) for m in graph.consumers(module)]
+    return max(ways, default=0)
 
 
 def interleave(graph: StageGraph, module: str, stage: int, ahead: int) -> tuple[Action, ...]:
