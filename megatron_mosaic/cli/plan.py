@@ -10,6 +10,7 @@ import yaml
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
 from megatron_mosaic.cli.planned import apply_overrides
 from megatron_mosaic.config import Task, load_task
+from megatron_mosaic.cost_model.efficiency.mfu import Efficiency, estimate_efficiency
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan, save_plan
@@ -24,13 +25,15 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         task = load_task(arguments.overrides, profile_path=arguments.profile)
     plan, result = search_plan(task)
+    efficiency = estimate_efficiency(plan, result.simulation.step_s, task.cost_model())
     if arguments.out:
         save_plan(plan, arguments.out)
     fits = task.fits(result.simulation.peak_bytes)
     if arguments.json:
-        print_json(_as_json(plan, result, arguments.out) | {"fits": fits})
+        report = _as_json(plan, result, arguments.out)
+        print_json(report | {"predicted": report["predicted"] | efficiency.as_dict(), "fits": fits})
     else:
-        _print(plan, result, arguments.out)
+        _print(plan, result, arguments.out, efficiency)
     return 0 if fits else 1
 
 
@@ -67,7 +70,7 @@ def _as_json(plan: Plan, result: SearchResult, out: str | None) -> dict[str, Any
     }
 
 
-def _print(plan: Plan, result: SearchResult, out: str | None) -> None:
+def _print(plan: Plan, result: SearchResult, out: str | None, efficiency: Efficiency) -> None:
     print_table(
         f"search: {result.evaluated} plans in {format_seconds(result.search_s)}",
         ("move", "step"),
@@ -77,6 +80,7 @@ def _print(plan: Plan, result: SearchResult, out: str | None) -> None:
     print(
         f"predicted: step {format_seconds(numbers['step_s'])}, {numbers['samples_per_s']:.4g} samples/s, "
         f"bubbles {numbers['bubble_frac']:.0%}, peak {format_bytes(numbers['peak_bytes'])} a rank\n"
+        f"{efficiency}\n"
         f"cost model: {result.simulation.price.source.name}"
     )
     print(f"plan written to {out}" if out else f"\n{format_plan(plan)}", end="\n" if out else "")

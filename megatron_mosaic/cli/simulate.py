@@ -9,6 +9,7 @@ from megatron_mosaic.cli.output import print_json, print_table, write_text
 from megatron_mosaic.cli.page import render_page
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cli.show import print_memory
+from megatron_mosaic.cost_model.efficiency.mfu import estimate_efficiency
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.cost_model.simulate import count_memory, simulate
 from megatron_mosaic.plan import validate_plan
@@ -26,7 +27,9 @@ def main(arguments: argparse.Namespace) -> int:
     validate_plan(plan, task.workload, task.cluster)
     schedule = load_training_schedule(plan, task.workload, arguments.mosaic_schedule)
     print_notes(planned, task.profile.title if task.profile else "")
-    simulation = simulate(plan, task.cost_model(), schedule)
+    model = task.cost_model()
+    simulation = simulate(plan, model, schedule)
+    efficiency = estimate_efficiency(plan, simulation.step_s, model)
     timeline = simulation.timeline()
     if arguments.trace:
         step = TracedStep(title="predicted", timeline=timeline, memory=count_memory(simulation))
@@ -42,6 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "bubble_frac": timeline.bubble_frac,
                 "peak_bytes": simulation.peak_bytes,
                 "fits": fits,
+                **efficiency.as_dict(),
                 "by_module": timeline.seconds_by_module(),
                 "memory": {str(ranks): asdict(held) for ranks, held in memory.items()},
             }
@@ -56,6 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
         ("module", "busy, mean over its ranks"),
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
+    print(efficiency)
     print_memory(f"{source.precision.name}, sharding: {source.setup.sharding}", memory)
     if not fits:
         limit_bytes = memory_limit_bytes(task.cluster, task.search.memory_frac)
