@@ -152,7 +152,7 @@ def test_simulate(capsys, plan, profile, tmp_path):
         (["plan", "+search.max_tq=1", "cluster=h100_1x8"], "search.max_tq"),
         (["plan", "cluster=local"], "profile.yaml"),
         (["plan", "~model=3"], "override '~model=3'"),
-        (["compare", "model=/path/x"], "override 'model=/path/x'"),
+        (["compare", "model=/path/x"], "/path/x"),
         (["simulate", "/dev/zero"], "/dev/zero"),
         (["show", "."], "."),
         (["plan", "--frob"], "mosaic: arguments"),
