@@ -1,0 +1,240 @@
+"""Two modules on one device: in turns, or beside each other? Real Megatron blocks, balanced and not, small to large.
+
+For every pair: seconds in turns on the whole device (twice: the noise), beside each other on lanes (on a GPU on plain
+streams and on every pair of quotas), the gain, and the gain that the interference model predicts, fitted to the other
+pairs only. Gradients beside are compared with those in turns. Under 3 minutes on a CPU, 10 on a GPU; --quick: 20 s.
+
+On a machine that others use, no ratio means anything: busy threads are compared with the clock before every pair, and
+the answer is `loaded: true`, without ratios, exit status 1. Exit status 1 as well if gradients differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mosaic.parallel_state_ext.rebound import cpu
+
+cpu.install()
+
+from megatron_mosaic.calibrate import pairs  # noqa: E402  Megatron, which has to find a CPU prepared
+from megatron_mosaic.calibrate.interference import PairTime, Side, held_out  # noqa: E402
+from megatron_mosaic.calibrate.pairs import Block, BlockSize  # noqa: E402
+from megatron_mosaic.colocation.backend import choose_backend  # noqa: E402
+from megatron_mosaic.colocation.backend_cpu import cores_of_rank  # noqa: E402
+from megatron_mosaic.colocation.lane import QuotaBackend  # noqa: E402
+from megatron_mosaic.parallel_state_ext.lane_state import lane_thread  # noqa: E402
+
+MAX_LOADED_FRAC = 0.05
+CPU_HIDDEN = ((64, 64), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024))
+GPU_HIDDEN = ((512, 512), (1024, 1024), (1024, 2048), (2048, 2048), (2048, 4096), (4096, 4096))
+CPU_SHARES, GPU_SHARES = (0.5,), (0.25, 1 / 3, 0.5, 2 / 3, 0.75)
+
+
+def sizes_of(hidden: tuple[int, int], is_gpu: bool) -> tuple[BlockSize, BlockSize]:
+    """An encoder's block and a backbone's."""
+    encoder, backbone = hidden
+    if is_gpu:
+        return (
+            BlockSize(hidden=encoder, tokens=576, items=16),
+            BlockSize(hidden=backbone, tokens=1024, items=4),
+        )
+    long = encoder >= 256
+    return (
+        BlockSize(hidden=encoder, tokens=64, items=4),
+        BlockSize(hidden=backbone, tokens=128 if long or backbone > encoder else 64, items=2),
+    )
+
+
+class Bench:
+    """All pairs of this machine. `rows` are told as they are measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.is_gpu = torch.cuda.is_available()
+        self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
+        self.scopes = pairs.make_scopes()
+        self.repeats = 3 if arguments.quick else 9
+        self.num_units = 4 if self.is_gpu else 1
+        hidden = GPU_HIDDEN if self.is_gpu else CPU_HIDDEN
+        self.hidden = hidden[:3] if arguments.quick else hidden
+        self.cores = len(cores_of_rank())
+        self._out: Path | None = arguments.out
+        self._alone: dict[str, Side] = {}
+
+    def tell(self, **row: Any) -> None:
+        """Write the row now: nothing is lost at a time limit."""
+        if self._out is not None:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=sys.stderr)
+
+    def is_loaded(self) -> bool:
+        """Whether others take this machine's time."""
+        taken = pairs.loaded_frac(1 if self.is_gpu else self.cores)
+        self.tell(stage="load", taken_frac=round(taken, 4))
+        return taken > MAX_LOADED_FRAC
+
+    def backends(self) -> list[QuotaBackend]:
+        """Those that run lanes beside each other here."""
+        names = ("green_context", "streams") if self.is_gpu else ("cpu",)
+        found = []
+        for name in names:
+            choice = choose_backend(name if self.is_gpu else "auto", lane_thread)
+            found.append(choice.backend)
+        return found
+
+    def side(self, block: Block, counts: set[int]) -> Side:
+        """The block alone on each count of cores. On a GPU only on all of it: see gpu_checks.sh for quotas alone."""
+        known = self._alone.get(block.size.name)
+        alone = dict(known.alone_s) if known else {}
+        for count in sorted(counts - alone.keys()):
+            if not self.is_gpu:
+                torch.set_num_threads(count)
+            alone[count] = pairs.alone_s(block, self.repeats) * self.num_units
+        torch.set_num_threads(1)
+        host_s = known.host_s if known else pairs.host_s(self.dtype, self.scopes, self.repeats) * self.num_units
+        moved = block.moved_bytes * self.num_units
+        side = Side(name=block.size.name, alone_s=alone, moved_bytes=moved, host_s=host_s)
+        self._alone[block.size.name] = side
+        self.tell(stage="alone", side=side.name, seconds=alone, host_s=host_s)
+        return side
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """A row for every pair, backend and share."""
+        for hidden in self.hidden:
+            sizes = sizes_of(hidden, self.is_gpu)
+            blocks = (
+                Block(sizes[0], self.dtype, self.scopes, "first"),
+                Block(sizes[1], self.dtype, self.scopes, "second"),
+            )
+            for backend in self.backends():
+                shares = (0.5,) if backend.name != "green_context" else GPU_SHARES
+                for share in shares:
+                    yield self.pair(blocks, backend, share)
+
+    def pair(self, blocks: tuple[Block, Block], backend: QuotaBackend, share: float) -> dict[str, Any]:
+        """Measure one pair; `share` is the first side's."""
+        lanes = backend.open({0: share, 1: 1 - share})
+        granted = tuple(info.granted for info in lanes.infos.values())
+        threads = (1, 1) if self.is_gpu else granted
+        whole = next(iter(lanes.infos.values())).total
+        found = pairs.measure_pair(blocks, lanes, threads, self.cores, self.num_units, self.repeats)
+        if not self.is_gpu:
+            lanes.close()
+        sides = tuple(self.side(b, {g, whole}) for b, g in zip(blocks, granted)) if not self.is_gpu else ()
+        row = {
+            "name": f"{blocks[0].size.hidden}/{blocks[1].size.hidden} {backend.name} {granted[0]}+{granted[1]}",
+            "sides": [block.size.name for block in blocks],
+            "turns_s": statistics.median(found.turns_s + found.turns_again_s),
+            "beside_s": statistics.median(found.beside_s),
+            "noise_frac": found.noise_frac,
+            "parity_ok": found.is_equal,
+        }
+        self.tell(stage="pair", **row)
+        return row | {"measured": (sides, granted, whole)}
+
+
+def add_gains(rows: list[dict[str, Any]], bandwidth_bytes_per_s: float) -> None:
+    """Gain of every pair, and what the model that was fitted to the others predicts (where sides were timed alone)."""
+    for row in rows:
+        row["gain"] = row["turns_s"] / row["beside_s"]
+    known = [row for row in rows if row["measured"][0]]
+    times = [PairTime(sides=row["measured"][0], granted=row["measured"][1], beside_s=row["beside_s"]) for row in known]
+    if len(known) < 3:
+        return
+    for row, beside_s in zip(known, held_out(times, bandwidth_bytes_per_s), strict=True):
+        sides, _, whole = row["measured"]
+        row["predicted_gain"] = sum(side.on(whole) for side in sides) / beside_s
+        is_noise = abs(row["gain"] - 1) <= row["noise_frac"]
+        row["choice_ok"] = is_noise or (row["gain"] > 1) == (row["predicted_gain"] > 1)
+
+
+def copy_bytes_per_s(num_threads: int) -> float:
+    """Of a large copy, read and written."""
+    torch.set_num_threads(num_threads)
+    source = torch.ones((256 << 20) // 4, device=cpu.device())
+    target = torch.empty_like(source)
+    seconds = statistics.median(pairs.wall_s(lambda: target.copy_(source)) for _ in range(5))
+    torch.set_num_threads(1)
+    return 2.0 * source.numel() * 4 / seconds
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Gain of every pair, measured and predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(rows) + 1.5), layout="constrained")
+    places = range(len(rows))
+    axes.barh(places, [row["gain"] for row in rows], xerr=[row["noise_frac"] for row in rows], label="measured")
+    predicted = [(place, row["predicted_gain"]) for place, row in zip(places, rows) if row.get("predicted_gain")]
+    axes.plot([gain for _, gain in predicted], [place for place, _ in predicted], "kD", label="predicted")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(list(places), [row["name"] for row in rows])
+    axes.set_xlabel("gain over taking turns")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append every row when it is measured")
+    parser.add_argument("--png", type=Path, metavar="FILE.png", help="draw the gains (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--quick", action="store_true", help="the smallest pairs, few rounds")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    bench, rows, loaded = Bench(arguments), [], False
+    bench.tell(stage="machine", cores=bench.cores, gpu=bench.is_gpu, load=os.getloadavg()[0])
+    for row in bench.pairs():
+        rows.append(row)
+        loaded = loaded or bench.is_loaded()
+        if loaded:
+            break
+    if not loaded:
+        add_gains(rows, copy_bytes_per_s(bench.cores))
+    result = {
+        "loaded": loaded,
+        "noise_frac": max(row["noise_frac"] for row in rows),
+        "parity_ok": all(row["parity_ok"] for row in rows),
+        "seconds": time.perf_counter() - started,
+        "pairs": [{key: value for key, value in row.items() if key != "measured"} for row in rows],
+    }
+    if arguments.png and not loaded:
+        draw(rows, arguments.png)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+    dist.destroy_process_group()
+    return int(loaded or not result["parity_ok"])
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """A line a pair."""
+    if result["loaded"]:
+        print("the machine is loaded: no ratios")
+    for row in result["pairs"]:
+        gain, predicted = row.get("gain"), row.get("predicted_gain")
+        print(
+            f"{row['name']:<36} turns {1e3 * row['turns_s']:9.2f} ms  beside {1e3 * row['beside_s']:9.2f} ms  "
+            f"gain {f'{gain:.2f}' if gain else '-':>5}  predicted {f'{predicted:.2f}' if predicted else '-':>5}  "
+            f"noise {row['noise_frac']:.2f}  gradients {'equal' if row['parity_ok'] else 'DIFFER'}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
