@@ -62,6 +62,19 @@ def shares_of_tracks(shares: Mapping[int, Sequence[float]]) -> dict[int, float]:
     return {track: share or rest for track, share in asked.items()}
 
 
+def require_sum(shares: Mapping[str, float], where: str) -> None:
+    """QuotaError if modules that run beside each other ask for more than the device; it names shares that would fit."""
+    total = sum(shares.values())
+    if total > 1 + _ROUNDING:
+        fitting = ", ".join(f"{name}: {share / total:.3g}" for name, share in shares.items())
+        raise QuotaError(
+            f"quota of {' beside '.join(shares)} {where}",
+            got=" + ".join(f"{share:.4g}" for share in shares.values()) + f" = {total:.4g}",
+            expected="at most 1 in all",
+            fix=f"lower them, for example to {fitting}; or give a module its own ranks",
+        )
+
+
 def grant_shares[K](shares: Mapping[K, float], num_sms: int, granularity: int) -> dict[K, int]:
     """SMs of lanes beside each other, granted jointly: each nearest to its share, none left over if shares add to 1.
 

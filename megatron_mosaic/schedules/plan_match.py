@@ -6,22 +6,41 @@ from pathlib import Path
 
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.quota import require_sum, shares_of_tracks
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules.actions import Kind
 from megatron_mosaic.schedules.builders import build_schedule, stage_graph
+from megatron_mosaic.schedules.rank_classes import rank_classes
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 from megatron_mosaic.schedules.text import load_schedule
 
 
 def load_training_schedule(plan: Plan, workload: Workload, path: str | Path | None) -> Schedule:
-    """The schedule that training steps of the plan run: that of the file, if there is one."""
+    """The schedule that training steps of the plan run: that of the file, if there is one.
+
+    QuotaError where tracks of a rank ask for more than its device.
+    """
     if path is None:
-        return build_schedule(plan, workload)
-    graph = stage_graph(plan, workload)
-    schedule = load_schedule(path, graph)
-    require_schedule_of(graph, schedule)
+        schedule = build_schedule(plan, workload)
+    else:
+        graph = stage_graph(plan, workload)
+        schedule = load_schedule(path, graph)
+        require_schedule_of(graph, schedule)
+    require_shares(plan, schedule)
     return schedule
+
+
+def require_shares(plan: Plan, schedule: Schedule) -> None:
+    """QuotaError unless the modules beside each other on a rank ask for no more than its device in all."""
+    for alike in rank_classes(plan):
+        tracks: dict[int, list[str]] = {}
+        for lane in alike.lanes:
+            tracks.setdefault(schedule.tracks[lane], []).append(lane.rpartition(".")[0])
+        if len(tracks) > 1:
+            names = {track: " and ".join(modules) for track, modules in tracks.items()}
+            shares = shares_of_tracks({t: [plan.modules[m].quota.share for m in tracks[t]] for t in tracks})
+            require_sum({names[track]: share for track, share in shares.items()}, f"on ranks {alike.ranks}")
 
 
 def require_schedule_of(graph: StageGraph, schedule: Schedule) -> None:

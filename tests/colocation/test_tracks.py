@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from megatron_mosaic.colocation.backend_cpu import CpuBackend
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.colocation.program import RankProgram, modules_by_track
-from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.errors import QuotaError, RankFailure
 from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
 from megatron_mosaic.plan.quota import Quota
 from megatron_mosaic.schedules import Action, Schedule, build_schedule
+from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.rank_classes import rank_classes
 from tests.cases import WORKLOAD, make_plan
 
@@ -261,3 +262,11 @@ def test_modules_of_a_ranks_tracks() -> None:
         1: ("vision",),
         2: ("generator",),
     }
+
+
+def test_quotas_above_the_device_are_refused_before_anything_runs() -> None:
+    plan = beside(dict.fromkeys(("vision", "llm", "generator"), ("0", Layout())), world_size=1, vision=0.6, llm=0.6)
+    with pytest.raises(QuotaError) as refused:
+        load_training_schedule(plan, WORKLOAD, None)
+    assert "llm" in refused.value.where and "vision" in refused.value.where and "ranks 0" in refused.value.where
+    assert refused.value.got == "0.6 + 0.6 = 1.2" and "vision: 0.5" in refused.value.fix
