@@ -21,6 +21,7 @@ from megatron_mosaic.plan.workload import ModuleConfig, Workload
 from megatron_mosaic.plan.workload_file import load_workload_file
 from megatron_mosaic.runtime.flags.command_line import CommandLine, read_command_line
 from megatron_mosaic.runtime.flags.judge import Purpose, decided_by, facts_of, judge
+from megatron_mosaic.runtime.flags.learning_rate import require_learning_rate
 from megatron_mosaic.runtime.flags.mosaic import lr_mults_from_args
 from megatron_mosaic.runtime.flags.training import apply_training, decide_arguments
 
@@ -226,6 +227,7 @@ def judge_words(line: CommandLine, plan: Plan, purpose: Purpose) -> tuple[Worklo
     notes = judge(line, purpose=purpose, decided=decided, facts=facts_of(model))
     lr_mults_from_args(line.values, [module.name for module in model.modules])
     _require_attention(line.values, model.backbone, plan)
+    require_learning_rate(line.values)
     return model, notes
 
 

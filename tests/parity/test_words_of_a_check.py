@@ -38,6 +38,12 @@ PLAN = cases.TWO_RANKS
         (["--global-batch-size=8"], "--global-batch-size"),
         (["--group-query-attention"], "--num-query-groups"),  # one group for two tp ranks
         (["--no-such-flag"], "--no-such-flag"),
+        (["--lr-warmup-iters", "2"], "--lr-warmup-iters"),  # of two steps
+        (["--lr-warmup-fraction", "1.0"], "--lr-warmup-fraction"),
+        (["--lr-decay-iters", "0"], "--lr-decay-iters"),
+        (["--min-lr", "1"], "--min-lr"),
+        (["--lr", "nan"], "--min-lr"),
+        (["--lr-warmup-init", "1"], "--lr-warmup-init"),
     ],
 )
 def test_refused_before_a_rank_starts(words, where) -> None:
@@ -77,8 +83,8 @@ def test_a_plan_that_cannot_run_is_refused_first() -> None:
 @pytest.mark.dist
 def test_what_a_rank_refuses_is_wrong_input_and_no_failure(tmp_path, monkeypatch) -> None:
     plan = written(PLAN, tmp_path)
-    with pytest.raises(ConfigError, match=r"args\.min_lr <= args\.lr") as caught:
-        check_plan(plan, steps=1, megatron_args=["--min-lr", "1"])
+    with pytest.raises(ConfigError, match="max_position_embeddings") as caught:
+        check_plan(plan, steps=1, megatron_args=["--max-position-embeddings", "3"])
     assert caught.value.where == "Megatron's validation of the arguments"
 
     def fail(*_: object) -> int:
