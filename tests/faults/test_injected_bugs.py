@@ -4,9 +4,12 @@ pytest -q -s -m slow tests/faults/test_injected_bugs.py
 
 import pytest
 
+from megatron_mosaic.errors import RankFailure
+from megatron_mosaic.parallel_state_ext import scope
 from megatron_mosaic.parity.verdict import TOLERANCE
 from tests.faults.bugs.listed import BUGS, CASES
 from tests.faults.bugs.pool import check_bugs
+from tests.parallel_state_ext import test_dropout
 
 pytestmark = pytest.mark.dist
 
@@ -43,3 +46,26 @@ def test_every_bug_is_caught(case, tmp_path, capsys) -> None:
     rows = judge(case, [bug for bug in BUGS if bug.case == case], tmp_path)
     with capsys.disabled():
         print("\n" + "\n".join([HEADER, *rows]), flush=True)
+
+
+def same_seed_on_all_replicas(patch: pytest.MonkeyPatch) -> None:
+    seed_of = scope.stream_seed
+    patch.setattr(scope, "stream_seed", lambda seed, module, *, pp, dp, cp: seed_of(seed, module, pp=pp, dp=0, cp=cp))
+
+
+def same_stream_for_all_modules(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(scope, "stream_seed", lambda seed, module, *, pp, dp, cp: seed + 1000 * pp + 100 * dp + 10 * cp)
+
+
+WRONG_STREAMS = {  # a check refuses what draws random numbers: these are for a test of their own
+    "replicas draw the same dropout": same_seed_on_all_replicas,
+    "modules draw the same dropout": same_stream_for_all_modules,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", WRONG_STREAMS.values(), ids=WRONG_STREAMS)
+def test_a_wrong_random_stream_is_caught_by_its_own_test(plant, monkeypatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(RankFailure, match="AssertionError"):
+        test_dropout.test_masks_are_equal_on_tp_replicas_and_nowhere_else()
