@@ -60,10 +60,10 @@ def model(args):
     return Any2Any.from_args(args, workload_from_args(args))
 
 
-def groups_of(group, stage: int = 0) -> ProcessGroupCollection:
+def groups_of(group, stage: int = 0, num_stages: int = 1) -> ProcessGroupCollection:
     """Every group is `group`, except that the rank in pp is `stage`."""
     groups = ProcessGroupCollection(**{f.name: group for f in fields(ProcessGroupCollection)})
-    groups.pp = SimpleNamespace(rank=lambda: stage, size=lambda: 1)
+    groups.pp = SimpleNamespace(rank=lambda: stage, size=lambda: num_stages)
     return groups
 
 
@@ -77,7 +77,8 @@ def build_stages(model):
             layout = Layout(pp=pp.get(name, 1))
             placed = ModulePlan(ranks=RankSet.of(range(layout.pp)), layout=layout)
             stages[name] = [
-                model.build_stage(name, placed, stage, groups_of(dist.group.WORLD, stage)) for stage in range(layout.pp)
+                model.build_stage(name, placed, stage, groups_of(dist.group.WORLD, stage, layout.pp))
+                for stage in range(layout.pp)
             ]
         return stages
 

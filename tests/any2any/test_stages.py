@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mosaic.any2any.data import DigitsDataset, SampleWriter, collate
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix
-from tests.any2any.conftest import inputs_of
+from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.runtime.parameters import whole_name
+from tests.any2any.conftest import groups_of, inputs_of
 
 
 @pytest.fixture
@@ -158,6 +162,31 @@ def test_pipeline_equals_one_stage(model, build_stages, run_model, batch, degree
                 torch.testing.assert_close(parameter.grad, expected[full_key].grad)
                 seen.add(full_key)
         assert seen == set(expected)
+
+
+@pytest.mark.parametrize("name", ["vision", "generator"])
+def test_layer_ranges_of_one_rank_are_the_whole_module(model, build_stages, name):
+    """Virtual stages with pp 1: parameters, and what a checkpoint calls them and where it puts them."""
+    (whole,) = build_stages()[name]
+    placed = ModulePlan(ranks=RankSet.of([0]), layout=Layout(vpp=4))
+    parts = [model.build_stage(name, placed, 0, groups_of(dist.group.WORLD), chunk) for chunk in range(4)]
+    assert [len(part.block.layers) for part in parts] == [1] * 4
+    assert {whole_name(part, key) for part in parts for key, _ in part.named_parameters()} == {
+        key for key, _ in whole.named_parameters()
+    }
+
+    metadata = {"dp_cp_group": dist.group.WORLD}
+
+    def saved(stage):
+        tensors = [
+            each
+            for each in stage.sharded_state_dict("m.", metadata=metadata).values()
+            if isinstance(each, ShardedTensor)
+        ]
+        return {(each.key, each.global_shape, each.global_offset) for each in tensors}
+
+    found = [saved(part) for part in parts]
+    assert set.union(*found) == saved(whole) and sum(map(len, found)) == len(saved(whole))
 
 
 def load_split_weights(whole, stages):
