@@ -87,11 +87,13 @@ def cases(microbatches: int) -> dict[str, tuple[dict[str, tuple[str, Layout]], i
     apart = {"vision": ("0-7", eight), "llm": ("8-23", sixteen), "generator": ("24-31", eight)}
     shared = {"vision": ("0-7", eight), "llm": ("0-15", sixteen), "generator": ("8-15", eight)}
     large = {"vision": ("0-4095", Layout(dp=4096)), "llm": ("4096-102399", Layout(tp=8, pp=16, dp=768))}
+    everywhere = {"vision": ("0-102399", Layout(tp=2, dp=51200)), "llm": ("0-102399", Layout(tp=8, pp=16, dp=800))}
     return {
         "ranks apart": (apart, microbatches, AnalyticCosts),
         "ranks shared": (shared, microbatches, AnalyticCosts),
         f"ranks shared, on {CORES} cores": (shared, microbatches, CrowdedCosts),
-        "102,400 ranks, 64 microbatches": (large, 64, AnalyticCosts),
+        "102,400 ranks apart, 64 microbatches": (large, 64, AnalyticCosts),
+        "102,400 ranks shared, 64 microbatches": (everywhere, 64, AnalyticCosts),
     }
 
 
@@ -104,15 +106,15 @@ def measure(name: str, microbatches: int) -> dict[str, float]:
     built = time.process_time()
     price = replace(CostModel(workload, cluster).price(plan), source=costs(cluster, DEFAULT_SETUP))
     priced = time.process_time()
-    program = fold(schedule, price.work.graph)
+    program = fold(schedule, price.work.graph, price.work.replicas.classes)
     folded = time.process_time()
     job_s = [price.costs[lane].seconds(kind) for lane, kind in program.jobs]
     lag_s = [0.0] + [price.transfer_s(since, to) for since, to in program.links[1:]]
     ready = time.process_time()
-    run_clock(program, job_s, lag_s, price.machine)
+    run_clock(program, job_s, lag_s, price.machine_of(program.lane_of, price.work.replicas.share))
     done = time.process_time()
     return {
-        "actions": len(program.lane),
+        "actions": len(program.slots),
         "build_s": built - began,
         "price_s": priced - built + ready - folded,
         "fold_s": folded - priced,

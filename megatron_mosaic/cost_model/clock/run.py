@@ -138,11 +138,12 @@ def _find_waits(program: Program, lag_s: Sequence[float]) -> tuple[list[list[tup
     count: list[int] = []
     latest = [-1] * program.num_resources  # resource -> the row there so far
     for row, (slots, need, link, more) in enumerate(zip(program.slots, program.need, program.link, program.more_needs)):
-        waits = 0
+        waits, waited = 0, -1
         for each in program.resources[slots]:
             before = latest[each]
             latest[each] = row
-            if before >= 0:
+            if before >= 0 and before != waited:
+                waited = before  # a slot's resources most often have the same row before
                 after[before].append((row, 0.0))
                 waits += 1
         if need:
@@ -165,8 +166,9 @@ def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[f
     under_way = [(0.0, row) for row, waits in enumerate(count) if not waits]  # heap of (arrival, row)
     at_work: list[tuple[float, int]] = []  # heap of (done at that much work, row)
     now = work = 0.0
-    busy, rate = 0, 1.0
+    busy, cores = 0, machine.cores
     while at_work or under_way:
+        rate = cores / busy if busy > cores else 1.0
         done_s = now + (at_work[0][0] - work) / rate if at_work else inf
         if under_way and under_way[0][0] <= done_s:
             then, row = heappop(under_way)
@@ -185,5 +187,4 @@ def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[f
                 count[waiting] -= 1
                 if not count[waiting]:
                     heappush(under_way, (arrival[waiting], waiting))
-        rate = machine.rate(busy)
     return starts, ends
