@@ -22,6 +22,7 @@ from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.training import Format, TrainingSetup
+from megatron_mosaic.schedules import SCHEDULES
 from tests.cases import make_profile
 from tests.goldens import assert_golden
 
@@ -107,7 +108,11 @@ def test_compare(capsys):
     by_name = {row["name"]: row for row in rows}
     assert by_name["homogeneous"]["speedup"] == 1.0
     assert by_name["mosaic"]["speedup"] == pytest.approx(by_name["homogeneous"]["step_s"] / by_name["mosaic"]["step_s"])
-    assert by_name["mosaic"]["step_s"] <= min(row["step_s"] for row in rows if row["feasible"])
+    assert by_name["mosaic"]["step_s"] <= min(by_name[name]["step_s"] for name in ("homogeneous", "disaggregated"))
+    for name in SCHEDULES:
+        row = by_name[f"schedule {name}"]
+        assert row["step_s"] > 0 and 0 < row["bubble_frac"] < 1 and row["peak_bytes"] > 0
+        assert row["fits"] == (row["peak_bytes"] <= 0.9 * 80e9)
     status, out, _ = run(capsys, "compare", *VLM)
     assert status == 0
     assert "homogeneous" in out

@@ -20,6 +20,7 @@ PUBLISHED = {
     "vit_10b_70b": {"vision": 10.0, "llm": 69.0},
     "vit_2_4b_70b": {"vision": 2.4, "llm": 69.0},
     "vit_1b_12b": {"vision": 1.0, "llm": 12.0},
+    "omni_8b": {"audio": 0.637, "vision": 0.412, "llm": 8.03 - 0.525, "generator": 2.52},  # with one vocabulary matrix
     "vlm_7b": {"vision": 0.632, "llm": 6.74},
 }
 # Logits share the embedding and projectors have one matrix here; Unified-IO 2 has attention across, which is left out
