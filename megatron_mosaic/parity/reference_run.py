@@ -27,7 +27,8 @@ def main(directory: str, measure_rounding: bool) -> int:
     """
     args, plan = parse_and_validate_args(workload_from_args, add_any2any_arguments, MEGATRON_DEFAULTS)
     dist.init_process_group("gloo", world_size=1, rank=0)
-    model_parallel_cuda_manual_seed(args.seed, tp_rank=0, ep_rank=0, etp_rank=0)
+    # Weights are drawn by name. Whatever else draws random numbers shall not repeat itself by its seed.
+    model_parallel_cuda_manual_seed(args.seed + measure_rounding, tp_rank=0, ep_rank=0, etp_rank=0)
     groups = Grids(RankView.of(plan, 0), timeout=timedelta(minutes=1)).alone_view()
     definition = Any2Any.from_args(args, workload_from_args(args))
     reference = Reference(definition, groups, args)

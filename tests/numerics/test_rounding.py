@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mosaic.any2any import definition
 from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.parity.verdict import MOST_EXCUSED, TOLERANCE, gradient_error
 from megatron_mosaic.plan import Layout
@@ -19,7 +20,7 @@ from megatron_mosaic.plan.workload import Edge, Role, Workload
 from megatron_mosaic.plan.workload_file import format_workload
 from megatron_mosaic.runtime import model
 from tests.cases import make_plan
-from tests.numerics import parity_cases  # noqa: F401  loads the runtime before ranks are forked
+from tests.numerics import parity_cases
 from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
 ENCODERS = (module("encoder0", Role.encoder), module("encoder1", Role.encoder), module("routed", Role.encoder))
@@ -72,6 +73,19 @@ def test_its_being_wrong_by_a_hundredth_is_still_found(parity, monkeypatch) -> N
     found = parity()
     assert not found.ok and found.worst_parameter == f"routed/{ROUTER} in step 0"
     assert found.grad_rel_err_by_module["encoder0"] <= TOLERANCE
+
+
+@pytest.mark.dist
+def test_a_reference_that_does_not_repeat_itself_excuses_nothing(tmp_path, monkeypatch) -> None:
+    """Dropout by a way that no table refuses: of each side another one."""
+    config_from_args = definition.config_from_args
+    monkeypatch.setattr(
+        definition, "config_from_args", lambda *args: replace(config_from_args(*args), hidden_dropout=0.1)
+    )
+    found = check_plan(parity_cases.written(parity_cases.ONE_RANK, tmp_path), steps=1)
+    assert not found.ok and found.grad_rel_err_max > 0.1
+    assert max(found.unrepeatable.values()) > 0.1 and not found.ill_conditioned
+    assert "the reference itself does not repeat" in "\n".join(found.sentences)
 
 
 @given(st.floats(1e-9, 1e-1), st.floats(1e-9, 1e-1))
