@@ -14,9 +14,11 @@ from functools import partial
 
 import torch
 
+from megatron_mosaic.colocation import threads
 from megatron_mosaic.colocation.lane import Caps, LaneInfo, Lanes, host_clock
 from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.colocation.threads import TrackRun, Worker
+from megatron_mosaic.flight.process import watch_threads
 from megatron_mosaic.plan.quota import grant_cores, grant_quota
 from megatron_mosaic.schedules import Action
 
@@ -76,6 +78,7 @@ class ThreadLanes:
             track: Worker(f"mosaic-track-{track}", partial(_take_cores, cores.get(track, ()), info.granted))
             for track, info in infos.items()
         }
+        watch_threads([worker.ident for worker in self._workers.values()], threads.__file__)
 
     def run(self, program: RankProgram, perform: Callable[[Action], None]) -> None:
         run, grad_enabled = TrackRun(program, perform), torch.is_grad_enabled()
@@ -95,6 +98,7 @@ class ThreadLanes:
         pass
 
     def close(self) -> None:
+        watch_threads([], threads.__file__)
         for worker in self._workers.values():
             worker.close()
 

@@ -24,6 +24,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run, args=(prepare,), name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        """Of the thread."""
+        return self._thread.ident or 0
+
     def submit(self, work: Callable[[], None]) -> None:
         """Run it after all that was given before. It must not raise."""
         self._work.put(work)

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -84,6 +84,12 @@ def noted[**P, R](words: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return during
 
     return decorate
+
+
+def watch_threads(threads: Collection[int], waiting_room: str) -> None:
+    """Let the heart, if there is one, look at these threads beside the main one: see `Heart.watch`."""
+    if _begun is not None:
+        _begun.heart.watch(threads, waiting_room)
 
 
 def end_flight() -> None:

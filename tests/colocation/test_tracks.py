@@ -14,6 +14,7 @@ from megatron_mosaic.colocation.backend_cpu import CpuBackend
 from megatron_mosaic.colocation.executor import Executor
 from megatron_mosaic.colocation.program import RankProgram, modules_by_track
 from megatron_mosaic.errors import QuotaError, RankFailure
+from megatron_mosaic.flight.heart import Heart
 from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
 from megatron_mosaic.plan.quota import Quota
@@ -270,3 +271,29 @@ def test_quotas_above_the_device_are_refused_before_anything_runs() -> None:
         load_training_schedule(plan, WORKLOAD, None)
     assert "llm" in refused.value.where and "vision" in refused.value.where and "ranks 0" in refused.value.where
     assert refused.value.got == "0.6 + 0.6 = 1.2" and "vision: 0.5" in refused.value.fix
+
+
+@pytest.mark.filterwarnings("ignore:3 tracks")
+def test_the_heart_sees_a_lane_that_works_and_not_who_waits_for_it(tmp_path, monkeypatch) -> None:
+    """The main thread waits for its lanes, and lanes for each other: the rank is busy where the work is."""
+    monkeypatch.setattr("megatron_mosaic.flight.heart.BEAT_S", 0.02)
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    heart = Heart(0, tmp_path)
+    monkeypatch.setattr("megatron_mosaic.colocation.backend_cpu.watch_threads", heart.watch)
+    lanes = CpuBackend().open({0: 0.4, 1: 0.3, 2: 0.3})
+    places = set()
+
+    def perform(action, clock):
+        if str(action) == "vision.0F0":
+            for _ in range(40):
+                time.sleep(0.02)
+                pulse = read_lines(tmp_path)[0].pulse
+                places.update([pulse.place.partition(" ")[0]] if pulse and pulse.place else [])
+        return clock(), clock()
+
+    executor = Executor(PLAN, WORKLOAD, 0, SCHEDULE, lanes)
+    executor.run(executor.program(SCHEDULE.num_microbatches), perform)
+    lanes.close()
+    assert places and not places & {"join", "_wait_for_needs", "_run"}, places
+    time.sleep(0.1)
+    assert "test_tracks.py" in read_lines(tmp_path)[0].pulse.place, "the main thread is looked at again"
