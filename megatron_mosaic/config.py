@@ -176,8 +176,13 @@ def load_workload(overrides: Sequence[str]) -> Workload:
 def compose_sections(overrides: Sequence[str], cluster: Mapping[str, Any] | None = None) -> Sections:
     """The composed and checked configuration. `cluster`: values that the overrides start from, of no file of conf."""
     _validate_words(overrides)
+    return validate_sections(_compose(overrides, cluster))
+
+
+def validate_sections(data: Any) -> Sections:
+    """What Hydra composed, checked. ConfigError names the key."""
     try:
-        return Sections.model_validate(_compose(overrides, cluster))
+        return Sections.model_validate(data)
     except ValidationError as error:
         raise ConfigError(**describe_violation(error, known="a key of this group")) from error
 
