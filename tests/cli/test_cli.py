@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mosaic.cli.main import COMMANDS, main
+from megatron_mosaic.cli.main import COMMANDS, main, parse_arguments
 from megatron_mosaic.cli.output import print_json
 from megatron_mosaic.cli.train import render_losses
 from megatron_mosaic.config import load_workload
@@ -219,8 +219,6 @@ def test_a_failed_rank_is_an_answer(capsys, monkeypatch):
 
 
 def test_train_hands_unknown_words_on(monkeypatch):
-    from megatron_mosaic.cli.main import parse_arguments
-
     arguments = parse_arguments(["train", "plan.yaml", "--train-iters", "5", "--json", "--lr", "1e-3"])
     assert arguments.megatron_args == ["--train-iters", "5", "--lr", "1e-3"]
     assert arguments.json
@@ -392,3 +390,10 @@ def test_planner_starts_without_torch():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["predicted"]["step_s"] > 0
     assert done.stderr.split() == []
+
+
+def test_names_of_a_config_dir(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").touch()
+    words = ["plan", "model=mine", "cluster=h100_8x8", "--config-dir", str(tmp_path)]
+    assert parse_arguments(words).overrides == [f"model={tmp_path}/model/mine.yaml", "cluster=h100_8x8"]
