@@ -27,7 +27,7 @@ PUBLISHED = Path(calibration.__file__).parent
 GPU_TYPES = PUBLISHED.parent / "hardware" / "gpu_types"
 FAMILIES = {
     "ampere": ("a100_sxm_80gb", "a100_sxm_40gb"),
-    "hopper": ("h100_sxm", "h200_sxm"),
+    "hopper": ("h100_sxm", "h200_sxm", "h100_sxm_96gb"),
     "blackwell": ("b200_sxm", "b300_sxm", "gb200", "gb300"),
 }
 EVERY = 3  # of files with more than 150 rows, every third row is enough to fit seven numbers

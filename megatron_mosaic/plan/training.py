@@ -50,6 +50,7 @@ class Recomputed(StrEnum):
     mlp = "mlp"  # of a layer without experts
     moe_act = "moe_act"  # activation functions of the experts
     moe = "moe"
+    op = "op"  # torchtitan's: everything but attention and every second matrix product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,9 @@ class AnalyticCompute:
     def _parts_again_s(self, work: StageWork, kernels: Work, sms: int) -> float:
         """The forward of the parts of a layer that selective recomputation is about."""
         gpu, setup, parts = self.gpu, self.setup, self.setup.recomputed
+        if Recomputed.op in parts:
+            products = sum(gemm_s(gpu, gemm, sms, setup.format) for gemm in kernels.gemms)
+            return products / 2 + stream_s(gpu, kernels.moved_bytes, sms)
         seconds = core_s(gpu, kernels, sms) if Recomputed.core_attn in parts else 0.0
         if Recomputed.layernorm in parts:
             seconds += stream_s(gpu, kernels.norm_bytes, sms)

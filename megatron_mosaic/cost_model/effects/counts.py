@@ -167,6 +167,9 @@ def count_activation_bytes(
         masks = 2.0 if dropout else 0.0
         norms = 0.0 if Recomputed.layernorm in recomputed else 2 * product
         between = (4.0 + norms + masks) * h / (tp if split else 1)
+        if Recomputed.op in recomputed:  # the layer's input, attention's output, half of what its products make
+            made = 2.0 * (q + 2 * _kv_size(module)) + f_kept * (4.0 if module.gated else 2.0)
+            return scale * s * ((2.0 + 2.0) * h / (tp if split else 1) + (2.0 * q + made / 2) / tp)
         return scale * s * (between + (divided + matrix) / tp)
     if part is Part.pre:
         return scale * s * 2.0 * module.input_size

@@ -34,7 +34,7 @@ BOUNDS = {
     "gemm_efficiency_frac": (0.45, 0.75, 0.95),
     "attention_efficiency_frac": (0.2, 0.5, 0.85),
     "bandwidth_frac": (0.3, 0.75, 0.93),
-    "intra_frac": (0.6, 0.8, 0.93),
+    "intra_frac": (0.4, 0.8, 0.93),
     "network_frac": (0.3, 0.8, 0.93),
     "half_depth": (10.0, 200.0, 1000.0),
     "launch_s": (2e-6, 12e-6, 40e-6),

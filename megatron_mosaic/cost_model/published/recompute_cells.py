@@ -55,7 +55,9 @@ def _read(text: str, stage_layers: int) -> Recomputation:
     parts = {part for part in Recomputed if part.value in words}
     if tokens & _CORE:
         parts.add(Recomputed.core_attn)
-    if unknown := words & {"mla_up_proj", "shared_experts", "op", "ops"}:
+    if tokens & {"op", "ops"}:
+        parts.add(Recomputed.op)
+    if unknown := words & {"mla_up_proj", "shared_experts"}:
         raise Refusal(f"recompute is {text[:60]!r}: {', '.join(sorted(unknown))} alone is not modelled")
     if "per layer" in text.lower() or tokens & _FULL:
         share = re.search(r"(\d+) (?:of|/) ?(\d+)", text.lower())

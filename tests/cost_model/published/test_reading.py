@@ -54,6 +54,7 @@ def full(layers_frac: float = 1.0) -> Recomputation:
         ("selective(core_attn)", selective("core_attn"), selective("core_attn")),
         ("--recompute-activations (selective)", selective("core_attn"), selective("core_attn")),
         ("mlp", selective("mlp"), selective("mlp")),
+        ("selective op", selective("op"), selective("op")),
         ("core_attn, mlp", selective("core_attn", "mlp"), selective("core_attn", "mlp")),
         ("selective (layernorm moe_act)", selective("layernorm", "moe_act"), selective("layernorm", "moe_act")),
         ("encoder: full; LLM: not stated", NONE, full()),
@@ -65,9 +66,7 @@ def test_recomputation_is_read_for_each_module(cell, backbone, encoder):
     assert read_recompute(cell, 6) == (backbone, encoder)
 
 
-@pytest.mark.parametrize(
-    "cell", ["generator: full; llm: none", "op", "mla_up_proj", "as usual", "llm: full; llm: none"]
-)
+@pytest.mark.parametrize("cell", ["generator: full; llm: none", "mla_up_proj", "as usual", "llm: full; llm: none"])
 def test_recomputation_that_is_not_clear_is_refused(cell):
     with pytest.raises(Refusal, match="recompute is"):
         read_recompute(cell, 6)
@@ -95,6 +94,8 @@ def test_modules_of_a_plan_recompute_what_their_cell_says():
         ("A100", "a100_sxm_80gb"),
         ("A100/A800-80GB", "a100_sxm_80gb"),
         ("h100_80gb", "h100_sxm"),
+        ("H100-95GB HBM2e", "h100_sxm_96gb"),
+        ("H100 96GB 500W", "h100_sxm_96gb"),
         ("H100 80GB 700W", "h100_sxm"),
         ("DGX-GB200", "gb200"),
         ("B200-SXM", "b200_sxm"),
@@ -248,6 +249,28 @@ def test_recomputed_parts_keep_what_they_start_from():
     assert kept() - kept(Recomputed.layernorm) == tokens * 4 * h
     unfused = count_activation_bytes(LLM, Part.layer, 1, value_bytes=2, fused_attention=False, recomputed=CORE)
     assert unfused == kept()
+
+
+def test_every_second_product_again_is_between_nothing_and_all():
+    llama = {
+        "precision": "bf16",
+        "model": "Llama3 8B",
+        "n_gpus": "8",
+        "tp": "1",
+        "pp": "1",
+        "vpp": "",
+        "gpu": "H100-95GB",
+    }
+    llama |= {"num_microbatches": "", "mbs": "1", "gbs": "8", "seq_len": "8192", "zero_or_fsdp": "FSDP", "hidden": ""}
+    llama |= dict.fromkeys(("num_layers", "ffn_hidden", "heads", "kv_heads", "vocab"), "")
+    none, op, full = (estimate_case(case_of(GPT | llama, recompute=each)) for each in ("none", "selective op", "full"))
+    assert none.step_s < op.step_s < full.step_s
+    assert none.peak_bytes > op.peak_bytes > full.peak_bytes
+    # 32 layers of 8192 tokens: the input and attention's output, half of q k v, the projection, gate, up and down
+    kept = 32 * 8192 * (2 * 4096 + 2 * 4096 + (2 * (4096 + 2 * 1024) + 4 * 14336 + 2 * 4096 + 2 * 4096) / 2)
+    inputs = 32 * 8192 * 2 * 4096
+    layer = 8192 * (8 * 4096 + 4 * 4096 + 4 * 1024 + 6 * 14336)  # that full recomputation has there for a moment
+    assert op.peak_bytes - full.peak_bytes == pytest.approx(kept - inputs - layer, rel=0.01)
 
 
 def test_an_optimizer_that_fewer_ranks_share_weighs_more():
