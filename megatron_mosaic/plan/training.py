@@ -68,7 +68,9 @@ class TrainingSetup:
     cuda_graphs: bool = False  # layers are launched as a whole
     gradient_format: Format = Format.fp32  # of the buffer that gradients are added in, and of their traffic
     optimizer_shards: int = 0  # ranks that share one (`--num-distributed-optimizer-instances`); 0: all replicas
-    fused_loss: bool = False  # `--cross-entropy-loss-fusion`, which keeps another fp32 copy of the logits
+    # fp32 copies of the logits that the loss has at once: Megatron's one, `--cross-entropy-loss-fusion` two, torch's
+    # three (the logits, their logarithmic softmax, the gradient)
+    loss_copies: int = 1
     recomputed: frozenset[Recomputed] = frozenset({Recomputed.core_attn})  # where a module's recomputation is selective
     full_recompute_frac: float = 1.0  # of a stage's layers, those that full recomputation is about
     scatters_messages: bool = False  # between pipeline stages each tp rank sends a part: Megatron until 2022

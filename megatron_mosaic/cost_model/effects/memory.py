@@ -195,8 +195,8 @@ def _saved_head(work: StageWork, precision: Precision, setup: TrainingSetup) -> 
     kept = _kept_bytes(work, Part.post, precision, setup)
     value = precision.value_bytes
     logits = work.items * count_logits_bytes(work.module, work.layout.tp, value) / work.layout.cp
-    copy = logits * 4 / (value + 4) if setup.fused_loss else 0.0
-    return Memory(activations=kept - logits, logits=logits + copy)
+    copies = (setup.loss_copies - 1) * logits * 4 / (value + 4)
+    return Memory(activations=kept - logits, logits=logits + copies)
 
 
 def _workspace_bytes(work: StageWork, precision: Precision, setup: TrainingSetup) -> float:

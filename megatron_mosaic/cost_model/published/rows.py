@@ -266,7 +266,7 @@ def _setup(row: Row, backbone: ModuleConfig, again: Sequence[Recomputation]) -> 
         tp_overlap_frac=0.8 if number_format.is_low else 0.0,
         expert_overlap_frac=0.5 if number_format.is_low else 0.0,
         optimizer_shards=_optimizer_shards(row),
-        fused_loss="cross_entropy_loss_fusion" in row.get("model", ""),
+        loss_copies=_loss_copies(row),
         offloads_encoders=_says_offload(row.get("notes", "")),
         expert_dispatcher=Dispatcher.flex if number_format.is_low else Dispatcher.alltoall,
         recomputed=_common([each.parts for each in again if each.kind is Recompute.selective], Recomputation().parts),
@@ -280,6 +280,13 @@ def _optimizer_shards(row: Row) -> int:
         return int(stated[1])
     replicas = int(row["dp"]) if row.get("dp", "").isdigit() else 0
     return replicas // 2 if "multi_dist_optimizer_instances" in row.get("model", "") else 0
+
+
+def _loss_copies(row: Row) -> int:
+    """fp32 copies of the logits: those of torch's loss where its FSDP shards (Megatron's own is written FSDP=8)."""
+    if re.search(r"fsdp(?!=)|full_shard|fully_shard", row.get("zero_or_fsdp", "").lower()):
+        return 3
+    return 2 if "cross_entropy_loss_fusion" in row.get("model", "") else 1
 
 
 def _common[T](said: list[T], default: T) -> T:

@@ -273,6 +273,26 @@ def test_every_second_product_again_is_between_nothing_and_all():
     assert op.peak_bytes - full.peak_bytes == pytest.approx(kept - inputs - layer, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "sharding", "copies"),
+    [
+        ("GPT-3 175B", "", 1),
+        ("gpt3_mcore_te_tp2_pp2_cross_entropy_loss_fusion", "", 2),
+        ("GPT-3 175B", "FSDP FULL_SHARD", 3),
+        ("GPT-3 175B", "FSDP2", 3),
+        ("GPT-3 175B", "FSDP=64", 1),
+    ],
+)
+def test_losses_keep_copies_of_their_logits(name, sharding, copies):
+    setup = case_of(GPT, model=name, zero_or_fsdp=sharding, precision="bf16").setup
+    assert setup.loss_copies == copies
+    last = GPT | {"pp": "1", "n_gpus": "8", "vpp": "", "dp": "1", "num_microbatches": "64", "precision": "bf16"}
+    one = case_of(last)
+    several = replace(one, setup=replace(one.setup, loss_copies=copies))
+    added = estimate_case(several).peak_bytes - estimate_case(one).peak_bytes
+    assert added == (copies - 1) * 4 * 2048 * 51200 / 8  # one sequence a microbatch, tp8
+
+
 def test_an_optimizer_that_fewer_ranks_share_weighs_more():
     row = GPT | {"precision": "bf16", "zero_or_fsdp": "zero1=-1", "tp": "8", "pp": "1", "vpp": "", "n_gpus": "64"}
     row |= {"recompute": "none", "gbs": "64"}
