@@ -4,6 +4,8 @@ For every pair: seconds in turns on the whole device (twice: the noise), beside 
 streams and on every pair of quotas), the gain, and the gain that the interference model predicts, fitted to the other
 pairs only. Gradients beside are compared with those in turns. Under 3 minutes on a CPU, 10 on a GPU; --quick: 20 s.
 
+--training: the reference model's step under `overlap` on one rank as well, in turns and beside, runs in alternation.
+
 On a machine that others use, no ratio means anything: busy threads are compared with the clock before every pair, and
 the answer is `loaded: true`, without ratios, exit status 1. Exit status 1 as well if gradients differ.
 """
@@ -14,7 +16,9 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +173,47 @@ def copy_bytes_per_s(num_threads: int) -> float:
     return 2.0 * source.numel() * 4 / seconds
 
 
+PLAN = """\
+mosaic_plan: 1
+workload: any2any-digits
+world_size: 1
+global_batch_size: 16
+micro_batch_size: 2
+schedule: overlap
+modules:
+  vision: {ranks: '0', layout: {dp: 1}, quota: 0.5}
+  llm: {ranks: '0', layout: {dp: 1}, quota: 0.5}
+  generator: {ranks: '0', layout: {dp: 1}}
+"""
+
+
+def train_step_s(backend: str, steps: int) -> float:
+    """Seconds of the median step of one run."""
+    with tempfile.TemporaryDirectory() as directory:
+        plan = Path(directory) / "plan.yaml"
+        plan.write_text(PLAN)
+        words = ["--mosaic-quota-backend", backend, "--train-iters", str(steps), "--eval-iters", "0"]
+        command = [sys.executable, "-m", "megatron_mosaic.cli", "train", str(plan), *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(json.loads(done.stdout)["step_s"])
+
+
+def measure_training(is_gpu: bool, num_runs: int = 3) -> dict[str, float]:
+    """Seconds of a training step in turns and beside, medians of runs in alternation; noise: turns against turns."""
+    lanes, steps = ("green_context" if is_gpu else "cpu"), 40
+    turns: list[float] = []
+    beside: list[float] = []
+    for _ in range(num_runs):
+        turns.append(train_step_s("none", steps))
+        beside.append(train_step_s(lanes, steps))
+        turns.append(train_step_s("none", steps))
+    turns_s, beside_s = statistics.median(turns), statistics.median(beside)
+    noise = abs(statistics.median(turns[::2]) / statistics.median(turns[1::2]) - 1)
+    return {"turns_s": turns_s, "beside_s": beside_s, "gain": turns_s / beside_s, "noise_frac": noise}
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Gain of every pair, measured and predicted."""
     import matplotlib
@@ -193,6 +238,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append every row when it is measured")
     parser.add_argument("--png", type=Path, metavar="FILE.png", help="draw the gains (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--training", action="store_true", help="real training steps, too: a minute more")
     parser.add_argument("--quick", action="store_true", help="the smallest pairs, few rounds")
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -204,6 +250,8 @@ def main() -> int:
         loaded = loaded or bench.is_loaded()
         if loaded:
             break
+    training = measure_training(bench.is_gpu) if arguments.training and not loaded else None
+    loaded = loaded or bench.is_loaded()
     if not loaded:
         add_gains(rows, copy_bytes_per_s(bench.cores))
     result = {
@@ -211,6 +259,7 @@ def main() -> int:
         "noise_frac": max(row["noise_frac"] for row in rows),
         "parity_ok": all(row["parity_ok"] for row in rows),
         "seconds": time.perf_counter() - started,
+        "training": None if loaded else training,
         "pairs": [{key: value for key, value in row.items() if key != "measured"} for row in rows],
     }
     if arguments.png and not loaded:
@@ -224,7 +273,13 @@ def main() -> int:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """A line a pair."""
+    """A line a pair, and one for the training step."""
+    if result["training"]:
+        step = result["training"]
+        print(
+            f"training step: turns {1e3 * step['turns_s']:.1f} ms, beside {1e3 * step['beside_s']:.1f} ms, "
+            f"gain {step['gain']:.2f}, noise {step['noise_frac']:.2f}"
+        )
     if result["loaded"]:
         print("the machine is loaded: no ratios")
     for row in result["pairs"]:
