@@ -22,14 +22,19 @@ from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan import Layout, Plan, Recompute
+from megatron_mosaic.plan.workload import Edge, Role, Workload
+from megatron_mosaic.plan.workload_file import format_workload
 from megatron_mosaic.runtime import train
 from megatron_mosaic.runtime.dumps.reader import read_gradients
 from megatron_mosaic.runtime.lane_runner import LaneRunner
+from tests.cases import make_plan
 from tests.colocation.beside_cases import ONE_RANK, TWO_RANKS, beside
 from tests.numerics.parity_cases import any2any_plan, split_over_tp, written
+from tests.worlds import BACKBONE, ITEM_TOKENS, WIDTH, module
 
 pytestmark = pytest.mark.dist
 
+STEPS = 100
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 
 
@@ -143,7 +148,27 @@ def test_layouts_beside_compute_what_one_process_computes(plan, tmp_path, sleepy
 @pytest.mark.filterwarnings("ignore:. tracks")
 @pytest.mark.parametrize("plan", [TWO_RANKS, LAYOUTS["all tp2, sequence parallel"]], ids=["mixed", "sp"])
 def test_a_hundred_steps_beside_are_those_in_turns(plan, tmp_path, sleepy_lanes) -> None:
-    assert_same_to_the_bit(plan, tmp_path, 100, *DROPOUT)
+    assert_same_to_the_bit(plan, tmp_path, STEPS, *DROPOUT)
+
+
+def two_balanced_encoders(directory: Path) -> tuple[Plan, list[str]]:
+    """A made-up workload of two alike encoders, each beside the other and the backbone; the words that choose it."""
+    encoders = [module(name, Role.encoder, hidden_size=32) for name in ("left", "right")]
+    edges = tuple(Edge(source=e.name, target=BACKBONE, rows_per_item=ITEM_TOKENS, width=WIDTH) for e in encoders)
+    workload = Workload(name="balanced", modules=(*encoders, module(BACKBONE, Role.backbone)), edges=edges)
+    (directory / "model.yaml").write_text(format_workload(workload))
+    layouts = dict.fromkeys(("left", "right", BACKBONE), ("0", Layout()))
+    plan = make_plan(layouts, workload=workload, world_size=1, global_batch_size=8)
+    return beside(plan, left=0.25, right=0.25, llm=0.5), ["--workload", str(directory / "model.yaml")]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:. tracks")
+def test_two_balanced_encoders_beside_are_those_in_turns(tmp_path, sleepy_lanes) -> None:
+    plan, words = two_balanced_encoders(tmp_path)
+    assert_same_to_the_bit(plan, tmp_path, STEPS, *words)
+    parity = check_plan(written(plan, tmp_path), steps=2, megatron_args=words)
+    assert parity.ok, parity.as_dict()
 
 
 # -- what must not be shared, in the real runtime --------------------------------------------------------------------
