@@ -22,7 +22,7 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))
 # do, between the 0.81 and 0.92 of Dao 2023 (FlashAttention-2), figures 4 and 5
 _HEAD_LOSS = 24
 _LAYER_LAUNCHES, _MIXTURE_LAUNCHES = 20.0, 24.0  # kernels of a layer's forward, and what a mixture of experts adds
-_GRAPH_LAUNCH_S = 1e-6  # of a kernel inside a CUDA graph, which the device launches itself
+_GRAPH_LAUNCH_S = 1e-6  # of a kernel inside a CUDA graph, which the device launches itself; assumed, no source
 _ROPE_CHANNELS = 64  # of the decoupled key of latent attention (DeepSeek-V2, table 1; V3 keeps it)
 
 
