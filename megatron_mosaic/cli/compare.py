@@ -18,7 +18,18 @@ from megatron_mosaic.search.baselines import BASELINES, best_baseline, best_of_s
 from megatron_mosaic.search.find import SearchResult, find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 
-_COLUMNS = ("system", "step", "bubble", "peak", "fits", "speedup", "MFU", "backbone alone", "layout", "micro-batch")
+_COLUMNS = (
+    "system",
+    "step",
+    "bubble",
+    "peak",
+    "fits",
+    "speedup",
+    "MFU",
+    "of the backbone alone",
+    "backbone",
+    "micro-batch",
+)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -36,18 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print_table(
             f"{task.workload.name} on {task.cluster.name}",
-            (
-                "system",
-                "step",
-                "bubble",
-                "peak",
-                "fits",
-                "speedup",
-                "MFU",
-                "of the backbone alone",
-                "backbone",
-                "batch",
-            ),
+            _COLUMNS,
             list(map(_cells, rows)),
         )
     return 0
