@@ -77,7 +77,7 @@ sources: {bandwidth_frac: made up, launch_s: made up, half_depth: made up}
 PROFILE = format_profile(make_profile(DIGITS))
 SCHEDULE = format_schedule(build_schedule(parse_plan(PLAN), DIGITS))
 QUICK = ["model=any2any-digits", "workload.global_batch_size=8", "search.max_tp=2", "search.max_pp=2"]
-GPUS = [*QUICK, "cluster=h100_1x8"]
+GPUS = [*QUICK, "cluster=h100_1x8", "cluster.gpus_per_node=2"]  # a search of a second, also where a word is lost
 LINK_KEYS = [f"cluster.{link}.{key}" for link in ("intra", "inter") for key in ("bytes_per_s", "latency_s", "source")]
 CLUSTER_KEYS = ["cluster", "cluster.gpu", "cluster.kind", "cluster.num_nodes", "cluster.gpus_per_node", *LINK_KEYS]
 MODEL_KEYS = ["model", "model.name", "model.edges", "model.global_batch_size", "model.edges.0.width"] + [
