@@ -75,7 +75,7 @@ def test_a_job_goes_on_under_a_new_plan_as_one_that_nobody_stops(slurm, tmp_path
     plan, steps = write_plan(tmp_path, 2), 8
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     other = submit(slurm, plan, whole, "launcher=torchrun", f"train.train_iters={steps}")
-    job = submit(slurm, plan, cut, "launcher.min_nodes=1", f"train.train_iters={steps}")
+    job = submit(slurm, plan, cut, f"train.train_iters={steps}")
     tell(slurm, job, cut, at_step=2, signal="TERM")
     resize(slurm, job, 1)
     assert slurm.wait_for_end(other, whole) == "COMPLETED", log_of(whole)
@@ -111,7 +111,7 @@ def test_four_nodes_two_and_four_again(slurm, tmp_path, form) -> None:
     words = [f"launcher={form}", f"train.train_iters={steps}"]
     job = submit(slurm, plan, whole, *words)
     assert slurm.wait_for_end(job, whole) == "COMPLETED", log_of(whole)
-    job = submit(slurm, plan, cut, *words, "launcher.min_nodes=2")
+    job = submit(slurm, plan, cut, *words)
     draw = random.Random(17)
     for at_step, signal, nodes in ((draw.randint(2, 6), "USR1", 2), (draw.randint(11, 15), "USR2", 4)):
         tell(slurm, job, cut, at_step=at_step, signal=signal)
