@@ -29,6 +29,7 @@ from megatron_mosaic.plan.training import DEFAULT_SETUP, Format, TrainingOverrid
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.plan.workload_file import MODEL_FILE, Count, Items, ModelSection, make_workload
 from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation, parse_section
+from megatron_mosaic.search.pins import Exclusions, Pins, require_known
 from megatron_mosaic.search.space import SearchConfig
 from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
@@ -39,6 +40,9 @@ _OF_FILE = "~file"  # of `model` and `cluster`: those of the user's own file
 OWN_FILES = ("model", "cluster")  # groups that take one
 CLUSTER_FILE = FileKind(what="a cluster file like those in conf/cluster", error=ConfigError, fix="check the path")
 _SHORT = reprlib.Repr(maxstring=100)
+
+# Mappings of names that no file of conf holds: Hydra takes a new key with ++ only
+_OPEN = ("workload.items_per_sample.", "search.pin.", "search.exclude.")
 
 # What Hydra is asked to parse: its grammar takes time with the square of a word, and its other words (deletions,
 # packages, keys of hydra itself, interpolations of the environment) are none of ours.
@@ -54,10 +58,17 @@ class WorkloadSection(Schema):
 
 class SearchSection(Schema):
     max_tp: Count
+    max_cp: Count
     max_pp: Count
+    max_vpp: Count
+    max_ep: Count
     max_micro_batch_size: Count
     memory_frac: float
     min_gain_frac: float
+    time_budget_s: float
+    algorithm: str
+    pin: Pins
+    exclude: Exclusions
 
 
 class Sections(Schema):
@@ -122,6 +133,7 @@ def load_task(overrides: Sequence[str], *, profile_path: str | Path | None = Non
 def build_task(sections: Sections, *, profile_path: str | Path | None = None) -> Task:
     """The task of a composed configuration; reads the profile of cluster=local and the files of GPU types."""
     workload, section = build_workload(sections), sections.cluster
+    require_known(sections.search.pin, sections.search.exclude, workload)
     profile: Profile | None = None
     if isinstance(section, LocalClusterSection):
         _require_measured(sections.setup)
@@ -133,7 +145,7 @@ def build_task(sections: Sections, *, profile_path: str | Path | None = None) ->
     return Task(
         workload=workload,
         cluster=cluster,
-        search=SearchConfig(**sections.search.model_dump()),
+        search=SearchConfig(**dict(sections.search)),
         profile=profile,
         said=(name_cluster(section), sections.training),
         setup=sections.setup,
@@ -304,7 +316,8 @@ def _compose(overrides: Sequence[str], cluster: Mapping[str, Any] | None) -> Map
         if is_own_file(group, value):
             ConfigStore.instance().store(group=group, name=_OF_FILE, node=_literal(read_own_file(group, value)))
             word = f"{group}='{_OF_FILE}'"
-        words.append(word)
+        # a key that no file of conf holds is new
+        words.append(f"++{word.lstrip('+')}" if word.lstrip("+").startswith(_OPEN) else word)
     if cluster is not None:
         ConfigStore.instance().store(group="cluster", name=_OF_PLAN, node=_literal(cluster))
         words.insert(0, f"cluster='{_OF_PLAN}'")

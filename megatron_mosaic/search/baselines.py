@@ -1,76 +1,140 @@
-"""What others would do, as plans: the best of each family on the same cost model.
-
-homogeneous      one tp x pp x dp for all modules, all on all ranks (Megatron's usual way)
-disaggregated    every module alone on its own block of ranks (DistTrain, MIMO's non-colocated mode)
-
-And what each schedule makes of modules that share all ranks: the backbone in a pipeline, the others data-parallel.
-"""
+"""What others would do, as plans: the best of each family on the same cost model and in the same space."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import islice, product
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
+from megatron_mosaic.plan.workload import ModuleConfig
+from megatron_mosaic.search.compose import Composer, Shape
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
+from megatron_mosaic.search.pins import Pins
 from megatron_mosaic.search.space import Space
 
-MAX_SPLITS = 4096  # of the ranks among modules; more are not enumerated
+_SKETCHES = 8  # of each shape that are priced
 
 
-def homogeneous_plans(space: Space) -> Iterator[Plan]:
-    """All modules in one layout on all ranks."""
-    everyone = RankSet.block(0, space.cluster.num_ranks)
-    per_module = [set(space.layouts(module, len(everyone))) for module in space.workload.modules]
-    for layout in sorted(set.intersection(*per_module), key=lambda x: (x.tp, x.pp)):
-        placed = ModulePlan(ranks=everyone, layout=layout)
-        for size in space.micro_batch_sizes(layout.dp):
-            yield space.make_plan(size, {module.name: placed for module in space.workload.modules})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A family of plans: who runs it so, and its plans; `finish` makes variants of the best one."""
+
+    source: str
+    plans: Callable[[Space, Evaluator], Iterator[Plan]]
+    finish: Callable[[Plan, Space], Iterator[Plan]] = field(default=lambda plan, space: iter(()))
 
 
-def rank_splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Ways to give all ranks to `parts` modules in turn, each at least one."""
-    if parts == 1:
-        yield (total,)
-        return
-    for first in range(1, total - parts + 2):
-        for rest in rank_splits(total - first, parts - 1):
-            yield (first, *rest)
+def best_baseline(name: str, space: Space, evaluator: Evaluator) -> Candidate | None:
+    """The fastest feasible plan of a family, or None."""
+    baseline = BASELINES[name]
+    best = best_of((p for p in baseline.plans(space, evaluator) if space.allows(p)), evaluator)
+    if best is None:
+        return None
+    better = [p for p in baseline.finish(best.plan, space) if space.allows(p)]
+    return best_of(better, evaluator, below_s=best.step_s) or best
 
 
-def disaggregated_plans(space: Space) -> Iterator[Plan]:
-    """Every module on its own consecutive ranks, each in the layout that its bare work likes best: lowest tp first."""
+def homogeneous_plans(space: Space, evaluator: Evaluator | None = None) -> Iterator[Plan]:
+    """All modules in one layout on as many ranks as they can fill, recomputed alike, without virtual stages."""
     modules = space.workload.modules
-    if space.cluster.num_ranks < len(modules):
+    for size in space.sizes():
+        layouts = set.intersection(*(set(space.layouts(module, size)) for module in modules))
+        for layout in sorted(layouts, key=lambda x: (x.tp, x.cp, x.pp)):
+            yield from _alike(space, layout, RankSet.block(0, size))
+        if layouts:
+            return
+
+
+def _alike(space: Space, layout: Layout, ranks: RankSet) -> Iterator[Plan]:
+    modules = space.workload.modules
+    splits = {m.name: space.sequence_parallel(m, layout)[:1] for m in modules}
+    if not all(splits.values()):
         return
-    for split in islice(_useful_splits(space), MAX_SPLITS):
-        starts = [sum(split[:i]) for i in range(len(split))]
-        sets = [RankSet.block(start, size) for start, size in zip(starts, split)]
-        choices = [space.layouts(module, size) for module, size in zip(modules, split)]
-        backbone = [module.name for module in modules].index(space.workload.backbone.name)
-        for layouts in product(*(_few(choice) for choice in choices)):
-            for size in space.micro_batch_sizes(layouts[backbone].dp):
-                yield space.make_plan(
-                    size,
-                    {m.name: ModulePlan(ranks=r, layout=x) for m, r, x in zip(modules, sets, layouts)},
-                )
+    for again in space.recomputes(space.workload.backbone):
+        placed = {
+            m.name: ModulePlan(
+                ranks=ranks,
+                layout=layout,
+                unit=1,
+                recompute=again if again in space.recomputes(m) else space.recomputes(m)[0],
+                sequence_parallel=splits[m.name][0],
+            )
+            for m in modules
+        }
+        for size in space.micro_batch_sizes(layout.dp):
+            yield space.make_plan(size, placed, ScheduleChoice("1f1b"))
 
 
-def _few(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
-    """The layouts with the least communication for each pipeline depth: lowest tp first, at most three."""
-    return tuple(sorted(layouts, key=lambda x: (x.tp * x.pp, x.pp))[:3])
+def _interleaved(plan: Plan, space: Space) -> Iterator[Plan]:
+    """The plan with virtual stages of the backbone."""
+    backbone = space.workload.backbone
+    placed = plan.modules[backbone.name]
+    for layout in space.chunked(backbone, placed.layout)[1:]:
+        modules = {**plan.modules, backbone.name: replace(placed, layout=layout)}
+        yield replace(plan, modules=modules, schedule=ScheduleChoice("interleaved"))
 
 
-def _useful_splits(space: Space) -> Iterator[tuple[int, ...]]:
-    """Splits in which every module has a layout; on large clusters only the backbone's count is odd."""
-    total, parts = space.cluster.num_ranks, len(space.workload.modules)
-    grain = max(1, total // 8)
-    for split in rank_splits(total // grain, parts):
-        sizes = tuple(size * grain for size in split)
-        if sum(sizes) == total and all(space.layouts(m, n) for m, n in zip(space.workload.modules, sizes)):
-            yield sizes
+def encoder_first_plans(space: Space, evaluator: Evaluator) -> Iterator[Plan]:
+    """Modules one behind the other as stages of one pipeline: the backbone's tp and dp for all, on their own ranks."""
+    workload, n = space.workload, space.cluster.num_ranks
+    for size in space.sizes():
+        for layout in space.layouts(workload.backbone, size):
+            for pp in (1, 2, 4):
+                placed = _chain(space, layout, pp)
+                if placed is not None and sum(len(p.ranks) for p in placed.values()) <= n:
+                    for micro_batch in space.micro_batch_sizes(layout.dp):
+                        yield space.make_plan(micro_batch, placed, ScheduleChoice("1f1b"))
+
+
+def _chain(space: Space, backbone: Layout, pp: int) -> dict[str, ModulePlan] | None:
+    """Blocks of ranks, one behind the other; None where a module cannot be laid out so, or ranks lack."""
+    placed, first = dict[str, ModulePlan](), 0
+    for module in space.workload.modules:
+        layout = backbone
+        if module is not space.workload.backbone:
+            layout = Layout(tp=backbone.tp, pp=pp, dp=backbone.dp)
+            if layout not in space.layouts(module, layout.num_ranks):
+                return None
+        splits = space.sequence_parallel(module, layout)
+        if not splits or first + layout.num_ranks > space.cluster.num_ranks:
+            return None
+        placed[module.name] = ModulePlan(
+            ranks=RankSet.block(first, layout.num_ranks),
+            layout=layout,
+            unit=1,
+            recompute=space.recomputes(module)[0],
+            sequence_parallel=splits[0],
+        )
+        first += layout.num_ranks
+    return placed
+
+
+def _composed(shape: Shape, schedule: str, others: Mapping[str, Any]) -> Callable[[Space, Evaluator], Iterator[Plan]]:
+    """The leading sketches of one shape under one schedule, with pins on every module beside the backbone."""
+
+    def plans(space: Space, evaluator: Evaluator) -> Iterator[Plan]:
+        pinned = _pinned(space, others)
+        if ScheduleChoice(schedule) not in space.schedules(is_chunked=False):
+            return
+        for sketch in Composer(pinned, evaluator.model).sketches(_SKETCHES):
+            if sketch.shape is shape:
+                yield replace(sketch.plan, schedule=ScheduleChoice(schedule))
+
+    return plans
+
+
+def _pinned(space: Space, others: Mapping[str, Any]) -> Space:
+    """The space with pins on every module beside the backbone; the user's own pins win."""
+    pin = space.config.pin.model_dump(exclude_none=True)
+
+    def merged(module: ModuleConfig) -> dict[str, Any]:
+        own = pin.get(module.name, {})
+        return {**others, **own, "layout": {**others.get("layout", {}), **own.get("layout", {})}}
+
+    modules = {m.name: merged(m) for m in space.workload.modules if m is not space.workload.backbone}
+    return replace(space, config=replace(space.config, pin=Pins.model_validate({**pin, **modules})))
 
 
 def schedule_plans(space: Space, name: str) -> Iterator[Plan]:
@@ -91,7 +155,7 @@ def schedule_plans(space: Space, name: str) -> Iterator[Plan]:
             continue
         placed = {backbone.name: ModulePlan(ranks=everyone, layout=replace(layout, vpp=vpp)), **others}
         for size in space.micro_batch_sizes(layout.dp):
-            yield replace(space.make_plan(size, placed), schedule=ScheduleChoice(name))
+            yield space.make_plan(size, placed, ScheduleChoice(name))
 
 
 def best_of_schedule(name: str, space: Space, evaluator: Evaluator) -> Candidate | None:
@@ -109,12 +173,35 @@ def best_of_schedule(name: str, space: Space, evaluator: Evaluator) -> Candidate
     return Candidate(plan=smallest, step_s=evaluator.simulate(smallest).step_s)
 
 
-BASELINES: dict[str, Callable[[Space], Iterator[Plan]]] = {
-    "homogeneous": homogeneous_plans,
-    "disaggregated": disaggregated_plans,
+BASELINES: dict[str, Baseline] = {
+    "homogeneous": Baseline(
+        source="Megatron-LM (Narayanan et al. 2021, Korthikanti et al. 2022): one layout for all",
+        plans=homogeneous_plans,
+        finish=_interleaved,
+    ),
+    "encoder_first": Baseline(source="Megatron-LM: encoder as the first pipeline stages", plans=encoder_first_plans),
+    "disaggregated": Baseline(
+        source="DistTrain (arXiv 2408.04275): every module on its own ranks",
+        plans=_composed(Shape.disjoint, "1f1b", {"unit": 1}),
+    ),
+    "bubble_filling": Baseline(
+        source="Optimus (arXiv 2408.03505): encoder work in the backbone's bubbles",
+        plans=_composed(Shape.colocated, "bubble_fill", {}),
+    ),
+    "three_phase": Baseline(
+        source="MIMO (arXiv 2605.27678), colocated: all encoder forwards, backbone, all encoder backwards",
+        plans=_composed(Shape.colocated, "three_phase", {"layout": {"pp": 1}}),
+    ),
+    "nested": Baseline(
+        source="BigMac (arXiv 2605.25451): encoder units nested into the backbone's pipeline",
+        plans=_composed(Shape.colocated, "nested", {"layout": {"pp": 1}}),
+    ),
+    "decoupled_encoder": Baseline(
+        source="Kimi K2.5 (arXiv 2602.02276): encoders replicated on all ranks, their forward run again",
+        plans=_composed(Shape.colocated, "three_phase", {"layout": {"tp": 1, "pp": 1}, "recompute": "whole"}),
+    ),
+    "spatial_sharing": Baseline(
+        source="Mosaic (arXiv 2605.18710): modules beside each other on shares of a device",
+        plans=_composed(Shape.colocated, "overlap", {"layout": {"pp": 1}}),
+    ),
 }
-
-
-def best_baseline(name: str, space: Space, evaluator: Evaluator) -> Candidate | None:
-    """The fastest feasible plan of a family, or None."""
-    return best_of(BASELINES[name](space), evaluator)

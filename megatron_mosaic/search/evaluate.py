@@ -11,10 +11,11 @@ from enum import StrEnum
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.cost_model.price import StepPrice
 from megatron_mosaic.cost_model.simulate import Simulation, estimate_step, simulate, simulate_planned
-from megatron_mosaic.errors import ProfileError
+from megatron_mosaic.errors import PlanError, ProfileError, ScheduleError
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions
+from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions, validate_plan
 
+MAX_ESTIMATES = 24  # of one list of candidates, those of the lowest bounds
 ESTIMATE_MARGIN = 1.05  # estimates within this factor of the best are simulated; the largest error seen is 4.9 %
 
 
@@ -26,14 +27,15 @@ class Verdict(StrEnum):
     too_large = "needs more memory than a device has"
     too_long = "has more actions in a step than can be laid out"
     not_measured = "the profile has no point for it"
+    illegal = "cannot run, or its schedule cannot order it"
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
     """Asks the cost model about plans and remembers the answers. `counts` says what became of how many plans.
 
-    `unmeasured` is the first error of a plan that the profile has no point for; `smallest_bytes`, what the smallest of
-    the plans that were too large would need.
+    `unmeasured` is the first error of a plan that the profile has no point for; `smallest_bytes`, what `smallest`, the
+    smallest of the plans that were too large, would need.
     """
 
     model: CostModel
@@ -41,6 +43,7 @@ class Evaluator:
     counts: Counter[Verdict] = field(default_factory=Counter)
     unmeasured: ProfileError | None = None
     smallest_bytes: float = math.inf
+    smallest: Plan | None = None
     _estimate_s: dict[Plan, float] = field(default_factory=dict)
     _step_s: dict[Plan, float] = field(default_factory=dict)
     _bound_s: dict[Plan, float] = field(default_factory=dict)
@@ -78,35 +81,45 @@ class Evaluator:
         """Different plans that were priced."""
         return len(self._bound_s)
 
+    def fits(self, num_bytes: float) -> bool:
+        """Whether a rank may hold so much."""
+        return num_bytes <= memory_limit_bytes(self.model.cluster, self.memory_frac)
+
     def _bound(self, plan: Plan) -> float:
         if count_actions(plan, self.model.workload.backbone.name) > MAX_ACTIONS:
             self.counts[Verdict.too_long] += 1
             return math.inf
+        validate_plan(plan, self.model.workload, self.model.cluster)
         price = self._prices[plan] = self.model.price(plan)
-        return price.lower_bound_s if self._fits(price.lower_bound_bytes) else math.inf
+        return price.lower_bound_s if self._fits(plan, price.lower_bound_bytes) else math.inf
 
     def _estimated(self, plan: Plan) -> float:
-        return estimate_step(self._prices[plan]).step_s
+        estimate = estimate_step(self._prices[plan])
+        return estimate.step_s if self._fits(plan, estimate.simulation.peak_bytes) else math.inf
 
     def _simulated(self, plan: Plan) -> float:
         simulation = simulate_planned(self._prices[plan])
         self.counts[Verdict.simulated] += 1
-        return simulation.step_s if self._fits(simulation.peak_bytes) else math.inf
+        return simulation.step_s if self._fits(plan, simulation.peak_bytes) else math.inf
 
-    def _fits(self, num_bytes: float) -> bool:
-        if num_bytes <= memory_limit_bytes(self.model.cluster, self.memory_frac):
+    def _fits(self, plan: Plan, num_bytes: float) -> bool:
+        if self.fits(num_bytes):
             return True
         self.counts[Verdict.too_large] += 1
-        self.smallest_bytes = min(self.smallest_bytes, num_bytes)
+        if num_bytes < self.smallest_bytes:
+            self.smallest_bytes, self.smallest = num_bytes, plan
         return False
 
     def _guard(self, plan: Plan, estimate: Callable[[Plan], float]) -> float:
-        """The estimate, or infinity where the profile has no point for the plan."""
+        """The estimate, or infinity where the profile has no point for the plan, or it cannot run."""
         try:
             return estimate(plan)
         except ProfileError as error:
             self.counts[Verdict.not_measured] += 1
             self.unmeasured = self.unmeasured or error
+            return math.inf
+        except (PlanError, ScheduleError):
+            self.counts[Verdict.illegal] += 1
             return math.inf
 
 
@@ -118,15 +131,17 @@ class Candidate:
     step_s: float
 
 
-def best_of(plans: Iterable[Plan], evaluator: Evaluator, *, below_s: float = math.inf) -> Candidate | None:
-    """The fastest feasible plan that beats `below_s`; the first of equals.
+def best_of(
+    plans: Iterable[Plan], evaluator: Evaluator, *, below_s: float = math.inf, most: float = MAX_ESTIMATES
+) -> Candidate | None:
+    """The fastest feasible plan that beats `below_s`; the first of equals. `most`: estimates that it may cost.
 
     Lower bounds decide who is estimated, estimates decide who is simulated, the simulator decides.
     """
     estimates: list[tuple[float, Plan]] = []
     rival_s = below_s
     for bound_s, plan in sorted(((evaluator.bound_s(plan), plan) for plan in plans), key=lambda pair: pair[0]):
-        if bound_s >= rival_s:
+        if bound_s >= rival_s or len(estimates) >= most:
             evaluator.counts[Verdict.too_slow] += bound_s < math.inf
             continue
         estimates.append((evaluator.estimate_s(plan), plan))

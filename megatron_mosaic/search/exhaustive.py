@@ -1,33 +1,53 @@
-"""Brute force over the whole space: the oracle of the greedy search's tests. Tiny clusters only."""
+"""Brute force over the whole space: what the tests hold the greedy search against. Small spaces only (pins help)."""
 
 from __future__ import annotations
 
-import math
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice, product
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan import ModulePlan, Plan
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
 from megatron_mosaic.search.space import Space
 
-MAX_PLANS = 200_000
+MAX_PLANS = 50_000
+
+
+def every_plan(space: Space) -> Iterator[Plan]:
+    """All plans of the space, whatever they cost."""
+    modules = space.workload.modules
+    backbone = space.workload.backbone
+    placements = [[v for ranks in space.rank_sets(m) for v in space.variants(m, ranks)] for m in modules]
+    for choice in product(*placements):
+        placed = {module.name: each for module, each in zip(modules, choice)}
+        layout = placed[backbone.name].layout
+        for size in space.micro_batch_sizes(layout.dp):
+            microbatches = space.workload.global_batch_size // (size * layout.dp)
+            for units in product(*(space.units(m, microbatches, layout.pp) for m in modules)):
+                yield from _with_schedules(space, size, placed, units)
+
+
+def _with_schedules(space: Space, size: int, placed: dict[str, ModulePlan], units: tuple[int, ...]) -> Iterator[Plan]:
+    """Under every schedule, with every share."""
+    united = {name: replace(each, unit=unit) for (name, each), unit in zip(placed.items(), units)}
+    chunked = any(each.layout.vpp > 1 for each in placed.values())
+    for schedule in space.schedules(chunked):
+        for quotas in product(space.quotas(), repeat=len(united)):
+            modules = {name: replace(each, quota=quota) for (name, each), quota in zip(united.items(), quotas)}
+            plan = space.make_plan(size, modules, schedule)
+            if space.allows(plan):
+                yield plan
 
 
 def search_exhaustive(space: Space, evaluator: Evaluator) -> Candidate | None:
-    """The fastest feasible plan of the space without shares, or None. ConfigError when there are too many."""
-    placements = [tuple(space.placements(module)) for module in space.workload.modules]
-    size = math.prod(map(len, placements))
-    if size > MAX_PLANS:
+    """The fastest feasible plan of the space, or None. ConfigError when there are too many."""
+    plans = list(islice(every_plan(space), MAX_PLANS + 1))
+    if len(plans) > MAX_PLANS:
         raise ConfigError(
-            "exhaustive search",
-            got=f"{size} placements",
+            "search.algorithm",
+            got=f"exhaustive, of more than {MAX_PLANS} plans",
             expected=f"at most {MAX_PLANS}",
-            fix="use a smaller cluster, or the greedy search",
+            fix="pin something (search.pin), lower a limit, or use search.algorithm=greedy",
         )
-    names = [module.name for module in space.workload.modules]
-    best: Candidate | None = None
-    for choice in product(*placements):
-        modules = dict(zip(names, choice))
-        dp = modules[space.workload.backbone.name].layout.dp
-        plans = [space.make_plan(size, modules) for size in space.micro_batch_sizes(dp)]
-        best = best_of(plans, evaluator, below_s=best.step_s if best else math.inf) or best
-    return best
+    return best_of(plans, evaluator, most=len(plans))

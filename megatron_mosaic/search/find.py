@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, Prediction
 from megatron_mosaic.search.evaluate import Evaluator
-from megatron_mosaic.search.greedy import Step, search_greedy
+from megatron_mosaic.search.exhaustive import search_exhaustive
+from megatron_mosaic.search.greedy import Step, infeasible, search_greedy
 from megatron_mosaic.search.space import SearchConfig, Space
 
 
@@ -32,10 +34,11 @@ def find_plan(
 ) -> SearchResult:
     """The best plan that the greedy search finds. NoFeasiblePlan when there is none."""
     began = time.perf_counter()
-    space = Space(workload=model.workload, cluster=model.cluster, config=config)
+    space = Space(workload=model.workload, cluster=model.cluster, config=config, setup=model.source.setup)
     evaluator = Evaluator(model=model, memory_frac=config.memory_frac)
     steps = []
-    for step in search_greedy(space, evaluator):
+    until = began + (config.time_budget_s or math.inf)
+    for step in _search(space, evaluator, lambda: time.perf_counter() > until):
         steps.append(step)
         if progress:
             progress(step)
@@ -50,3 +53,14 @@ def find_plan(
         evaluator=evaluator,
         space=space,
     )
+
+
+def _search(space: Space, evaluator: Evaluator, is_over: Callable[[], bool]) -> Iterator[Step]:
+    """Steps of the algorithm that the configuration names."""
+    if space.config.algorithm == "greedy":
+        yield from search_greedy(space, evaluator, is_over=is_over)
+        return
+    best = search_exhaustive(space, evaluator)
+    if best is None:
+        raise infeasible(space, evaluator)
+    yield Step(plan=best.plan, step_s=best.step_s, reason="exhaustive: the best of all plans")

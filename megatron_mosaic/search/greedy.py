@@ -1,12 +1,16 @@
-"""The search: start from the best plans of the known families, then improve one thing at a time while it pays.
+"""The search: start from the best sketches of each shape, then improve one thing at a time while it pays.
 
-    phase 1  start       the best homogeneous plan, and the best disaggregated one
-    phase 2  layout      per module, another layout on its ranks (the backbone's with a micro-batch that fits)
-    phase 3  ranks       per module, another rank set with the layouts on it
-    phase 4  micro-batch
-    phase 5  share       per module, where the cluster grants shares
-    phase 6  pairs       two modules moved at once, when no single move gains
-    repeat 2-6 from each start until nothing gains `min_gain_frac`; the better end wins
+    phase 1  sketch      priced modules put together by arithmetic: the fastest of each shape that fit, and the leanest
+    phase 2  start       those under every schedule, simulated: the best of each shape; small clusters: every baseline
+    phase 3  schedule    another one, with other units
+    phase 4  layout      per module; of the backbone with the micro-batch
+    phase 5  detail      virtual stages, sequence parallelism, recomputation
+    phase 6  ranks       per module, other ranks with the layouts there
+    phase 7  micro-batch
+    phase 8  share       per module, where the cluster grants shares
+    phase 9  pair        two modules moved at once, on small clusters
+    phase 10 bubbles     schedules that are slow to build
+    repeat 3-10 from the starts that are near the best until nothing gains `min_gain_frac`; the best end wins
 
 Every improvement is yielded with its reason, so that a plan can be explained.
 """
@@ -16,19 +20,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, product
 
 from megatron_mosaic.errors import MosaicError, PlanError
-from megatron_mosaic.plan import ModulePlan, Plan, RankSet
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.plan.validate import MAX_ACTIONS
-from megatron_mosaic.plan.workload import ModuleConfig
-from megatron_mosaic.search.baselines import BASELINES, best_baseline
-from megatron_mosaic.search.evaluate import Evaluator, Verdict, best_of
+from megatron_mosaic.search import moves
+from megatron_mosaic.search.baselines import BASELINES, best_baseline, homogeneous_plans
+from megatron_mosaic.search.compose import Composer, Sketch
+from megatron_mosaic.search.evaluate import Candidate, Evaluator, Verdict, best_of
 from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
 
-MAX_PAIRS = 1000  # placements of one pair of modules in phase 6; above it, each has few layouts on a set
-FEW_LAYOUTS = 2
+KEEP = 6  # sketches of each shape
+MAX_STARTS = 12  # estimates that the start of a shape may cost
+NEAR = 1.15  # starts that are slower by more than this than the best plan so far are not improved
+_MAY_PAY = 0.9  # plans that recompute are sketched where without limits of memory one would be as fast as this
+PHASES: tuple[tuple[str, moves.Moves], ...] = (
+    ("schedule", moves.schedule_moves),
+    ("layout", moves.layout_moves),
+    ("detail", moves.detail_moves),
+    ("ranks", moves.rank_moves),
+    ("micro-batch", moves.micro_batch_moves),
+    ("share", moves.share_moves),
+    ("pair", moves.pair_moves),
+    ("bubbles", moves.bubble_moves),
+)
 
 
 class NoFeasiblePlan(PlanError):
@@ -46,41 +63,86 @@ class Step:
     reason: str
 
 
-def search_greedy(space: Space, evaluator: Evaluator) -> Iterator[Step]:
-    """Steps from each start to its end; the last step is the best plan. NoFeasiblePlan when there is none."""
-    ends: list[Step] = []
-    for name in BASELINES:
-        start = best_baseline(name, space, evaluator)
-        if start is None:
-            continue
-        step = Step(plan=start.plan, step_s=start.step_s, reason=f"start: best {name} plan")
-        yield step
-        for better in _improve(step, space, evaluator):
-            step = better
-            yield step
-        ends.append(step)
-    if not ends:
-        raise _infeasible(space, evaluator)
-    best = min(ends, key=lambda step: step.step_s)
-    if best is not ends[-1]:
+def search_greedy(space: Space, evaluator: Evaluator, *, is_over: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+    """Steps from each start to its end; the last step is the best plan. NoFeasiblePlan when there is none.
+
+    `is_over` says when the best plan so far has to do.
+    """
+    best: Step | None = None
+    last: Step | None = None
+    composer = Composer(space, evaluator.model, recomputes=1)
+    for name, start in sorted(_starts(space, evaluator, composer), key=lambda pair: pair[1].step_s):
+        if best is not None and (is_over() or start.step_s > NEAR * best.step_s):
+            break
+        last = Step(plan=start.plan, step_s=start.step_s, reason=f"start: best {name} plan")
+        yield last
+        for better in _improve(last, space, evaluator, composer, is_over):
+            last = better
+            yield last
+        if best is None or last.step_s < best.step_s:
+            best = last
+    if best is None:
+        raise infeasible(space, evaluator)
+    if best is not last:
         yield replace(best, reason="the better of the ends")
 
 
-def _improve(step: Step, space: Space, evaluator: Evaluator) -> Iterator[Step]:
-    phases: tuple[tuple[str, Callable[[Plan, Space], Iterator[list[Plan]]]], ...] = (
-        ("layout", _layout_moves),
-        ("ranks", _rank_moves),
-        ("micro-batch", _micro_batch_moves),
-        ("share", _share_moves),
-        ("pair", _pair_moves),
-    )
+def _starts(space: Space, evaluator: Evaluator, composer: Composer) -> Iterator[tuple[str, Candidate]]:
+    """(family, its best plan)."""
+    sketches = list_sketches(space, evaluator, composer)
+    found = False
+    for shape in dict.fromkeys(sketch.shape for sketch in sketches):
+        plans = [p for sketch in sketches if sketch.shape is shape for p in under_schedules(sketch.plan, space)]
+        if best := best_of(plans, evaluator, most=MAX_STARTS):
+            found = True
+            yield shape.value, best
+    is_small = space.cluster.num_ranks <= moves.SMALL_RANKS and space.workload.global_batch_size <= moves.SMALL_BATCH
+    if is_small or not found:
+        for name in BASELINES:
+            if best := best_baseline(name, space, evaluator):
+                yield name, best
+        return
+    if best := best_of([p for p in homogeneous_plans(space) if space.allows(p)], evaluator):
+        yield "homogeneous", best
+
+
+def list_sketches(space: Space, evaluator: Evaluator, composer: Composer) -> list[Sketch]:
+    """Sketches that recompute nothing, and those that do where that may pay: as far as they are near the best."""
+    sketches = composer.sketches(KEEP)
+    best_s = min((s.step_s for s in sketches if evaluator.fits(s.bytes)), default=math.inf)
+    if composer.unlimited_s < _MAY_PAY * best_s and len(Recompute) > 1:
+        more = Composer(space, evaluator.model).sketches(KEEP)
+        sketches = sorted(dict.fromkeys(sketches + more), key=lambda s: s.step_s)
+    fitting = [s for s in sketches if evaluator.fits(s.bytes)]
+    near = [s for s in fitting if s.step_s <= NEAR * fitting[0].step_s]
+    return near if len(near) >= KEEP else sketches
+
+
+def under_schedules(plan: Plan, space: Space) -> list[Plan]:
+    """The plan under every schedule, with its units and those that nest by the length of the pipeline."""
+    backbone = space.workload.backbone.name
+    pp = plan.modules[backbone].layout.pp
+    whole = {n: p if n == backbone else replace(p, unit=pp) for n, p in plan.modules.items()}
+    plans = [
+        other
+        for choice in moves.quick_schedules(plan, space)
+        for other in (replace(plan, schedule=choice), replace(plan, schedule=choice, modules=whole))
+    ]
+    return [each for each in dict.fromkeys(plans) if space.allows(each)]
+
+
+def _improve(
+    step: Step, space: Space, evaluator: Evaluator, composer: Composer, is_over: Callable[[], bool]
+) -> Iterator[Step]:
     gained = True
     while gained:
         gained = False
-        for name, moves in phases:
-            if name == "pair" and gained:
+        for name, moves_of in PHASES:
+            if name in ("pair", "bubbles") and gained:
                 continue  # single moves are cheaper: first to their end
-            for plans in moves(step.plan, space):
+            for plans in moves_of(step.plan, space, composer):
+                if is_over():
+                    return
                 found = best_of(plans, evaluator, below_s=step.step_s * (1 - space.config.min_gain_frac))
                 if found is not None:
                     reason = f"{name}: {_difference(step.plan, found.plan)}"
@@ -89,140 +151,30 @@ def _improve(step: Step, space: Space, evaluator: Evaluator) -> Iterator[Step]:
                     break  # the other moves start from the new plan
 
 
-def _with(plan: Plan, space: Space, changes: dict[str, ModulePlan]) -> list[Plan]:
-    """The plan with some modules replaced; with every micro-batch size that fits when the backbone's dp changed."""
-    modules = {**plan.modules, **changes}
-    backbone = space.workload.backbone.name
-    dp = modules[backbone].layout.dp
-    if dp == plan.modules[backbone].layout.dp:
-        return [replace(plan, modules=modules)]
-    return [replace(plan, modules=modules, micro_batch_size=size) for size in space.micro_batch_sizes(dp)]
-
-
-def _by_work(space: Space) -> list[ModuleConfig]:
-    """Modules, the one with most layers x width^2 x tokens first: its moves matter most."""
-    return sorted(
-        space.workload.modules,
-        key=lambda m: -m.num_layers * m.hidden_size**2 * m.tokens_per_item * m.items_per_sample,
-    )
-
-
-def _layout_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
-    for module in _by_work(space):
-        placed = plan.modules[module.name]
-        yield [
-            other
-            for layout in space.layouts(module, len(placed.ranks))
-            if layout != placed.layout
-            for other in _with(plan, space, {module.name: replace(placed, layout=layout)})
-        ]
-
-
-def _rank_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
-    for module in _by_work(space):
-        placed = plan.modules[module.name]
-        yield [
-            other
-            for ranks in _distinct_sets(plan, space, module.name)
-            for layout in space.layouts(module, len(ranks))
-            for other in _with(plan, space, {module.name: replace(placed, ranks=ranks, layout=layout)})
-        ]
-
-
-def _distinct_sets(plan: Plan, space: Space, module: str) -> Iterator[RankSet]:
-    """Rank sets other than the module's own; of those that overlap every other lane alike, the first."""
-    others = [
-        placed.stage_ranks(stage)
-        for name, placed in plan.modules.items()
-        if name != module
-        for stage in range(placed.layout.pp)
-    ]
-    seen = set()
-    for ranks in space.rank_sets():
-        overlaps = (len(ranks), *(_num_common(ranks, other) for other in others))
-        if ranks != plan.modules[module].ranks and overlaps not in seen:
-            seen.add(overlaps)
-            yield ranks
-
-
-def _num_common(one: RankSet, other: RankSet) -> int:
-    """Ranks that are in both."""
-    spans = product(one.spans, other.spans)
-    return sum(max(0, min(stop, end) - max(first, begin)) for (first, stop), (begin, end) in spans)
-
-
-def _micro_batch_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
-    dp = plan.modules[space.workload.backbone.name].layout.dp
-    sizes = space.micro_batch_sizes(dp)
-    yield [replace(plan, micro_batch_size=size) for size in sizes if size != plan.micro_batch_size]
-
-
-def _share_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
-    quotas = space.quotas()
-    if len(quotas) == 1:
-        return
-    yield [
-        replace(plan, modules={name: replace(placed, quota=quota) for name, placed in plan.modules.items()})
-        for quota in quotas
-    ]
-    for module in _by_work(space):
-        placed = plan.modules[module.name]
-        yield [
-            replace(plan, modules={**plan.modules, module.name: replace(placed, quota=quota)})
-            for quota in quotas
-            if quota != placed.quota
-        ]
-
-
-def _pair_moves(plan: Plan, space: Space) -> Iterator[list[Plan]]:
-    """Two modules at once: what one gives up the other takes."""
-    for pair in combinations(_by_work(space), 2):
-        choices = [_end_blocks(space, module, math.inf) for module in pair]
-        if math.prod(map(len, choices)) > MAX_PAIRS:
-            choices = [_end_blocks(space, module, FEW_LAYOUTS) for module in pair]
-        yield [
-            other
-            for chosen in product(*choices)
-            for other in _with(
-                plan,
-                space,
-                {m.name: replace(c, quota=plan.modules[m.name].quota) for m, c in zip(pair, chosen)},
-            )
-            if other != plan
-        ]
-
-
-def _end_blocks(space: Space, module: ModuleConfig, most: float) -> list[ModulePlan]:
-    """The blocks of each size at either end of the cluster: two of them are nested, equal or as disjoint as can be.
-
-    With the `most` layouts of least communication: lowest tp x pp first.
-    """
-    n = space.cluster.num_ranks
-    found = []
-    for ranks in space.rank_sets():
-        if ranks.first == 0 or ranks.last == n - 1:
-            layouts = sorted(space.layouts(module, len(ranks)), key=lambda x: (x.tp * x.pp, x.pp))
-            found += [ModulePlan(ranks=ranks, layout=x) for i, x in enumerate(layouts) if i < most]
-    return found
-
-
 def _difference(before: Plan, after: Plan) -> str:
     """What changed, in words."""
     changes = []
     for name, new in after.modules.items():
         old = before.modules[name]
-        if new.ranks != old.ranks:
-            changes.append(f"{name} on ranks {new.ranks} (was {old.ranks})")
-        if new.layout != old.layout:
-            changes.append(f"{name} {new.layout} (was {old.layout})")
-        if new.quota != old.quota:
-            changes.append(f"{name} share {new.quota.share:g} (was {old.quota.share:g})")
+        for what, ours, theirs in (
+            ("on ranks ", new.ranks, old.ranks),
+            ("", new.layout, old.layout),
+            ("share ", f"{new.quota.share:g}", f"{old.quota.share:g}"),
+            ("unit ", new.unit, old.unit),
+            ("recompute ", new.recompute.value, old.recompute.value),
+            ("sequence parallel ", new.sequence_parallel, old.sequence_parallel),
+        ):
+            if ours != theirs:
+                changes.append(f"{name} {what}{ours} (was {theirs})")
     if after.micro_batch_size != before.micro_batch_size:
         changes.append(f"micro-batch {after.micro_batch_size} (was {before.micro_batch_size})")
+    if after.schedule != before.schedule:
+        changes.append(f"{after.schedule} (was {before.schedule})")
     return ", ".join(changes)
 
 
-def _infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
+def infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
+    """Why there is no plan."""
     if evaluator.counts[Verdict.too_large]:
         device_bytes = space.cluster.gpu.memory_bytes * space.config.memory_frac
         return NoFeasiblePlan(
@@ -243,6 +195,6 @@ def _infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
     return NoFeasiblePlan(
         "search",
         got=f"no layout of all modules on {space.cluster.num_ranks} ranks",
-        expected="at least one homogeneous or disaggregated plan",
+        expected="at least one plan within the pins and limits of search",
         fix=f"change workload.global_batch_size ({space.workload.global_batch_size}) or the number of ranks",
     )

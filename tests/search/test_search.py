@@ -14,18 +14,15 @@ from megatron_mosaic.schedules import build_schedule
 from megatron_mosaic.search.baselines import (
     BASELINES,
     best_baseline,
-    disaggregated_plans,
     homogeneous_plans,
-    rank_splits,
 )
 from megatron_mosaic.search.evaluate import Evaluator
 from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
+from megatron_mosaic.search.pins import Pins
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile
-
-GREEDY_GAP = 0.10  # the factor over the optimum that the search promises on tiny clusters
 
 
 def _space(workload=WORKLOAD, num_ranks=4, **config) -> Space:
@@ -68,32 +65,6 @@ def random_workload(seed: int, num_modules: int = 0) -> Workload:
     )
 
 
-def gap_to_optimum(workload: Workload, num_ranks: int) -> float:
-    """(greedy - best) / best; the best of the whole space by brute force."""
-    space = _space(workload, num_ranks, max_micro_batch_size=2, min_gain_frac=0.0)
-    best = search_exhaustive(space, _evaluator(space))
-    assert best is not None
-    *_, last = search_greedy(space, _evaluator(space))
-    assert last.step_s >= best.step_s * (1 - 1e-9), "brute force missed a plan that the search found"
-    return last.step_s / best.step_s - 1
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_greedy_is_close_to_the_optimum(seed):
-    workload = random_workload(seed)
-    assert gap_to_optimum(workload, 2 if len(workload.modules) == 3 else 4) <= GREEDY_GAP
-
-
-@pytest.mark.slow
-def test_gap_distribution(capsys):
-    # Two modules on eight ranks and three on four: more placements than the search tries
-    gaps = [gap_to_optimum(random_workload(seed, 2), 8) for seed in range(200, 240)]
-    gaps = sorted(gaps + [gap_to_optimum(random_workload(seed, 3), 4) for seed in range(100, 110)])
-    with capsys.disabled():
-        print(f"\ngreedy gap over {len(gaps)} workloads: median {gaps[25]:.2%}, p90 {gaps[45]:.2%}, max {gaps[-1]:.2%}")
-    assert gaps[-1] <= GREEDY_GAP
-
-
 def test_layouts_by_hand():
     space = _space()
     assert [str(x) for x in space.layouts(LLM, 4)] == ["dp4", "pp2 dp2", "pp4", "tp2 dp2", "tp2 pp2", "tp4"]
@@ -109,10 +80,12 @@ def test_tp_stays_on_a_node():
     assert max(x.tp for x in space.layouts(LLM, 8)) == 2
 
 
-def test_rank_sets_are_aligned_blocks():
-    assert [str(r) for r in _space(num_ranks=4).rank_sets()] == ["0-3", "0-1", "2-3", "0", "1", "2", "3"]
-    assert len(_space(num_ranks=6).rank_sets()) == 1 + 2 + 3 + 6
+def test_rank_sets_are_runs():
+    assert [str(r) for r in _space(num_ranks=3).rank_sets(LLM)] == ["0-2", "0-1", "1-2", "0", "1", "2"]
     assert divisors(12) == (1, 2, 3, 4, 6, 12)
+    assert divisors(49) == (1, 7, 49)
+    sizes = Space(workload=WORKLOAD, cluster=make_cluster(64, gpus_per_node=8), config=SearchConfig()).sizes()
+    assert {*sizes} == {1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64}
 
 
 def test_micro_batches_and_shares():
@@ -140,14 +113,6 @@ def test_baselines_are_what_they_say():
         build_schedule(plan, WORKLOAD)
         assert len({(m.ranks, m.layout) for m in plan.modules.values()}) == 1
         assert plan.modules["llm"].ranks == RankSet.parse("0-3")
-    found = list(disaggregated_plans(space))
-    assert found
-    for plan in found:
-        validate_plan(plan, WORKLOAD, space.cluster)
-        ranks = [r for m in plan.modules.values() for r in m.ranks.ranks]
-        assert sorted(ranks) == [0, 1, 2, 3]
-    assert list(disaggregated_plans(_space(num_ranks=2))) == []  # three modules
-    assert list(rank_splits(4, 2)) == [(1, 3), (2, 2), (3, 1)]
 
 
 def test_every_step_is_better_than_the_one_before_and_explained():
@@ -155,7 +120,7 @@ def test_every_step_is_better_than_the_one_before_and_explained():
     evaluator = _evaluator(space)
     steps = list(search_greedy(space, evaluator))
     starts = [i for i, step in enumerate(steps) if step.reason.startswith("start: best ")]
-    assert len(starts) == len([n for n in BASELINES if best_baseline(n, space, evaluator)])
+    assert starts[0] == 0
     for i, step in enumerate(steps):
         validate_plan(step.plan, space.workload, space.cluster)
         build_schedule(step.plan, space.workload)
@@ -179,13 +144,13 @@ def test_plans_that_differ_only_in_their_schedule_are_two_plans():
 
 
 def test_search_is_deterministic():
-    space = _space(random_workload(5))
+    space = _space(random_workload(5, 1), max_micro_batch_size=2)
     assert list(search_greedy(space, _evaluator(space))) == list(search_greedy(space, _evaluator(space)))
 
 
 def test_never_worse_than_the_best_baseline():
-    for seed in range(20, 26):
-        space = _space(random_workload(seed), 8)
+    for seed in (20, 21):
+        space = _space(random_workload(seed, 2), 4, max_micro_batch_size=2)
         *_, last = search_greedy(space, _evaluator(space))
         for name in BASELINES:
             if base := best_baseline(name, space, _evaluator(space)):
@@ -206,11 +171,9 @@ def test_memory_limit_is_respected_or_the_answer_is_no():
 
 
 def test_no_layout_is_an_answer():
-    odd = replace(
-        WORKLOAD, global_batch_size=1, modules=tuple(replace(m, num_layers=1, num_heads=1) for m in WORKLOAD.modules)
-    )
+    pin = Pins.model_validate({"llm": {"layout": {"tp": 3}}})
     with pytest.raises(NoFeasiblePlan, match="no layout of all modules on 2 ranks"):
-        find_plan(CostModel(odd, make_cluster(2)), SearchConfig())
+        find_plan(CostModel(WORKLOAD, make_cluster(2)), SearchConfig(pin=pin))
 
 
 def test_steps_of_too_many_actions_are_left_out():
@@ -243,6 +206,6 @@ def test_search_takes_a_share_when_threads_scale_badly():
 
 
 def test_exhaustive_refuses_large_spaces():
-    space = _space(num_ranks=64)
-    with pytest.raises(ConfigError, match="greedy search"):
+    space = _space(num_ranks=8, max_micro_batch_size=1)
+    with pytest.raises(ConfigError, match="algorithm=greedy"):
         search_exhaustive(space, _evaluator(space))
