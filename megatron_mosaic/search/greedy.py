@@ -34,6 +34,7 @@ from megatron_mosaic.units import format_bytes
 
 KEEP = 6  # sketches of each shape
 MAX_STARTS = 12  # estimates that the start of a shape may cost
+MAX_IMPROVED = 2  # starts that moves go on from
 NEAR = 1.15  # starts that are slower by more than this than the best plan so far are not improved
 _MAY_PAY = 0.9  # plans that recompute are sketched where without limits of memory one would be as fast as this
 PHASES: tuple[tuple[str, moves.Moves], ...] = (
@@ -71,7 +72,8 @@ def search_greedy(space: Space, evaluator: Evaluator, *, is_over: Callable[[], b
     best: Step | None = None
     last: Step | None = None
     composer = Composer(space, evaluator.model, recomputes=1)
-    for name, start in sorted(_starts(space, evaluator, composer), key=lambda pair: pair[1].step_s):
+    starts = sorted(_starts(space, evaluator, composer), key=lambda pair: pair[1].step_s)
+    for name, start in starts[:MAX_IMPROVED]:
         if best is not None and (is_over() or start.step_s > NEAR * best.step_s):
             break
         last = Step(plan=start.plan, step_s=start.step_s, reason=f"start: best {name} plan")

@@ -132,7 +132,9 @@ class ModuleOptions:
     def _shards(self) -> Floats:
         """By row, over how many ranks parameters, gradients and optimizer state are split."""
         level = list(Sharding).index(self._source.setup.sharding)
-        split = np.array([shards_of(row.layout)[bool(self.module.num_experts)] for row in self.rows], dtype=float)
+        split = np.array(
+            [shards_of(row.layout, self._source.setup)[bool(self.module.num_experts)] for row in self.rows], dtype=float
+        )
         return np.stack([split if level > least else np.ones_like(split) for least in (2, 1, 0)], axis=1)
 
     def _flat(self, row: Row, items: int) -> tuple[float, ...]:
@@ -207,7 +209,7 @@ class ModuleOptions:
         group = groups.expert_dp if self.module.num_experts else groups.dp
         num_parameters = held / source.precision.gradient_bytes
         if source.setup.sharding is not Sharding.none:
-            num_parameters /= shards_of(layout)[bool(self.module.num_experts)]
+            num_parameters /= shards_of(layout, source.setup)[bool(self.module.num_experts)]
         exposed = 1.0 - 0.9 * source.setup.gradient_overlap_frac
         try:
             return exposed * source.comm.estimate(Operation.all_reduce, group, held) + source.optimizer_s(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations, islice, product
+from itertools import combinations, product
 
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.validate import count_actions
@@ -23,7 +23,7 @@ from megatron_mosaic.search.compose import Composer, is_chunked
 from megatron_mosaic.search.space import SLOW_TO_BUILD, Space, with_vpp
 
 Moves = Callable[[Plan, Space, Composer], Iterator[list[Plan]]]
-MAX_PAIRS = 2000  # placements of one pair of modules
+MAX_PAIRS = 500  # plans in which one pair of modules is moved
 MAX_SLOW_ACTIONS = 1024  # of a step whose schedule is slow to build
 SMALL_BATCH = 64  # up to which pairs are tried there
 SMALL_RANKS = 8  # clusters on which every run of ranks is tried, and pairs are
@@ -126,11 +126,13 @@ def pair_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[Pl
              for x in space.layouts(m, len(ranks))]
             for m in (one, other)
         ]  # fmt: skip
-        found = []
-        for (ranks, layout), (other_ranks, other_layout) in islice(product(*choices), MAX_PAIRS):
+        found = list[Plan]()
+        for (ranks, layout), (other_ranks, other_layout) in product(*choices):
+            if len(found) >= MAX_PAIRS:
+                break
             for first in _laid_out(plan, space, one, ranks, layout, units=False):
                 found += _laid_out(first, space, other, other_ranks, other_layout, units=False)
-        yield _legal(found, plan, space)
+        yield _legal(found[:MAX_PAIRS], plan, space)
 
 
 def quick_schedules(plan: Plan, space: Space) -> list[ScheduleChoice]:

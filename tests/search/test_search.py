@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, ProfileError
-from megatron_mosaic.plan import Layout, Quota, RankSet, ScheduleChoice, validate_plan
+from megatron_mosaic.plan import Layout, ModulePlan, Quota, RankSet, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.schedules import build_schedule
+from megatron_mosaic.search import exhaustive
 from megatron_mosaic.search.baselines import (
     BASELINES,
     best_baseline,
@@ -161,7 +164,7 @@ def test_memory_limit_is_respected_or_the_answer_is_no():
     roomy = make_cluster(4)
     peak_bytes = find_plan(CostModel(WORKLOAD, roomy), SearchConfig()).simulation.peak_bytes
     tight = replace(roomy, gpu=replace(roomy.gpu, memory_bytes=0.97 * peak_bytes))
-    config = SearchConfig(memory_frac=1.0)
+    config = SearchConfig(memory_frac=1.0, max_micro_batch_size=2)
     assert find_plan(CostModel(WORKLOAD, tight), config).simulation.peak_bytes <= 0.97 * peak_bytes
     tiny = replace(tight, gpu=replace(tight.gpu, memory_bytes=1e5))
     with pytest.raises(NoFeasiblePlan) as caught:
@@ -184,7 +187,9 @@ def test_steps_of_too_many_actions_are_left_out():
 
 def test_local_search_uses_what_the_profile_has():
     profile = make_profile(tps=(1,))  # no tp 2 was measured
-    result = find_plan(CostModel(WORKLOAD, local_cluster(profile, 4), profile), SearchConfig())
+    result = find_plan(
+        CostModel(WORKLOAD, local_cluster(profile, 4), profile), SearchConfig(max_micro_batch_size=1, max_pp=2)
+    )
     assert all(m.layout.tp == 1 for m in result.plan.modules.values())
     assert result.plan.predicted is not None
     assert result.plan.predicted.cost_model == profile.title
@@ -205,7 +210,45 @@ def test_search_takes_a_share_when_threads_scale_badly():
     assert {m.quota.share for m in result.plan.modules.values()} == {0.5}
 
 
-def test_exhaustive_refuses_large_spaces():
-    space = _space(num_ranks=8, max_micro_batch_size=1)
+def test_exhaustive_refuses_large_spaces(monkeypatch):
+    monkeypatch.setattr(exhaustive, "MAX_PLANS", 200)
+    space = _space(num_ranks=2, max_micro_batch_size=1)
     with pytest.raises(ConfigError, match="algorithm=greedy"):
         search_exhaustive(space, _evaluator(space))
+
+
+def test_pins_hold_and_exclusions_too():
+    words = ["search.pin.llm.layout.tp=2", "search.pin.vision.ranks=0-3", "search.pin.micro_batch_size=1"]
+    words += ["search.exclude.schedule=[1f1b,nested]", "workload.items_per_sample.vision=3"]
+    task = load_task(["model=vlm_7b", "cluster=h100_1x8", "workload.global_batch_size=32", *words])
+    assert task.workload.by_name["vision"].items_per_sample == 3
+    plan = find_plan(task.cost_model(), task.search).plan
+    assert (plan.modules["llm"].layout.tp, plan.micro_batch_size) == (2, 1)
+    assert plan.modules["vision"].ranks == RankSet.parse("0-3")
+    assert plan.schedule.name not in ("1f1b", "nested")
+
+
+@pytest.mark.parametrize(
+    ("word", "where"),
+    [
+        ("search.pin.audio.layout.tp=2", "search.pin.audio"),
+        ("search.pin.llm.layout.tq=2", "search.pin.llm.layout.tq"),
+        ("search.exclude.schedule=[nest]", "search.exclude.schedule"),
+        ("search.algorithm=lucky", "search.algorithm"),
+    ],
+)
+def test_refuses_pins_of_nothing(word, where):
+    with pytest.raises(ConfigError, match=where.replace(".", r"\.")):
+        load_task(["model=vlm_7b", "cluster=h100_1x8", word])
+
+
+def test_as_good_as_a_plan_by_hand():
+    """ViT pp4 dp16 in units of four beside LLaMA pp4 dp16, under 1F1B, on 64 H100."""
+    task = load_task(["model=vlm_7b", "cluster=h100_8x8"])
+    model = task.cost_model()
+    space = Space(workload=task.workload, cluster=task.cluster, config=task.search)
+    placed = ModulePlan(ranks=RankSet.block(0, 64), layout=Layout(pp=4, dp=16), unit=1)
+    hand = space.make_plan(1, {"vision": replace(placed, unit=4), "llm": placed}, ScheduleChoice("1f1b"))
+    found = find_plan(model, task.search)
+    assert found.simulation.step_s <= simulate(hand, model).step_s
+    assert task.fits(found.simulation.peak_bytes)
