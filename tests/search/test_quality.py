@@ -105,7 +105,7 @@ def test_greedy_is_close_to_the_optimum(seed):
 
 @pytest.mark.slow
 def test_gap_distribution(capsys):
-    """The claim of the README, over 300 instances."""
+    """The same over 300 instances."""
     found = {seed: gap_to_optimum(seed, 50_000) for seed in range(FIRST_SEED, FIRST_SEED + 300)}
     gaps = sorted((gap, seed) for seed, gap in found.items() if gap is not None)
     mean = sum(gap for gap, _ in gaps) / len(gaps)
