@@ -32,7 +32,7 @@ OVERLAP = [
         model,
         schedule="overlap",
         microbatches=count,
-        **{module: f"{words} share0.5" for module, words in modules.items()},
+        **{module: f"{words} share0.2" for module, words in modules.items()},
     )
     for name, model, count, modules in AROUND
 ]
