@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import ModuleConfig
-from megatron_mosaic.search.compose import Composer, Shape
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
 from megatron_mosaic.search.pins import Pins
+from megatron_mosaic.search.sketches.compose import Composer, Shape
 from megatron_mosaic.search.space import Space
 
 _SKETCHES = 8  # of each shape that are priced

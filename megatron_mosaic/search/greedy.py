@@ -27,8 +27,8 @@ from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.plan.validate import MAX_ACTIONS
 from megatron_mosaic.search import moves
 from megatron_mosaic.search.baselines import BASELINES, best_baseline, homogeneous_plans
-from megatron_mosaic.search.compose import Composer, Sketch
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, Verdict, best_of
+from megatron_mosaic.search.sketches.compose import Composer, Sketch
 from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
 

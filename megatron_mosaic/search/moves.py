@@ -19,7 +19,7 @@ from itertools import combinations, product
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.validate import count_actions
 from megatron_mosaic.plan.workload import ModuleConfig
-from megatron_mosaic.search.compose import Composer, is_chunked
+from megatron_mosaic.search.sketches.compose import Composer, is_chunked
 from megatron_mosaic.search.space import SLOW_TO_BUILD, Space, with_vpp
 
 Moves = Callable[[Plan, Space, Composer], Iterator[list[Plan]]]

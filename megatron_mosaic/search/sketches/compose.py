@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.layout import Recompute
-from megatron_mosaic.search.module_options import Floats, ModuleOptions, Row
+from megatron_mosaic.search.sketches.module_options import Floats, ModuleOptions, Row
 from megatron_mosaic.search.space import Space
 
 _FRONT = 6  # ways to lay out a module on one number of ranks that go on
