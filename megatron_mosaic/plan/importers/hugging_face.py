@@ -110,19 +110,24 @@ def _vision(**fields: Any) -> ModuleConfig:
     return ModuleConfig(name="vision", role=Role.encoder, **fields)
 
 
-def _llava(vision: Keys, width: int, _: Keys) -> _Encoder:
-    """CLIP, and two matrices with an activation function between (Liu et al. 2024, section 3.3)."""
-    patch = vision.count("patch_size")
+def _fixed_size(vision: Keys, width: int, image: int, patch: int, merge_tokens: int = 1) -> ModuleConfig:
+    """A ViT on square images of one size, and a projector as wide as the backbone."""
     return _vision(
         num_layers=vision.count("num_hidden_layers"),
         hidden_size=vision.count("hidden_size"),
         num_heads=vision.count("num_attention_heads"),
         ffn_hidden_size=vision.count("intermediate_size"),
-        tokens_per_item=_patches(vision, vision.count("image_size"), patch),
+        tokens_per_item=_patches(vision, image, patch),
         input_size=3 * patch**2,
         output_size=width,
+        merge_tokens=merge_tokens,
         projector_size=width,
-    ), False
+    )
+
+
+def _llava(vision: Keys, width: int, _: Keys) -> _Encoder:
+    """CLIP, and two matrices with an activation function between (Liu et al. 2024, section 3.3)."""
+    return _fixed_size(vision, width, vision.count("image_size"), vision.count("patch_size")), False
 
 
 def _qwen(vision: Keys, width: int, _: Keys) -> _Encoder:
@@ -153,19 +158,9 @@ def _qwen(vision: Keys, width: int, _: Keys) -> _Encoder:
 
 def _internvl(vision: Keys, width: int, outer: Keys) -> _Encoder:
     """InternViT, pixel shuffle, two matrices (Chen et al. 2024, section 3.1)."""
-    patch = vision.first("patch_size")
     shrink = round(1 / float(outer.value("downsample_ratio") or 0.5))
-    return _vision(
-        num_layers=vision.count("num_hidden_layers"),
-        hidden_size=vision.count("hidden_size"),
-        num_heads=vision.count("num_attention_heads"),
-        ffn_hidden_size=vision.count("intermediate_size"),
-        tokens_per_item=_patches(vision, vision.first("image_size"), patch),
-        input_size=3 * patch**2,
-        output_size=width,
-        merge_tokens=shrink**2,
-        projector_size=width,
-    ), False
+    image, patch = vision.first("image_size"), vision.first("patch_size")
+    return _fixed_size(vision, width, image, patch, merge_tokens=shrink**2), False
 
 
 def _patches(vision: Keys, pixels: int, patch: int) -> int:
