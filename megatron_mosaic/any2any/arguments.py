@@ -239,10 +239,10 @@ def _require_attention(args: Namespace, backbone: ModuleConfig, plan: Plan) -> N
         require_rotated_channels(args.kv_channels or backbone.head_size, args.rotary_percent)
 
 
-def refuse_given(line: CommandLine, given: Sequence[str], command: str) -> None:
+def refuse_given(typed: Mapping[str, Any], given: Sequence[str], command: str) -> None:
     """Refuse arguments that the command gives its processes itself."""
     for dest in given:
-        if dest in line.typed:
+        if dest in typed:
             flag = f"--{dest.replace('_', '-')}"
             raise ConfigError(flag, got="set", expected=f"left out: `{command}` gives it", fix=f"leave {flag} out")
 

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,28 +24,33 @@ from megatron_mosaic.config import load_task
 from megatron_mosaic.errors import ConfigError, PlanError
 from megatron_mosaic.launch.slurm.job import PLAN_FILE, Job, save_job
 from megatron_mosaic.launch.slurm.launcher_file import LauncherSection
-from megatron_mosaic.launch.slurm.submission import SCRIPTS, Allocation, allocate, grace_s, sbatch_command, submit
+from megatron_mosaic.launch.slurm.submission import SCRIPT, Allocation, allocate, grace_s, sbatch_command, submit
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.cluster import GpuClusterSection
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.workload_file import format_workload
+from megatron_mosaic.runtime.flags.command_line import read_command_line
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.runtime.flags.words import flags_of, split_words
 
+MODEL_FILE = "model.yaml"
 _REFERENCE, _REFERENCE_SCRIPT = "any2any-digits", "megatron_mosaic.any2any.pretrain"
-_GIVEN = ("mosaic_plan", "mosaic_report", "exit_signal")  # to the ranks, by the job
+# By the job to its ranks: it tells them to save, and goes on from what they saved
+_GIVEN = ("mosaic_plan", "mosaic_report", "exit_signal", "exit_signal_handler", "load")
 _SAVE_INTERVAL = 1000  # steps, where nobody says
 _OF_THE_PLAN = ("train.", "train=", "launcher.", "launcher=")  # words that no other plan depends on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What the ranks run. `num_steps`: in all; 0 where only the script knows."""
+    """What the ranks run. `num_steps`: in all; 0 where only the script knows. `model`: text of a model file they read,
+    or empty."""
 
     script: tuple[str, ...]
     arguments: tuple[str, ...]
     num_steps: int
     checkpoints: str
+    model: str
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -65,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     training = _training(planned, directory)
     command = sbatch_command(section, allocation, _num_gpus(planned, allocation), directory)
     job = _job(planned, allocation, training, directory, (overrides, arguments.profile))
-    _write(directory, planned, job, command)
+    _write(directory, planned, job, training.model, command)
     for note in planned.notes:
         print_note(note)
     job_id = None if arguments.dry_run else submit(command)
@@ -114,34 +120,49 @@ def _num_gpus(planned: Planned, allocation: Allocation) -> int:
 def _training(planned: Planned, directory: Path) -> Training:
     """The ranks' script and arguments, judged as far as that is possible without them."""
     plan, script = planned.plan, planned.sections.launcher.script
+    if script and not Path(script).is_file():
+        raise ConfigError("launcher.script", got=script, expected="a Megatron pretrain script", fix="correct it")
+    add_arguments = _no_more if script else add_any2any_arguments
     values = {key: value for key, value in planned.sections.train.items() if value is not None}
-    given: dict[str, Any] = {"exit_signal_handler": True}
-    checkpoints = str(Path(values.get("save") or directory / "checkpoints").resolve())
-    given |= {"save": checkpoints, "load": checkpoints, "save_interval": values.get("save_interval", _SAVE_INTERVAL)}
-    if script:
-        if not Path(script).is_file():
-            raise ConfigError("launcher.script", got=script, expected="a Megatron pretrain script", fix="correct it")
-        flags = flags_of(values | given, lambda parser: parser)
-        words = ("-m", "megatron_mosaic.run", str(Path(script).resolve()))
-        steps = values.get("train_iters") or int(values.get("train_samples", 0)) // plan.global_batch_size
-        return Training(script=words, arguments=tuple(flags), num_steps=int(steps), checkpoints=checkpoints)
-    if plan.workload != _REFERENCE and "workload" not in values:
-        directory.mkdir(parents=True, exist_ok=True)
-        model = directory / "model.yaml"
-        model.write_text(format_workload(planned.workload), encoding="utf-8")
-        given["workload"] = str(model)
-    flags = flags_of(values | given, add_any2any_arguments)
-    line = read_words(flags)
-    refuse_given(line, _GIVEN, "mosaic submit")
-    for note in judge_words(line, plan, Purpose.train)[1]:
-        print_note(note)
-    args = line.values
+    typed = read_command_line(flags_of(values, add_arguments), add_arguments, {}).typed
+    refuse_given(typed, _GIVEN, "mosaic submit")
+    checkpoints = str(Path(typed.get("save") or directory / "checkpoints").resolve())
+    given: dict[str, Any] = {"exit_signal_handler": True, "save": checkpoints, "load": checkpoints}
+    given["save_interval"] = typed.get("save_interval", _SAVE_INTERVAL)
+    model = ""
+    if not script and plan.workload != _REFERENCE and "workload" not in typed:
+        model, given["workload"] = format_workload(planned.workload), str(directory / MODEL_FILE)
+    flags = flags_of(values | given, add_arguments)
+    args = read_command_line(flags, add_arguments, {}).values
+    words = ("-m", "megatron_mosaic.run", str(Path(script).resolve())) if script else ("-m", _REFERENCE_SCRIPT)
+    if not script:
+        args = _judge(plan, values | given, model)
+        flags.append(f"--mosaic-report={directory / 'report'}")
     return Training(
-        script=("-m", _REFERENCE_SCRIPT),
-        arguments=(*flags, f"--mosaic-report={directory / 'report'}"),
-        num_steps=args.train_iters or args.train_samples // plan.global_batch_size,
+        script=words,
+        arguments=tuple(flags),
+        num_steps=args.train_iters or (args.train_samples or 0) // plan.global_batch_size,
         checkpoints=checkpoints,
+        model=model,
     )
+
+
+def _no_more(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Of a script whose own arguments nobody knows here."""
+    return parser
+
+
+def _judge(plan: Plan, values: Mapping[str, Any], model: str) -> argparse.Namespace:
+    """The reference model's arguments. ConfigError, PlanError for what its ranks would refuse."""
+    with tempfile.TemporaryDirectory(prefix="mosaic-submit-") as scratch:
+        if model:  # its file is not written yet
+            file = Path(scratch) / MODEL_FILE
+            file.write_text(model, encoding="utf-8")
+            values = {**values, "workload": str(file)}
+        line = read_words(flags_of(values, add_any2any_arguments))
+        for note in judge_words(line, plan, Purpose.train)[1]:
+            print_note(note)
+    return line.values
 
 
 def _job(
@@ -173,23 +194,24 @@ def _job(
     )
 
 
-def _write(directory: Path, planned: Planned, job: Job, command: Sequence[str]) -> None:
-    """Plan, resolved configuration, arguments, version and batch script, all that the job needs."""
+def _write(directory: Path, planned: Planned, job: Job, model: str, command: Sequence[str]) -> None:
+    """Plan, model, resolved configuration, arguments, version and batch script, all that the job needs."""
     if (directory / PLAN_FILE).exists():
         raise ConfigError(
             "launcher.run_dir", got=str(directory), expected="a new directory", fix="choose another: it has a run"
         )
-    script = SCRIPTS[planned.sections.launcher.form]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_plan(planned.plan, directory / PLAN_FILE)
         save_job(job, directory)
+        if model:
+            (directory / MODEL_FILE).write_text(model, encoding="utf-8")
         resolved = planned.sections.model_dump(mode="json")
         resolved["train"] = {key: value for key, value in resolved["train"].items() if value is not None}
         (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         (directory / "version.txt").write_text(_describe_version(), encoding="utf-8")
         (directory / "submit.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
-        shutil.copy(script, directory / script.name)
+        shutil.copy(SCRIPT, directory / SCRIPT.name)
     except OSError as error:
         raise ConfigError(
             str(directory), got=str(error), expected="a writable directory", fix="choose another"
@@ -220,6 +242,6 @@ def _print(plan: Plan, allocation: Allocation, section: LauncherSection, result:
     print(f"ranks run      python {shlex.join([*result['script'], *result['arguments']])} --mosaic-plan plan.yaml")
     print(f"command        {shlex.join(result['command'])}")
     if result["job_id"] is None:
-        print(f"\n{SCRIPTS[section.form].read_text(encoding='utf-8')}\nnothing was submitted")
+        print(f"\n{SCRIPT.read_text(encoding='utf-8')}\nnothing was submitted")
     else:
         print(f"job            {result['job_id']}")

@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     plan = load_plan(arguments.plan)
     flags = _flags(arguments.megatron_args)
     line = read_words(flags)
-    refuse_given(line, _GIVEN, "mosaic train")
+    refuse_given(line.typed, _GIVEN, "mosaic train")
     workload, notes = judge_words(line, plan, Purpose.train)
     _validate_length(line)
     schedule = load_training_schedule(plan, workload, arguments.mosaic_schedule)  # refuses what cannot be ordered

@@ -39,7 +39,7 @@ _begun: Begun | None = None
 
 def begin_early() -> None:
     """Begin the flight before arguments are read, if the environment says which rank this is."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    rank = os.environ.get("RANK")
     if rank is not None:
         begin_flight(int(rank))
 

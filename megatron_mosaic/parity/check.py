@@ -49,7 +49,7 @@ def check_plan(
     from megatron_mosaic.any2any import pretrain  # heavy: only once the plan is known to be sound
     from megatron_mosaic.parallel_state_ext.rebound import cpu
     from megatron_mosaic.parity import compare, reference_run
-    from megatron_mosaic.runtime import train  # noqa: F401
+    from megatron_mosaic.runtime import train  # noqa: F401  forked ranks inherit it
     from megatron_mosaic.runtime.arguments import PLAN_VARIABLE, prepare_ranks
 
     cpu.install()
@@ -95,7 +95,7 @@ def require_checkable(
     """Sentences on arguments without effect. PlanError or ConfigError unless the reference model with these arguments
     can run under the plan (in the order of the file) and has an oracle. Needs no torch."""
     line = read_words(megatron_args, {**_STEADY, "train_iters": steps})
-    refuse_given(line, _GIVEN, "mosaic check")
+    refuse_given(line.typed, _GIVEN, "mosaic check")
     workload, notes = judge_words(line, in_fp32(plan), Purpose.check)
     load_training_schedule(plan, workload, schedule)  # refuses what cannot be ordered
     return (*notes, *list_empty_replicas(plan, workload))

@@ -21,25 +21,23 @@ def compare(plan: Plan, steps: int, directory: Path) -> Parity:
     losses = [json.loads(line) for line in (directory / LOSSES_FILE).read_text().splitlines()]
     if len(losses) != steps:
         raise ConfigError("check", got=f"{len(losses)} steps", expected=f"{steps} steps", fix="report this")
-    expected = [ReferenceStep.load(directory, step) for step in range(steps)]
-    gradients = _Gradients(plan.modules)
-    for step, reference in enumerate(expected):
+    gradients, loss_errors, unrepeatable = _Gradients(plan.modules), [], []
+    for step, ours in enumerate(losses):
+        reference = ReferenceStep.load(directory, step)  # one at a time: each holds all gradients
         gradients.add(step, reference, read_gradients(directory, step))
+        loss_errors += [ratio(abs(ours[name] - value), abs(value)) for name, value in reference.losses.items()]
+        unrepeatable.append(reference.unrepeatable)
     parameters, worst_replica = _compare_parameters(plan.modules, directory, gradients.excused)
     measures = json.loads((directory / MEASURES_FILE).read_text())
     return Parity(
         steps=steps,
-        loss_rel_err=max(
-            ratio(abs(ours[name] - value), abs(value))
-            for ours, reference in zip(losses, expected, strict=True)
-            for name, value in reference.losses.items()
-        ),
+        loss_rel_err=max(loss_errors),
         grad_rel_err_by_module=gradients.by_module,
         worst_parameter=gradients.worst,
         ill_conditioned=gradients.ill_conditioned,
         wholly_excused_modules=tuple(sorted(gradients.wholly_excused)),
         unexercised_modules=tuple(sorted(gradients.trained - gradients.exercised)),
-        unrepeatable=_in_steps([reference.unrepeatable for reference in expected]),
+        unrepeatable=_in_steps(unrepeatable),
         parameter_rel_err_by_module=parameters,
         worst_replica=worst_replica,
         peak_activation_bytes_by_module=measures["peak_activation_bytes_by_module"],

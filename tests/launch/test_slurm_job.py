@@ -160,7 +160,7 @@ def test_a_dry_run_writes_all_and_submits_nothing(tmp_path, capsys, monkeypatch)
     assert found <= set(result["command"])
     run = Path(result["run_dir"])
     assert {path.name for path in run.iterdir()} == {
-        *("plan.yaml", "job.json", "config.yaml", "version.txt", "submit.txt", "torchrun.sbatch")
+        *("plan.yaml", "job.json", "config.yaml", "version.txt", "submit.txt", "job.sbatch")
     }
     assert "lr: 0.0003" in (run / "config.yaml").read_text() and "commit" in (run / "version.txt").read_text()
     assert main(words) == 2  # the directory has a run
@@ -180,6 +180,9 @@ def test_a_dry_run_writes_all_and_submits_nothing(tmp_path, capsys, monkeypatch)
         ("launcher.min_nodes=2", "training"),  # another plan could not be made
         ("launcher.signal=KILL", "launcher.signal"),
         ("train.exit_signal=SIGUSR1", "--exit-signal"),
+        ("train.load=elsewhere", "--load"),  # the job goes on from what it saved
+        ("train.save=[a,b]", "b"),
+        ("train.train_iters=100k", "--train-iters"),
         ("launcher.script=/none.py", "launcher.script"),
     ],
 )

@@ -114,10 +114,12 @@ class Batch:
 
     def _is_cancelled(self) -> bool:
         """Whether Slurm ends the job for good: then it is no longer running."""
+        if not self._was_told:
+            return False
         asked = subprocess.run(
             ["squeue", "--noheader", "--jobs", self._job_id, "--format=%T"], capture_output=True, text=True, check=False
         )
-        return self._was_told and asked.stdout.strip() not in ("RUNNING", "")
+        return asked.stdout.strip() not in ("RUNNING", "")
 
     def _requeue(self) -> int:
         """Slurm ends this process when it starts the job anew."""

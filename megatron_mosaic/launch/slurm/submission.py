@@ -14,7 +14,7 @@ from megatron_mosaic.launch.slurm.launcher_file import LauncherSection
 from megatron_mosaic.plan import Plan
 
 _LEAST_GRACE_S, _MARGIN_S = 5, 30  # for the ranks to save in; before the limit, for Slurm to start the job anew
-SCRIPTS = {form: Path(__file__).with_name(f"{form}.sbatch") for form in Form}
+SCRIPT = Path(__file__).with_name("job.sbatch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def sbatch_command(section: LauncherSection, allocation: Allocation, num_gpus: i
     ]
     words += [f"--gpus-per-node={num_gpus}"] if num_gpus else []
     words += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(section, key))]
-    return [*words, *section.sbatch, str(directory / SCRIPTS[section.form].name), str(directory)]
+    return [*words, *section.sbatch, str(directory / SCRIPT.name), str(directory)]
 
 
 def submit(command: Sequence[str]) -> str:
