@@ -1,6 +1,6 @@
 """Layouts under each schedule beyond 1F1B, for the same check as the acceptance table's; written as there.
 
-Of every schedule a few run always; with `-m slow` at least six do.
+Three run always, the rest with `-m slow`; three_phase and nested stand in acceptance_cases.py.
 """
 
 from __future__ import annotations
