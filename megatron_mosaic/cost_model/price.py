@@ -122,19 +122,28 @@ class StepPrice:
 
     @cached_property
     def lower_bound_s(self) -> float:
-        """No step is faster: the busiest rank's work, and the way to each lane's first action before its work."""
+        """No step is faster: the busiest rank's work on its fullest track, and the way to each lane's first action
+        before its work."""
         busy_s = [cost.busy_s for cost in self.costs]
-        bounds = [
-            sum(busy_s[i] for i in lanes) + gradients_s
-            for lanes, gradients_s in zip(self.work.class_lanes, self.gradients_s)
-        ]
-        bounds.append(self.machine.least_s(busy_s))
+        bounds, tail_of = [self.machine.least_s(busy_s)], [0.0] * len(busy_s)
+        for lanes, gradients_s in zip(self.work.class_lanes, self.gradients_s):
+            bounds.append(self._busiest_track_s(lanes, busy_s) + gradients_s)
+            for i in lanes:
+                tail_of[i] = max(tail_of[i], gradients_s)
         before: list[float] = []  # by lane, the way to its first action
         for i, sources in enumerate(self.work.sources):
             before.append(max([before[s] + self.costs[s].seconds(Kind.F) for s in sources], default=0.0))
-            bounds.append(before[i] + busy_s[i] + self.costs[i].gradients_s)
+            bounds.append(before[i] + busy_s[i] + tail_of[i])
         tail_s = self.consensus_s + max(self.optimizer_s) + self.source.overheads.step_s
         return self.data_s + max(bounds) + tail_s
+
+    def _busiest_track_s(self, lanes: Sequence[int], busy_s: Sequence[float]) -> float:
+        """Lanes of one rank take turns on a track; tracks run at the same time."""
+        by_track = dict[int, float]()
+        for i in lanes:
+            track = self.work.graph.tracks.get(self.work.lanes[i].module, 0)
+            by_track[track] = by_track.get(track, 0.0) + busy_s[i]
+        return max(by_track.values())
 
     @cached_property
     def lower_bound_bytes(self) -> float:

@@ -69,6 +69,29 @@ def test_bounds_hold_on_shared_cores(plan, cores):
     assert price.lower_bound_s <= simulate_planned(price).step_s * (1 + 1e-9)
 
 
+@settings(max_examples=40)
+@given(plans(world_size=4), st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=3, max_size=3), st.booleans())
+def test_bounds_hold_beside_each_other_and_behind_hidden_gradients(plan, shares, local):
+    quotas = dict(zip(plan.modules, shares))
+    modules = {name: replace(m, quota=Quota(share=quotas[name]), unit=1) for name, m in plan.modules.items()}
+    beside = replace(plan, modules=modules, schedule=ScheduleChoice("overlap"))
+    setup = TrainingSetup(gradient_overlap_frac=0.9)
+    model = _local_model() if local else CostModel(WORKLOAD, make_cluster(4), setup=setup)
+    price = model.price(beside)
+    assert price.lower_bound_s <= simulate_planned(price).step_s * (1 + 1e-9)
+
+
+def test_the_bound_of_a_rank_with_tracks_is_that_of_its_fullest():
+    plan = make_plan({name: ("0", Layout()) for name in ("vision", "llm", "generator")}, world_size=1)
+    shares = {"vision": 0.5, "llm": 0.5, "generator": 1.0}
+    modules = {name: replace(m, quota=Quota(share=shares[name])) for name, m in plan.modules.items()}
+    price = _local_model(num_ranks=1).price(replace(plan, modules=modules, schedule=ScheduleChoice("overlap")))
+    vision, llm, generator = (cost.busy_s for cost in price.costs)
+    assert price.work.graph.tracks == {"vision": 1}  # who asks for no share takes turns with the backbone
+    assert sum((vision, llm, generator)) > simulate_planned(price).step_s
+    assert max(vision, llm + generator) < price.lower_bound_s <= simulate_planned(price).step_s
+
+
 @given(plans(world_size=4))
 def test_timeline_says_what_the_simulation_says(plan):
     simulation = simulate(plan, _gpu_model())
