@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mosaic.errors import ScheduleError
@@ -27,16 +28,19 @@ def load_training_schedule(plan: Plan, workload: Workload, path: str | Path | No
         graph = stage_graph(plan, workload)
         schedule = load_schedule(path, graph)
         require_schedule_of(graph, schedule)
-    require_shares(plan, schedule)
+    require_shares(plan, schedule.tracks)
     return schedule
 
 
-def require_shares(plan: Plan, schedule: Schedule) -> None:
-    """QuotaError unless the modules beside each other on a rank ask for no more than its device in all."""
+def require_shares(plan: Plan, track_of: Mapping[str, int]) -> None:
+    """QuotaError unless the modules beside each other on a rank ask for no more than its device in all. `track_of`:
+    lane -> track, at least of those off track 0."""
+    if not any(track_of.values()):
+        return
     for alike in rank_classes(plan):
         tracks: dict[int, list[str]] = {}
         for lane in alike.lanes:
-            tracks.setdefault(schedule.tracks[lane], []).append(lane.rpartition(".")[0])
+            tracks.setdefault(track_of.get(lane, 0), []).append(lane.rpartition(".")[0])
         if len(tracks) > 1:
             names = {track: " and ".join(modules) for track, modules in tracks.items()}
             shares = shares_of_tracks({t: [plan.modules[m].quota.share for m in tracks[t]] for t in tracks})

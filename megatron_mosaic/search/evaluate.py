@@ -11,9 +11,10 @@ from enum import StrEnum
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.cost_model.price import StepPrice
 from megatron_mosaic.cost_model.simulate import Simulation, estimate_step, simulate, simulate_planned
-from megatron_mosaic.errors import PlanError, ProfileError, ScheduleError
+from megatron_mosaic.errors import PlanError, ProfileError, QuotaError, ScheduleError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions, validate_plan
+from megatron_mosaic.schedules.plan_match import require_shares
 
 MAX_ESTIMATES = 24  # of one list of candidates, those of the lowest bounds
 ESTIMATE_MARGIN = 1.05  # estimates within this factor of the best are simulated; the largest error seen is 4.9 %
@@ -91,6 +92,7 @@ class Evaluator:
             return math.inf
         validate_plan(plan, self.model.workload, self.model.cluster)
         price = self._prices[plan] = self.model.price(plan)
+        require_shares(plan, price.work.graph.lane_tracks)
         return price.lower_bound_s if self._fits(plan, price.lower_bound_bytes) else math.inf
 
     def _estimated(self, plan: Plan) -> float:
@@ -118,7 +120,7 @@ class Evaluator:
             self.counts[Verdict.not_measured] += 1
             self.unmeasured = self.unmeasured or error
             return math.inf
-        except (PlanError, ScheduleError):
+        except (PlanError, QuotaError, ScheduleError):
             self.counts[Verdict.illegal] += 1
             return math.inf
 

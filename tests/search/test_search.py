@@ -1,5 +1,6 @@
 """The space, the baselines, and the greedy search against brute force on tiny clusters."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from megatron_mosaic.search.baselines import (
     best_baseline,
     homogeneous_plans,
 )
-from megatron_mosaic.search.evaluate import Evaluator
+from megatron_mosaic.search.evaluate import Evaluator, Verdict
 from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
@@ -144,6 +145,23 @@ def test_plans_that_differ_only_in_their_schedule_are_two_plans():
     assert evaluator.evaluated == 2
     assert evaluator.step_s(plan) == evaluator.simulate(plan).step_s
     assert evaluator.step_s(other) == evaluator.simulate(other).step_s
+
+
+def test_modules_beside_each_other_ask_for_no_more_than_their_device():
+    profile = make_profile(cores=4)
+    space = Space(workload=WORKLOAD, cluster=local_cluster(profile, 1), config=SearchConfig())
+    evaluator = Evaluator(model=CostModel(WORKLOAD, space.cluster, profile), memory_frac=1.0)
+    plan = make_plan({name: ("0", Layout()) for name in ("vision", "llm", "generator")}, world_size=1)
+    for name, vision, llm, runs in (
+        ("overlap", 0.75, 0.5, False),
+        ("overlap", 0.5, 0.5, True),
+        ("1f1b", 0.75, 0.5, True),
+    ):
+        quotas = {"vision": Quota(share=vision), "llm": Quota(share=llm), "generator": Quota()}
+        modules = {m: replace(placed, quota=quotas[m]) for m, placed in plan.modules.items()}
+        found = replace(plan, modules=modules, schedule=ScheduleChoice(name))
+        assert (evaluator.step_s(found) < math.inf) == runs
+    assert evaluator.counts[Verdict.illegal] == 1
 
 
 def test_search_is_deterministic():
