@@ -30,6 +30,7 @@ from megatron_mosaic.schedules.actions import Kind
 from megatron_mosaic.search.space import Space
 
 Floats = NDArray[np.float64]
+_COLUMNS = 19  # of the table: seconds, units, three kinds that are held, units run again; the workspace
 _MANY_TOKENS = 16384  # of a unit on a rank: from here on, costs are in proportion
 
 
@@ -51,10 +52,12 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Of one layer, and of what the first and the last stage have beside their layers. Seconds: forward and backward of
-    a unit. Bytes: what a live unit keeps; `held_bytes`: parameters, gradients, optimizer state, unsharded."""
+    a unit. Bytes: what a live unit keeps; what a unit that is run again as a whole has for that moment; `held_bytes`:
+    parameters, gradients, optimizer state, unsharded. `workspace_bytes` are there on every stage."""
 
     seconds: tuple[float, float, float]
     unit_bytes: tuple[float, float, float]
+    again_bytes: tuple[float, float, float]
     held_bytes: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
     workspace_bytes: float
 
@@ -115,7 +118,7 @@ class ModuleOptions:
         unit. Infinite where nothing was measured."""
         rows, key = self._keys
         pairs, inverse = np.unique(np.stack([key[chosen], items]), axis=1, return_inverse=True)
-        table = np.array([self._flat(rows[k], n) for k, n in pairs.T.tolist()]).reshape(-1, 16)[inverse.ravel()]
+        table = np.array([self._flat(rows[k], n) for k, n in pairs.T.tolist()]).reshape(-1, _COLUMNS)[inverse.ravel()]
         pp = self.pp[chosen]
         layers, alone = self.module.num_layers / pp, pp == 1
         ends = np.where(alone, table[:, 1] + table[:, 2], np.maximum(table[:, 1], table[:, 2]))
@@ -126,7 +129,10 @@ class ModuleOptions:
             layer, first, last = table[:, 6 + i], table[:, 9 + i], table[:, 12 + i]
             part = layers * layer + np.where(alone, first + last, np.maximum(first, last))
             held += part / shards[:, i]
-        return layers * table[:, 0] + ends, held + table[:, 15], unit
+        again = layers * table[:, 15] + np.where(
+            alone, table[:, 16] + table[:, 17], np.maximum(table[:, 16], table[:, 17])
+        )
+        return layers * table[:, 0] + ends, held + again + table[:, 18], unit
 
     @cached_property
     def _shards(self) -> Floats:
@@ -141,9 +147,11 @@ class ModuleOptions:
         many = max(1, -(-_MANY_TOKENS // self.module.tokens_per_item))
         rates = self._rate(row, min(items, many))
         if rates is None:
-            return (math.inf,) * 16
-        by_items = (max(1.0, items / many) * each for each in (*rates.seconds, *rates.unit_bytes))
-        return (*by_items, *(x for each in rates.held_bytes for x in each), rates.workspace_bytes)
+            return (math.inf,) * _COLUMNS
+        factor = max(1.0, items / many)
+        by_items = [factor * each for each in (*rates.seconds, *rates.unit_bytes)]
+        again = [factor * each for each in rates.again_bytes]
+        return (*by_items, *(x for each in rates.held_bytes for x in each), *again, rates.workspace_bytes)
 
     def _rate(self, row: Row, items: int) -> Rates | None:
         key = row.key, items
@@ -179,20 +187,26 @@ class ModuleOptions:
     def _price(self, row: Row, items: int) -> Rates:
         source, count = self._source, self.module.num_layers
         unsharded = replace(source.setup, sharding=Sharding.none)
-        seconds, units, held = [], [], []
-        workspace = 0.0
+        seconds, units, held, again = [], [], [], []
+        is_whole, workspace = row.recompute is Recompute.whole, 0.0
         for first, last in ((False, False), (True, False), (False, True)):
             work = self._work(row, items, first=first, last=last)
             seconds.append(sum(source.action_cost(work, kind).busy_s for kind in work.kinds))
             memory = stage_memory(work, source.precision, unsharded)
             units.append(memory.unit_bytes)
             held.append((memory.static.parameters, memory.static.gradients, memory.static.optimizer))
-            workspace = max(workspace, memory.workspace_bytes)
+            always = memory.workspace_bytes
+            if is_whole:
+                plain = replace(work, recompute=Recompute.none)
+                always = stage_memory(plain, source.precision, unsharded).workspace_bytes
+            again.append(memory.workspace_bytes - always)
+            workspace = max(workspace, always)
         return Rates(
             seconds=_ends(*seconds, count=count),
-            unit_bytes=_ends(*units, count=count),
+            unit_bytes=_passed(*units) if is_whole else _ends(*units, count=count),
+            again_bytes=_ends(*again, count=count),
             held_bytes=tuple(zip(*(_ends(*parts, count=count) for parts in zip(*held)))),  # type: ignore[arg-type]
-            workspace_bytes=workspace / (1 if row.recompute is not Recompute.whole else max(1, row.layout.pp)),
+            workspace_bytes=workspace,
         )
 
     def _tail_s(self, row: Row) -> float:
@@ -217,6 +231,13 @@ class ModuleOptions:
             )
         except ProfileError:
             return math.inf
+
+
+def _passed(middle: float, first: float, last: float) -> tuple[float, float, float]:
+    """What enters and leaves stages, however many layers they have: of one of several, and what is there beside it
+    where one stage is both the first and the last."""
+    most = max(middle, first)
+    return 0.0, most, first + last - middle - most
 
 
 def _ends(middle: float, first: float, last: float, *, count: int) -> tuple[float, float, float]:
