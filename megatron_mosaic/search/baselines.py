@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
+from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, ScheduleChoice
+from megatron_mosaic.plan.plan import CONCURRENT
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
 from megatron_mosaic.search.pins import Pins
@@ -15,6 +16,7 @@ from megatron_mosaic.search.sketches.compose import Composer, Shape
 from megatron_mosaic.search.space import Space
 
 _SKETCHES = 8  # of each shape that are priced
+_ROUNDING = 1e-5  # of shares, which have six decimals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +122,23 @@ def _composed(shape: Shape, schedule: str, others: Mapping[str, Any]) -> Callabl
             return
         for sketch in Composer(pinned, evaluator.model).sketches(_SKETCHES):
             if sketch.shape is shape:
-                yield replace(sketch.plan, schedule=ScheduleChoice(schedule))
+                plan = replace(sketch.plan, schedule=ScheduleChoice(schedule))
+                yield from _shared(plan, space) if schedule in CONCURRENT else (plan,)
 
     return plans
+
+
+def _shared(plan: Plan, space: Space) -> Iterator[Plan]:
+    """The plan with every share for each module beside the backbone that leaves the backbone one."""
+    backbone = space.workload.backbone.name
+    beside = len(plan.modules) - 1
+    grantable = [quota.share for quota in space.quotas()]
+    for share in grantable[1:]:
+        rest = round(1 - beside * share, 6)
+        if any(abs(rest - each) < _ROUNDING for each in grantable):
+            shares = {name: rest if name == backbone else share for name in plan.modules}
+            modules = {name: replace(m, quota=Quota(share=shares[name])) for name, m in plan.modules.items()}
+            yield replace(plan, modules=modules)
 
 
 def _pinned(space: Space, others: Mapping[str, Any]) -> Space:

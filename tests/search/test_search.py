@@ -28,6 +28,8 @@ from megatron_mosaic.search.pins import Pins
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile
 
+TWO = replace(WORKLOAD, modules=(VISION, LLM), edges=WORKLOAD.edges[:1])
+
 
 def _space(workload=WORKLOAD, num_ranks=4, **config) -> Space:
     return Space(workload=workload, cluster=make_cluster(num_ranks), config=SearchConfig(**config))
@@ -117,6 +119,19 @@ def test_baselines_are_what_they_say():
         build_schedule(plan, WORKLOAD)
         assert len({(m.ranks, m.layout) for m in plan.modules.values()}) == 1
         assert plan.modules["llm"].ranks == RankSet.parse("0-3")
+
+
+@pytest.mark.parametrize(("workload", "shares"), [(WORKLOAD, {0.25, 0.5}), (TWO, {0.25, 0.5, 0.75})])
+def test_spatial_sharing_shares(workload, shares):
+    profile = make_profile(workload, cores=4)
+    space = Space(workload=workload, cluster=local_cluster(profile, 1), config=SearchConfig())
+    evaluator = Evaluator(model=CostModel(workload, space.cluster, profile), memory_frac=1.0)
+    plans = [p for p in BASELINES["spatial_sharing"].plans(space, evaluator)]
+    assert {m.quota.share for p in plans for m in p.modules.values()} == shares
+    assert all(math.fsum(m.quota.share for m in p.modules.values()) == pytest.approx(1) for p in plans)
+    best = best_baseline("spatial_sharing", space, evaluator)
+    assert best is not None
+    assert len(set(build_schedule(best.plan, workload).tracks.values())) == len(workload.modules)
 
 
 def test_every_step_is_better_than_the_one_before_and_explained():
