@@ -154,39 +154,49 @@ def _pinned(space: Space, others: Mapping[str, Any]) -> Space:
 
 
 def schedule_plans(space: Space, name: str) -> Iterator[Plan]:
-    """All modules on all ranks, in this schedule: the backbone in at least two stages (two virtual ones each where the
-    schedule interleaves), the others with as little tp as their layers and items allow, and one stage."""
+    """All modules on all ranks, in this schedule, as far as pins and exclusions allow: the backbone in at least two
+    stages (two virtual ones each where the schedule interleaves), the others with as little tp as their layers and
+    items allow, and one stage."""
     everyone = RankSet.block(0, space.cluster.num_ranks)
-    backbone = space.workload.backbone
+    backbone, config = space.workload.backbone, space.config
     others: dict[str, ModulePlan] = {}
     for module in space.workload.modules:
         if module is not backbone:
             flat = [layout for layout in space.layouts(module, len(everyone)) if layout.pp == 1]
-            if not flat:
+            placed = [each for x in sorted(flat, key=lambda x: x.tp) for each in _usual(space, module, everyone, x)]
+            if not placed:
                 return
-            others[module.name] = ModulePlan(ranks=everyone, layout=min(flat, key=lambda layout: layout.tp))
+            others[module.name] = placed[0]
     vpp = 2 if name == "interleaved" else 1
     for layout in space.layouts(backbone, len(everyone)):
         if layout.pp == 1 or backbone.num_layers % (layout.pp * vpp):
             continue
-        placed = {backbone.name: ModulePlan(ranks=everyone, layout=replace(layout, vpp=vpp)), **others}
-        for size in space.micro_batch_sizes(layout.dp):
-            yield space.make_plan(size, placed, ScheduleChoice(name))
+        for own in _usual(space, backbone, everyone, replace(layout, vpp=vpp)):
+            for size in space.micro_batch_sizes(layout.dp):
+                plan = space.make_plan(size, {backbone.name: own, **others}, ScheduleChoice(name))
+                if config.pin.allows(plan) and config.exclude.allows(plan):
+                    yield plan
+
+
+def _usual(space: Space, module: ModuleConfig, ranks: RankSet, layout: Layout) -> Iterator[ModulePlan]:
+    """The module in this layout, split and recomputed as is usual; nothing where it cannot be. Without a pin the
+    schedule decides what a unit is."""
+    for split in space.sequence_parallel(module, layout)[:1]:
+        for again in space.recomputes(module)[:1]:
+            unit = space.config.pin.of(module.name).unit or 0
+            yield ModulePlan(ranks=ranks, layout=layout, unit=unit, recompute=again, sequence_parallel=split)
 
 
 def best_of_schedule(name: str, space: Space, evaluator: Evaluator) -> Candidate | None:
-    """The fastest plan that fits; where none does, one whose lower bound of bytes is the smallest; None where the
-    schedule has no plan at all. Every plan that could win is simulated: how much of it is alive, no bound knows."""
+    """The fastest plan that fits; where none does, the one that needs least memory as far as is known; None where the
+    schedule has no plan that can run. Every plan that could win is simulated: how much of it lives, no bound knows."""
     plans = sorted(schedule_plans(space, name), key=evaluator.bound_s)
     best: Candidate | None = None
     for plan in plans:
         step_s = evaluator.step_s(plan, below_s=best.step_s if best else math.inf)
         if step_s < (best.step_s if best else math.inf):
             best = Candidate(plan=plan, step_s=step_s)
-    if best or not plans:
-        return best
-    smallest = min(plans, key=lambda plan: evaluator.model.price(plan).lower_bound_bytes)
-    return Candidate(plan=smallest, step_s=evaluator.simulate(smallest).step_s)
+    return best or evaluator.smallest_of(plans)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -35,20 +35,18 @@ class Verdict(StrEnum):
 class Evaluator:
     """Asks the cost model about plans and remembers the answers. `counts` says what became of how many plans.
 
-    `unmeasured` is the first error of a plan that the profile has no point for; `smallest_bytes`, what `smallest`, the
-    smallest of the plans that were too large, would need.
+    `unmeasured` is the first error of a plan that the profile has no point for.
     """
 
     model: CostModel
     memory_frac: float
     counts: Counter[Verdict] = field(default_factory=Counter)
     unmeasured: ProfileError | None = None
-    smallest_bytes: float = math.inf
-    smallest: Plan | None = None
     _estimate_s: dict[Plan, float] = field(default_factory=dict)
     _step_s: dict[Plan, float] = field(default_factory=dict)
     _bound_s: dict[Plan, float] = field(default_factory=dict)
     _prices: dict[Plan, StepPrice] = field(default_factory=dict)
+    _large_bytes: dict[Plan, float] = field(default_factory=dict)  # of those that were too large, what they need
 
     def bound_s(self, plan: Plan) -> float:
         """No step of this plan is faster; infinite when it is infeasible. No schedule is built."""
@@ -82,6 +80,20 @@ class Evaluator:
         """Different plans that were priced."""
         return len(self._bound_s)
 
+    @property
+    def smallest_bytes(self) -> float:
+        """What the smallest of the plans that were too large would need."""
+        return min(self._large_bytes.values(), default=math.inf)
+
+    def smallest_of(self, plans: Iterable[Plan]) -> Candidate | None:
+        """Of those that were too large, but can run otherwise, the one that needs least."""
+        large = [plan for plan in plans if plan in self._large_bytes]
+        for plan in sorted(large, key=self._large_bytes.__getitem__):
+            step_s = self._guard(plan, lambda each: self.simulate(each).step_s)
+            if step_s < math.inf:
+                return Candidate(plan=plan, step_s=step_s)
+        return None
+
     def fits(self, num_bytes: float) -> bool:
         """Whether a rank may hold so much."""
         return num_bytes <= memory_limit_bytes(self.model.cluster, self.memory_frac)
@@ -108,8 +120,7 @@ class Evaluator:
         if self.fits(num_bytes):
             return True
         self.counts[Verdict.too_large] += 1
-        if num_bytes < self.smallest_bytes:
-            self.smallest_bytes, self.smallest = num_bytes, plan
+        self._large_bytes[plan] = num_bytes
         return False
 
     def _guard(self, plan: Plan, estimate: Callable[[Plan], float]) -> float:

@@ -11,20 +11,22 @@ from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, ProfileError
-from megatron_mosaic.plan import Layout, ModulePlan, Quota, RankSet, ScheduleChoice, validate_plan
+from megatron_mosaic.plan import Layout, ModulePlan, Quota, RankSet, Recompute, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.schedules import build_schedule
+from megatron_mosaic.schedules import SCHEDULES, build_schedule
 from megatron_mosaic.search import exhaustive
 from megatron_mosaic.search.baselines import (
     BASELINES,
     best_baseline,
+    best_of_schedule,
     homogeneous_plans,
+    schedule_plans,
 )
 from megatron_mosaic.search.evaluate import Evaluator, Verdict
 from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
-from megatron_mosaic.search.pins import Pins
+from megatron_mosaic.search.pins import Exclusions, Pins
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile
 
@@ -132,6 +134,37 @@ def test_spatial_sharing_shares(workload, shares):
     best = best_baseline("spatial_sharing", space, evaluator)
     assert best is not None
     assert len(set(build_schedule(best.plan, workload).tracks.values())) == len(workload.modules)
+
+
+def test_plans_of_a_schedule_obey_pins_and_run():
+    words = ["search.pin.llm.layout.pp=2", "search.pin.llm.recompute=full", "search.pin.vision.unit=2"]
+    task = load_task(["model=vlm_7b", "cluster=h100_1x8", "workload.global_batch_size=16", *words])
+    space = Space(workload=task.workload, cluster=task.cluster, config=task.search)
+    for name in SCHEDULES:
+        plans = list(schedule_plans(space, name))
+        for plan in plans:
+            validate_plan(plan, space.workload, space.cluster)
+            assert (plan.modules["llm"].layout.pp, plan.modules["llm"].recompute) == (2, Recompute.full)
+            assert plan.modules["vision"].unit == 2
+            assert plan.modules["llm"].sequence_parallel == (plan.modules["llm"].layout.tp > 1)
+        assert plans
+    no_nested = replace(space.config, exclude=Exclusions(schedule=frozenset({"nested"})))
+    assert not list(schedule_plans(replace(space, config=no_nested), "nested"))
+
+
+def test_the_best_of_a_schedule_where_nothing_fits_can_run_and_is_the_leanest():
+    cluster = make_cluster(4)
+    tiny = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=1e5))
+    space = Space(workload=WORKLOAD, cluster=tiny, config=SearchConfig())
+    evaluator = _evaluator(space)
+    found = best_of_schedule("1f1b", space, evaluator)
+    assert found is not None
+    validate_plan(found.plan, WORKLOAD, tiny)
+    assert found.step_s == evaluator.simulate(found.plan).step_s
+    least = [evaluator.model.price(plan).lower_bound_bytes for plan in schedule_plans(space, "1f1b")]
+    assert evaluator.model.price(found.plan).lower_bound_bytes == min(least)
+    bare = replace(space, workload=replace(WORKLOAD, global_batch_size=999_983))  # no plan has few enough actions
+    assert best_of_schedule("1f1b", bare, _evaluator(bare)) is None
 
 
 def test_every_step_is_better_than_the_one_before_and_explained():
