@@ -52,15 +52,16 @@ def homogeneous_plans(space: Space, evaluator: Evaluator | None = None) -> Itera
 def _alike(space: Space, layout: Layout, ranks: RankSet) -> Iterator[Plan]:
     modules = space.workload.modules
     splits = {m.name: space.sequence_parallel(m, layout)[:1] for m in modules}
-    if not all(splits.values()):
+    recomputes = {m.name: space.recomputes(m) for m in modules}
+    if not all(splits.values()) or not all(recomputes.values()):
         return
-    for again in space.recomputes(space.workload.backbone):
+    for again in recomputes[space.workload.backbone.name]:
         placed = {
             m.name: ModulePlan(
                 ranks=ranks,
                 layout=layout,
                 unit=1,
-                recompute=again if again in space.recomputes(m) else space.recomputes(m)[0],
+                recompute=again if again in recomputes[m.name] else recomputes[m.name][0],
                 sequence_parallel=splits[m.name][0],
             )
             for m in modules
@@ -99,14 +100,14 @@ def _chain(space: Space, backbone: Layout, pp: int) -> dict[str, ModulePlan] | N
             layout = Layout(tp=backbone.tp, pp=pp, dp=backbone.dp)
             if layout not in space.layouts(module, layout.num_ranks):
                 return None
-        splits = space.sequence_parallel(module, layout)
-        if not splits or first + layout.num_ranks > space.cluster.num_ranks:
+        splits, recomputes = space.sequence_parallel(module, layout), space.recomputes(module)
+        if not splits or not recomputes or first + layout.num_ranks > space.cluster.num_ranks:
             return None
         placed[module.name] = ModulePlan(
             ranks=RankSet.block(first, layout.num_ranks),
             layout=layout,
             unit=1,
-            recompute=space.recomputes(module)[0],
+            recompute=recomputes[0],
             sequence_parallel=splits[0],
         )
         first += layout.num_ranks
@@ -174,7 +175,7 @@ def schedule_plans(space: Space, name: str) -> Iterator[Plan]:
         for own in _usual(space, backbone, everyone, replace(layout, vpp=vpp)):
             for size in space.micro_batch_sizes(layout.dp):
                 plan = space.make_plan(size, {backbone.name: own, **others}, ScheduleChoice(name))
-                if config.pin.allows(plan) and config.exclude.allows(plan):
+                if config.pin.allows(plan) and config.exclude.allows(plan, space.workload.has_backward):
                     yield plan
 
 

@@ -5,6 +5,7 @@ search.pin.llm.layout.tp=8  search.pin.vision.ranks=0-15  search.pin.schedule=1f
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Annotated, cast
 
 from pydantic import ConfigDict, Field
@@ -83,9 +84,10 @@ class Exclusions(Schema):
     schedule: frozenset[str] = frozenset()
     recompute: frozenset[Recompute] = frozenset()
 
-    def allows(self, plan: Plan) -> bool:
+    def allows(self, plan: Plan, trained: Container[str]) -> bool:
+        """`trained`: names of the modules that have a backward; the others have nothing to recompute."""
         return plan.schedule.name not in self.schedule and not any(
-            placed.recompute in self.recompute for placed in plan.modules.values()
+            placed.recompute in self.recompute for name, placed in plan.modules.items() if name in trained
         )
 
 
@@ -93,7 +95,7 @@ _FREE = ModulePin()
 
 
 def require_known(pin: Pins, exclude: Exclusions, workload: Workload) -> None:
-    """ConfigError for a module or a schedule that there is none of."""
+    """ConfigError for a module or a schedule that there is none of, and where nothing is left."""
     names = [module.name for module in workload.modules]
     for module in pin.modules:
         if module not in names:
@@ -105,3 +107,10 @@ def require_known(pin: Pins, exclude: Exclusions, workload: Workload) -> None:
     for where, found in schedules.items():
         if unknown := sorted({*found} - {*SCHEDULES}):
             raise ConfigError(where, got=unknown[0], expected=f"one of {sorted(SCHEDULES)}", fix="name a schedule")
+    if exclude.recompute == {*Recompute}:
+        raise ConfigError(
+            "search.exclude.recompute",
+            got="all of them",
+            expected=f"fewer than {sorted(Recompute)}",
+            fix="leave one out: none is to recompute nothing",
+        )

@@ -179,7 +179,7 @@ class Space:
         microbatches, pp = plan.num_microbatches(backbone), plan.modules[backbone].layout.pp
         return (
             self.config.pin.allows(plan)
-            and self.config.exclude.allows(plan)
+            and self.config.exclude.allows(plan, self.workload.has_backward)
             and all(plan.modules[m.name].unit in self.units(m, microbatches, pp) for m in self.workload.modules)
         )
 

@@ -294,12 +294,28 @@ def test_pins_hold_and_exclusions_too():
     assert plan.schedule.name not in ("1f1b", "nested")
 
 
+def test_nothing_to_recompute_is_left_where_attention_is_fused():
+    words = ["model=vlm_7b", "cluster=h100_1x8", "workload.global_batch_size=8"]
+    task = load_task([*words, "search.exclude.recompute=[none,full,whole]"])
+    with pytest.raises(NoFeasiblePlan):
+        find_plan(task.cost_model(), task.search)
+
+
+def test_a_module_without_a_backward_recomputes_nothing_whatever_is_excluded():
+    frozen = replace(TWO, modules=(replace(VISION, frozen=True), LLM))
+    exclude = Exclusions(recompute=frozenset({Recompute.none}))
+    plan = find_plan(CostModel(frozen, make_cluster(2)), SearchConfig(exclude=exclude)).plan
+    assert plan.modules["vision"].recompute is Recompute.none
+    assert plan.modules["llm"].recompute is not Recompute.none
+
+
 @pytest.mark.parametrize(
     ("word", "where"),
     [
         ("search.pin.audio.layout.tp=2", "search.pin.audio"),
         ("search.pin.llm.layout.tq=2", "search.pin.llm.layout.tq"),
         ("search.exclude.schedule=[nest]", "search.exclude.schedule"),
+        ("search.exclude.recompute=[none,selective,full,whole]", "search.exclude.recompute"),
         ("search.algorithm=lucky", "search.algorithm"),
     ],
 )
