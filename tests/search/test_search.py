@@ -27,6 +27,7 @@ from megatron_mosaic.search.exhaustive import search_exhaustive
 from megatron_mosaic.search.find import find_plan
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.pins import Exclusions, Pins
+from megatron_mosaic.search.sketches.compose import Composer, Shape
 from megatron_mosaic.search.space import SearchConfig, Space, divisors
 from tests.cases import LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile
 
@@ -307,6 +308,29 @@ def test_a_module_without_a_backward_recomputes_nothing_whatever_is_excluded():
     plan = find_plan(CostModel(frozen, make_cluster(2)), SearchConfig(exclude=exclude)).plan
     assert plan.modules["vision"].recompute is Recompute.none
     assert plan.modules["llm"].recompute is not Recompute.none
+
+
+@pytest.mark.parametrize(
+    ("pins", "is_possible"),
+    [
+        ({"vision": "0-3"}, True),
+        ({"vision": "2-5"}, True),
+        ({"llm": "4-7"}, True),
+        ({"vision": "2-5", "llm": "0-1"}, True),
+        ({"vision": "0-3", "llm": "2-5"}, False),
+    ],
+)
+def test_disjoint_sketches_keep_off_pinned_ranks(pins, is_possible):
+    pin = Pins.model_validate({name: {"ranks": ranks} for name, ranks in pins.items()})
+    space = _space(num_ranks=8, pin=pin)
+    sketches = Composer(space, CostModel(WORKLOAD, space.cluster)).sketches(50)
+    found = [sketch.plan for sketch in sketches if sketch.shape is Shape.disjoint]
+    assert bool(found) == is_possible
+    for plan in found:
+        backbone, others = plan.modules["llm"], [plan.modules[name] for name in ("vision", "generator")]
+        assert not any(backbone.ranks.overlaps(other.ranks) for other in others)
+        assert others[0].ranks == others[1].ranks or not others[0].ranks.overlaps(others[1].ranks)
+        assert all(str(plan.modules[name].ranks) == ranks for name, ranks in pins.items())
 
 
 @pytest.mark.parametrize(

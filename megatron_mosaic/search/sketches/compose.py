@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,9 @@ class Choice:
     row: Row
     unit: int
 
-    def place(self, first: int) -> ModulePlan:
+    def place(self, ranks: RankSet) -> ModulePlan:
         return ModulePlan(
-            ranks=RankSet.block(first, self.row.layout.num_ranks),
+            ranks=ranks,
             layout=self.row.layout,
             unit=self.unit,
             recompute=self.row.recompute,
@@ -194,19 +194,40 @@ class Composer:
 
     def _plan(self, shape: Shape, samples: int, row: Row, bundle: Bundle) -> Plan | None:
         own = Choice(self._backbone.name, row, 1)
-        modules: dict[str, ModulePlan] = {own.module: self._place(own, 0)}
-        first = 0 if shape is Shape.colocated else row.layout.num_ranks
-        for together in bundle.choices:
-            for choice in together:
-                modules[choice.module] = self._place(choice, first)
-            first += together[0].row.layout.num_ranks if together else 0
+        groups = [(own,), *(together for together in bundle.choices if together)]
+        if shape is Shape.disjoint:
+            starts = self._find_ranks(groups)
+        else:
+            starts = [RankSet.block(0, group[0].row.layout.num_ranks) for group in groups]
+        if starts is None:
+            return None
+        modules = {
+            choice.module: choice.place(self._pinned(choice) or ranks)
+            for group, ranks in zip(groups, starts)
+            for choice in group
+        }
         plan = self._space.make_plan(samples // row.layout.dp, modules, ScheduleChoice("1f1b"))
         return plan if has_schedule(self._space, plan) else None
 
-    def _place(self, choice: Choice, first: int) -> ModulePlan:
-        pinned = self._space.config.pin.of(choice.module).rank_set
-        placed = choice.place(first)
-        return placed if pinned is None else replace(placed, ranks=pinned)
+    def _pinned(self, choice: Choice) -> RankSet | None:
+        return self._space.config.pin.of(choice.module).rank_set
+
+    def _find_ranks(self, groups: Sequence[Sequence[Choice]]) -> list[RankSet] | None:
+        """Of each group ranks of its own: where pins are, else the first that are free. None where there are none."""
+        pinned = [[ranks for each in group if (ranks := self._pinned(each)) is not None] for group in groups]
+        if any(a.overlaps(b) for one, other in combinations(pinned, 2) for a in one for b in other):
+            return None
+        taken, found = [ranks for each in pinned for ranks in each], []
+        for group, own in zip(groups, pinned):
+            size = group[0].row.layout.num_ranks
+            starts = sorted({0, *(end for ranks in taken for _, end in ranks.spans)})
+            blocks = [RankSet.block(start, size) for start in starts if start + size <= self._space.cluster.num_ranks]
+            free = own or [each for each in blocks if not any(each.overlaps(ranks) for ranks in taken)]
+            if not free:
+                return None
+            found.append(free[0])
+            taken.append(free[0])
+        return found
 
     def _bundles(self, samples: int, num_microbatches: int) -> list[Bundle]:
         """Of all modules beside the backbone: together on each number of ranks, and each on its own."""
