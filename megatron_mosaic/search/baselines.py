@@ -12,7 +12,7 @@ from megatron_mosaic.plan.plan import CONCURRENT
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
 from megatron_mosaic.search.pins import Pins
-from megatron_mosaic.search.sketches.compose import Composer, Shape
+from megatron_mosaic.search.sketches.compose import Shape
 from megatron_mosaic.search.space import Space
 
 _SKETCHES = 8  # of each shape that are priced
@@ -121,7 +121,7 @@ def _composed(shape: Shape, schedule: str, others: Mapping[str, Any]) -> Callabl
         pinned = _pinned(space, others)
         if ScheduleChoice(schedule) not in space.schedules(is_chunked=False):
             return
-        for sketch in Composer(pinned, evaluator.model).sketches(_SKETCHES):
+        for sketch in evaluator.composer(pinned).sketches(_SKETCHES):
             if sketch.shape is shape:
                 plan = replace(sketch.plan, schedule=ScheduleChoice(schedule))
                 yield from _shared(plan, space) if schedule in CONCURRENT else (plan,)
@@ -144,6 +144,8 @@ def _shared(plan: Plan, space: Space) -> Iterator[Plan]:
 
 def _pinned(space: Space, others: Mapping[str, Any]) -> Space:
     """The space with pins on every module beside the backbone; the user's own pins win."""
+    if not others:
+        return space
     pin = space.config.pin.model_dump(exclude_none=True)
 
     def merged(module: ModuleConfig) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from megatron_mosaic.cost_model.price import StepPrice
 from megatron_mosaic.cost_model.simulate import Simulation, estimate_step, simulate, simulate_planned
 from megatron_mosaic.errors import PlanError, ProfileError, QuotaError, ScheduleError
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions, validate_plan
 from megatron_mosaic.schedules.plan_match import require_shares
+from megatron_mosaic.search.sketches.compose import Composer
+from megatron_mosaic.search.space import Space
 
 MAX_ESTIMATES = 24  # of one list of candidates, those of the lowest bounds
 ESTIMATE_MARGIN = 1.05  # estimates within this factor of the best are simulated; the largest error seen is 4.9 %
@@ -46,6 +49,7 @@ class Evaluator:
     _step_s: dict[Plan, float] = field(default_factory=dict)
     _bound_s: dict[Plan, float] = field(default_factory=dict)
     _prices: dict[Plan, StepPrice] = field(default_factory=dict)
+    _composers: dict[tuple[Space, int], Composer] = field(default_factory=dict)
     _large_bytes: dict[Plan, float] = field(default_factory=dict)  # of those that were too large, what they need
 
     def bound_s(self, plan: Plan) -> float:
@@ -74,6 +78,13 @@ class Evaluator:
     def simulate(self, plan: Plan) -> Simulation:
         """The whole simulation of one plan."""
         return simulate(plan, self.model)
+
+    def composer(self, space: Space, *, recomputes: int = len(Recompute)) -> Composer:
+        """The sketches of a space (which pins belong to), priced once."""
+        key = space, recomputes
+        if key not in self._composers:
+            self._composers[key] = Composer(space, self.model, recomputes=recomputes)
+        return self._composers[key]
 
     @property
     def evaluated(self) -> int:

@@ -9,6 +9,7 @@ from itertools import islice, product
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan import ModulePlan, Plan
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, best_of
+from megatron_mosaic.search.sketches.compose import is_chunked
 from megatron_mosaic.search.space import Space
 
 MAX_PLANS = 50_000
@@ -31,8 +32,7 @@ def every_plan(space: Space) -> Iterator[Plan]:
 def _with_schedules(space: Space, size: int, placed: dict[str, ModulePlan], units: tuple[int, ...]) -> Iterator[Plan]:
     """Under every schedule, with every share."""
     united = {name: replace(each, unit=unit) for (name, each), unit in zip(placed.items(), units)}
-    chunked = any(each.layout.vpp > 1 for each in placed.values())
-    for schedule in space.schedules(chunked):
+    for schedule in space.schedules(is_chunked(united)):
         for quotas in product(space.quotas(), repeat=len(united)):
             modules = {name: replace(each, quota=quota) for (name, each), quota in zip(united.items(), quotas)}
             plan = space.make_plan(size, modules, schedule)

@@ -21,9 +21,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.errors import MosaicError, PlanError
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.plan.validate import MAX_ACTIONS
 from megatron_mosaic.search import moves
 from megatron_mosaic.search.baselines import BASELINES, best_baseline, homogeneous_plans
@@ -71,8 +71,8 @@ def search_greedy(space: Space, evaluator: Evaluator, *, is_over: Callable[[], b
     """
     best: Step | None = None
     last: Step | None = None
-    composer = Composer(space, evaluator.model, recomputes=1)
-    starts = sorted(_starts(space, evaluator, composer), key=lambda pair: pair[1].step_s)
+    composer = evaluator.composer(space, recomputes=1)
+    starts = sorted(_starts(space, evaluator, composer, is_over), key=lambda pair: pair[1].step_s)
     for name, start in starts[:MAX_IMPROVED]:
         if best is not None and (is_over() or start.step_s > NEAR * best.step_s):
             break
@@ -89,20 +89,28 @@ def search_greedy(space: Space, evaluator: Evaluator, *, is_over: Callable[[], b
         yield replace(best, reason="the better of the ends")
 
 
-def _starts(space: Space, evaluator: Evaluator, composer: Composer) -> Iterator[tuple[str, Candidate]]:
-    """(family, its best plan)."""
+def _starts(
+    space: Space, evaluator: Evaluator, composer: Composer, is_over: Callable[[], bool]
+) -> Iterator[tuple[str, Candidate]]:
+    """(family, its best plan); when time is over, those that there are, or else the first that is found."""
     sketches = list_sketches(space, evaluator, composer)
     found = False
     for shape in dict.fromkeys(sketch.shape for sketch in sketches):
+        if found and is_over():
+            return
         plans = [p for sketch in sketches if sketch.shape is shape for p in under_schedules(sketch.plan, space)]
         if best := best_of(plans, evaluator, most=MAX_STARTS):
             found = True
             yield shape.value, best
-    is_small = space.cluster.num_ranks <= moves.SMALL_RANKS and space.workload.global_batch_size <= moves.SMALL_BATCH
-    if is_small or not found:
+    if space.is_small or not found:
         for name in BASELINES:
+            if found and is_over():
+                return
             if best := best_baseline(name, space, evaluator):
+                found = True
                 yield name, best
+        return
+    if is_over():
         return
     if best := best_of([p for p in homogeneous_plans(space) if space.allows(p)], evaluator):
         yield "homogeneous", best
@@ -112,8 +120,8 @@ def list_sketches(space: Space, evaluator: Evaluator, composer: Composer) -> lis
     """Sketches that recompute nothing, and those that do where that may pay: as far as they are near the best."""
     sketches = composer.sketches(KEEP)
     best_s = min((s.step_s for s in sketches if evaluator.fits(s.bytes)), default=math.inf)
-    if composer.unlimited_s < _MAY_PAY * best_s and len(Recompute) > 1:
-        more = Composer(space, evaluator.model).sketches(KEEP)
+    if composer.unlimited_s < _MAY_PAY * best_s:
+        more = evaluator.composer(space).sketches(KEEP)
         sketches = sorted(dict.fromkeys(sketches + more), key=lambda s: s.step_s)
     fitting = [s for s in sketches if evaluator.fits(s.bytes)]
     near = [s for s in fitting if s.step_s <= NEAR * fitting[0].step_s]
@@ -178,11 +186,11 @@ def _difference(before: Plan, after: Plan) -> str:
 def infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
     """Why there is no plan."""
     if evaluator.counts[Verdict.too_large]:
-        device_bytes = space.cluster.gpu.memory_bytes * space.config.memory_frac
+        limit_bytes = memory_limit_bytes(space.cluster, space.config.memory_frac)
         return NoFeasiblePlan(
             "search: memory",
             got=f"at least {format_bytes(evaluator.smallest_bytes)} on a rank",
-            expected=f"at most {format_bytes(device_bytes)} on some plan",
+            expected=f"at most {format_bytes(limit_bytes)} on some plan",
             fix="use more ranks, raise search.max_tp or search.max_pp, or lower the batch",
         )
     if evaluator.unmeasured is not None:

@@ -20,13 +20,11 @@ from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoi
 from megatron_mosaic.plan.validate import count_actions
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.search.sketches.compose import Composer, is_chunked
-from megatron_mosaic.search.space import SLOW_TO_BUILD, Space, with_vpp
+from megatron_mosaic.search.space import SLOW_TO_BUILD, SMALL_RANKS, Space
 
 Moves = Callable[[Plan, Space, Composer], Iterator[list[Plan]]]
 MAX_PAIRS = 500  # plans in which one pair of modules is moved
 MAX_SLOW_ACTIONS = 1024  # of a step whose schedule is slow to build
-SMALL_BATCH = 64  # up to which pairs are tried there
-SMALL_RANKS = 8  # clusters on which every run of ranks is tried, and pairs are
 
 
 def schedule_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[Plan]]:
@@ -68,7 +66,7 @@ def detail_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[
     """Per module, what is free on its layout; a plan that gains or loses virtual stages gets the schedules for it."""
     for module in by_work(space):
         placed, found = plan.modules[module.name], []
-        for layout in space.chunked(module, with_vpp(placed.layout, 1)):
+        for layout in space.chunked(module, replace(placed.layout, vpp=1)):
             for split in space.sequence_parallel(module, layout):
                 for again in space.recomputes(module):
                     other = replace(placed, layout=layout, sequence_parallel=split, recompute=again)
@@ -90,7 +88,7 @@ def bubble_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[
     """The schedules that are slow to build, for steps of few actions."""
     if count_actions(plan, space.workload.backbone.name) > MAX_SLOW_ACTIONS:
         return
-    choices = [each for each in space.schedules(is_chunked(plan)) if each.name in SLOW_TO_BUILD]
+    choices = [each for each in space.schedules(is_chunked(plan.modules)) if each.name in SLOW_TO_BUILD]
     yield _legal([replace(plan, schedule=choice) for choice in choices], plan, space)
 
 
@@ -118,7 +116,7 @@ def share_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[P
 
 def pair_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[Plan]]:
     """Two modules at once: what one gives up the other takes."""
-    if space.cluster.num_ranks > SMALL_RANKS or space.workload.global_batch_size > SMALL_BATCH:
+    if not space.is_small:
         return
     for one, other in combinations(by_work(space), 2):
         choices = [
@@ -137,7 +135,7 @@ def pair_moves(plan: Plan, space: Space, composer: Composer) -> Iterator[list[Pl
 
 def quick_schedules(plan: Plan, space: Space) -> list[ScheduleChoice]:
     """Those that may order the plan and are quickly built; all where no other may."""
-    choices = space.schedules(is_chunked(plan))
+    choices = space.schedules(is_chunked(plan.modules))
     return [each for each in choices if each.name not in SLOW_TO_BUILD] or list(choices)
 
 

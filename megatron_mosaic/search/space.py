@@ -6,7 +6,7 @@ Every plan of the space passes `validate_plan`; a schedule that cannot order a p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import isqrt
 
@@ -25,6 +25,8 @@ from megatron_mosaic.search.pins import Exclusions, Pins
 _COUNTS = ("max_tp", "max_cp", "max_pp", "max_vpp", "max_ep", "max_micro_batch_size")
 _MIN_TOKENS_PER_RANK = 256  # of an item: a cp group is not worth its messages for less
 _UNITS = (1, 2, 4, 8, 16)
+SMALL_RANKS = 8  # clusters on which every run of ranks is tried
+SMALL_BATCH = 64  # up to which pairs of moves and all baselines are tried there
 SLOW_TO_BUILD = frozenset({"bubble_fill"})  # schedules that are tried on the plan in hand only
 
 
@@ -53,6 +55,11 @@ class SearchConfig:
             ("memory_frac", 0 < self.memory_frac <= 1, "in (0, 1]"),
             ("min_gain_frac", 0 <= self.min_gain_frac < 1, "in [0, 1)"),
             ("time_budget_s", self.time_budget_s >= 0, "seconds; 0: none"),
+            (
+                "time_budget_s",
+                not self.time_budget_s or self.algorithm != "exhaustive",
+                "0 with search.algorithm=exhaustive, which has no best plan so far",
+            ),
             ("algorithm", self.algorithm in ("greedy", "exhaustive"), "greedy or exhaustive"),
         ):
             if not right:
@@ -75,6 +82,11 @@ class Space:
     config: SearchConfig
     setup: TrainingSetup = DEFAULT_SETUP
 
+    @property
+    def is_small(self) -> bool:
+        """Whether there is time for pairs of moves, and for every baseline as a start."""
+        return self.cluster.num_ranks <= SMALL_RANKS and self.workload.global_batch_size <= SMALL_BATCH
+
     def layouts(self, module: ModuleConfig, num_ranks: int) -> tuple[Layout, ...]:
         """tp x cp x pp x dp = num_ranks without virtual stages: tp divides what Megatron splits and stays on a node."""
         return self._layouts(module, num_ranks)
@@ -94,7 +106,7 @@ class Space:
         """The layout with every number of virtual stages; itself first."""
         pin = self.config.pin.of(module.name).layout
         limit = min(self.config.max_vpp, module.num_layers // layout.pp) if layout.pp > 1 else 1
-        found = [with_vpp(layout, vpp) for vpp in range(1, limit + 1) if module.num_layers % (layout.pp * vpp) == 0]
+        found = [replace(layout, vpp=vpp) for vpp in range(1, limit + 1) if module.num_layers % (layout.pp * vpp) == 0]
         return tuple(each for each in found if pin.allows(each))
 
     def sequence_parallel(self, module: ModuleConfig, layout: Layout) -> tuple[bool, ...]:
@@ -250,8 +262,3 @@ class _Layouts:
                     and module.ffn_hidden_size % etp == 0
                 ):
                     yield ep, etp
-
-
-def with_vpp(layout: Layout, vpp: int) -> Layout:
-    """The layout with so many virtual stages."""
-    return Layout(tp=layout.tp, cp=layout.cp, pp=layout.pp, vpp=vpp, dp=layout.dp, ep=layout.ep, etp=layout.etp)

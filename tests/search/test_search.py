@@ -14,7 +14,7 @@ from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.plan import Layout, ModulePlan, Quota, RankSet, Recompute, ScheduleChoice, validate_plan
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.schedules import SCHEDULES, build_schedule
-from megatron_mosaic.search import exhaustive
+from megatron_mosaic.search import exhaustive, greedy
 from megatron_mosaic.search.baselines import (
     BASELINES,
     best_baseline,
@@ -115,6 +115,11 @@ def test_config_refuses(key, value):
         SearchConfig(**{key: value})
 
 
+def test_an_exhaustive_search_has_no_time_budget():
+    with pytest.raises(ConfigError, match="no best plan so far"):
+        SearchConfig(algorithm="exhaustive", time_budget_s=1.0)
+
+
 def test_baselines_are_what_they_say():
     space = _space()
     for plan in homogeneous_plans(space):
@@ -211,6 +216,22 @@ def test_modules_beside_each_other_ask_for_no_more_than_their_device():
         found = replace(plan, modules=modules, schedule=ScheduleChoice(name))
         assert (evaluator.step_s(found) < math.inf) == runs
     assert evaluator.counts[Verdict.illegal] == 1
+
+
+def test_when_time_is_over_the_first_start_has_to_do(monkeypatch):
+    monkeypatch.setattr(greedy, "best_baseline", lambda *_: pytest.fail("a family is asked though time is over"))
+    space = _space(random_workload(3))
+    steps = list(search_greedy(space, _evaluator(space), is_over=lambda: True))
+    assert [step.reason.split(":")[0] for step in steps] == ["start"]
+
+
+def test_sketches_are_made_once_for_the_same_pins():
+    evaluator = _evaluator(space := _space())
+    pinned = replace(space, config=SearchConfig(pin=Pins.model_validate({"llm": {"layout": {"tp": 2}}})))
+    sketches = evaluator.composer(space).sketches(3)
+    assert evaluator.composer(replace(space)).sketches(3) is sketches
+    assert evaluator.composer(space).sketches(4) is not sketches
+    assert {s.plan.modules["llm"].layout.tp for s in evaluator.composer(pinned).sketches(3)} == {2}
 
 
 def test_search_is_deterministic():

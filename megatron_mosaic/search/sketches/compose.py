@@ -108,9 +108,15 @@ class Composer:
         self._limit = memory_limit_bytes(space.cluster, space.config.memory_frac)
         self.unlimited_s = math.inf
         self._fronts: dict[tuple[str, int, int], Mapping[int, list[Bundle]]] = {}
+        self._found: dict[int, list[Sketch]] = {}
 
     def sketches(self, keep: int) -> list[Sketch]:
         """The `keep` fastest of each shape that fit, and of each the leanest (first where none fits); fastest first."""
+        if keep not in self._found:
+            self._found[keep] = self._list(keep)
+        return self._found[keep]
+
+    def _list(self, keep: int) -> list[Sketch]:
         fast: dict[object, Sketch] = {}  # by what makes plans different in kind
         lean: dict[Shape, Sketch] = {}
         for samples in self._samples():
@@ -298,12 +304,12 @@ class Composer:
 
 def has_schedule(space: Space, plan: Plan) -> bool:
     """Whether pins allow the plan under some schedule of it."""
-    return any(space.allows(replace(plan, schedule=each)) for each in space.schedules(is_chunked(plan)))
+    return any(space.allows(replace(plan, schedule=each)) for each in space.schedules(is_chunked(plan.modules)))
 
 
-def is_chunked(plan: Plan) -> bool:
+def is_chunked(modules: Mapping[str, ModulePlan]) -> bool:
     """Whether a module has virtual stages."""
-    return any(placed.layout.vpp > 1 for placed in plan.modules.values())
+    return any(placed.layout.vpp > 1 for placed in modules.values())
 
 
 def _picks(step_s: Floats, size_bytes: Floats, limit: float, keep: int) -> list[int]:
