@@ -81,6 +81,7 @@ class Reference:
         Leaves the batch's own gradients on the parameters.
         """
         moved = [self._find_gradients_nearby(batch, seed) for seed in range(5)]
+        parameter: nn.Parameter
         for name, parameter in self._named_parameters():
             if name in gradients:
                 parameter.grad = torch.from_numpy(gradients[name].copy())
