@@ -4,18 +4,23 @@
     python -m megatron_mosaic.search -m hydra/launcher=submitit_slurm ...      each point a job of Slurm
 
 Every point writes plan.yaml and result.json into its directory, and returns its step in seconds, for sweepers that
-minimise; a point without a feasible plan is `inf`. After a sweep there are sweep.csv and, with matplotlib, sweep.png.
+minimise; a point without a feasible plan, or with wrong input, is `inf`. After a sweep there are sweep.csv and, with
+matplotlib, sweep.png. Without one, wrong input ends with status 2, and no feasible plan with 1.
+
+Hydra adds keys that no file has only where a `+` says so: +search.pin.llm.layout.tp=8 +search.pin.schedule=1f1b
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_mosaic.config import build_task, validate_sections
@@ -42,12 +47,16 @@ def main(cfg: DictConfig) -> float:
             "search_s": found.search_s,
             "error": "",
         }
+        status = 0
     except MosaicError as error:
+        status = 1 if getattr(error, "is_answer", False) else 2
         row |= {"step_s": math.inf, "error": " ".join(str(error).split())}
     (directory / RESULT_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
     print(
         row["error"] or f"step {row['step_s']:.6g} s, peak {row['peak_bytes'] / 1e9:.4g} GB: {directory / 'plan.yaml'}"
     )
+    if status and job.mode is RunMode.RUN:
+        sys.exit(status)
     return float(row["step_s"])
 
 

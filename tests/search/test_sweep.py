@@ -1,6 +1,7 @@
 """The planner as a Hydra app, run as a user does, and its table: against the planner called in this process."""
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -44,6 +45,18 @@ def test_the_users_own_files_join_by_config_dir_and_wrong_keys_are_refused(tmp_p
     assert "num_nodes: 3" in shown.stdout and "lr: 0.0003" in shown.stdout
     refused = run(tmp_path, "train.nonsense=1", "--cfg", "job")
     assert refused.returncode != 0 and "nonsense" in refused.stderr
+
+
+def test_a_single_point_ends_with_the_status_of_its_answer(tmp_path) -> None:
+    for word, status, said in (
+        ("search.algorithm=lucky", 2, "greedy or exhaustive"),
+        ("search.memory_frac=0.01", 1, "memory"),
+        ("+search.pin.llm.layout.tp=2", 1, "within the pins"),  # and WORDS allow tp 1 only
+    ):
+        done = run(tmp_path, *WORDS, word, "hydra.run.dir=one")
+        assert done.returncode == status and "Traceback" not in done.stderr
+        assert said in done.stdout
+        assert said in json.loads((tmp_path / "one" / "result.json").read_text())["error"]
 
 
 def test_points_keep_the_order_of_their_numbers(tmp_path) -> None:
