@@ -133,11 +133,12 @@ def _llava(vision: Keys, width: int, _: Keys) -> _Encoder:
 def _qwen(vision: Keys, width: int, _: Keys) -> _Encoder:
     """Any resolution: patches of two frames, merged by an MLP as wide as what it reads (Wang et al. 2024; Bai et al.
     2025). Qwen2-VL calls the encoder's width `embed_dim`, later ones `hidden_size`."""
-    patch, merge = vision.count("patch_size", "spatial_patch_size"), vision.count("spatial_merge_size", default=2)
+    patch = vision.count("patch_size", "spatial_patch_size", least=1)
+    merge = vision.count("spatial_merge_size", default=2)
     hidden = vision.count("embed_dim", "hidden_size")
     layers, window = vision.count("depth"), vision.count("window_size", default=0)
     full = vision.value("fullatt_block_indexes") or []
-    ffn = vision.count("intermediate_size", default=int(hidden * float(vision.value("mlp_ratio") or 4)))
+    ffn = vision.count("intermediate_size", default=int(hidden * vision.number("mlp_ratio", 4.0)))
     return _vision(
         num_layers=layers,
         hidden_size=hidden,
@@ -158,7 +159,7 @@ def _qwen(vision: Keys, width: int, _: Keys) -> _Encoder:
 
 def _internvl(vision: Keys, width: int, outer: Keys) -> _Encoder:
     """InternViT, pixel shuffle, two matrices (Chen et al. 2024, section 3.1)."""
-    shrink = round(1 / float(outer.value("downsample_ratio") or 0.5))
+    shrink = round(1 / outer.number("downsample_ratio", 0.5))
     image, patch = vision.first("image_size"), vision.first("patch_size")
     return _fixed_size(vision, width, image, patch, merge_tokens=shrink**2), False
 

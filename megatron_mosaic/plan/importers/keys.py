@@ -46,15 +46,29 @@ class Keys:
             raise ConfigError(f"{self.where}: {key}", got=repr(found)[:60], expected="true or false", fix="correct it")
         return found
 
-    def count(self, *names: str, default: int | None = None) -> int:
-        """A count of at least 0 under the first of the names that is there. ConfigError without one or a default."""
+    def number(self, key: str, default: float) -> float:
+        """A number above 0, and not so large or small that nothing real has it."""
+        found = self.value(key)
+        if found is None:
+            return default
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        if not is_number or not 1 / MAX_COUNT <= found <= MAX_COUNT:
+            raise ConfigError(
+                f"{self.where}: {key}", got=repr(found)[:60], expected=f"a number above 0, up to {MAX_COUNT}",
+                fix="correct it",
+            )  # fmt: skip
+        return float(found)
+
+    def count(self, *names: str, default: int | None = None, least: int = 0) -> int:
+        """A count of at least so much under the first of the names that is there. ConfigError without one or a
+        default."""
         for name in names:
             found = self.value(name)
             if found is None:
                 continue
-            if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= MAX_COUNT:
+            if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= MAX_COUNT:
                 raise ConfigError(
-                    f"{self.where}: {name}", got=repr(found)[:60], expected=f"a whole number up to {MAX_COUNT}",
+                    f"{self.where}: {name}", got=repr(found)[:60], expected=f"a whole number, {least} to {MAX_COUNT}",
                     fix="correct it",
                 )  # fmt: skip
             return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 import shlex
@@ -12,6 +11,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.importers.keys import Keys
 from megatron_mosaic.plan.workload import ModuleConfig, Role, Workload
 
+_TERM = re.compile(r"(?P<bits>\[\s*[01](?:\s*,\s*[01])*\s*,?\s*\])\s*(?:\*\s*(?P<times>\d{1,4}))?")  # [0]*3, [1,0]
 _DEFAULTS = {"make_vocab_size_divisible_by": 128, "global_batch_size": 256, "mtp_num_layers": 0}
 
 
@@ -70,10 +70,11 @@ def _dense_layers(keys: Keys) -> int:
     said = str(keys.value("moe_layer_freq") or "1").strip()
     if said == "1":
         return 0
-    layers = [bit for bits, times in re.findall(r"(\[[01, ]+\])\s*(?:\*\s*(\d{1,4}))?", said)
-              for bit in ast.literal_eval(bits) * int(times or 1)]  # fmt: skip
+    inner = said[1:-1] if said.startswith("(") and said.endswith(")") else said
+    terms = [_TERM.fullmatch(term.strip()) for term in inner.split("+")]
+    layers = [int(bit) for term in terms if term for bit in re.findall("[01]", term["bits"]) * int(term["times"] or 1)]
     dense = layers.index(1) if 1 in layers else 0
-    if len(layers) != keys.count("num_layers") or 0 in layers[dense:]:
+    if None in terms or len(layers) != keys.count("num_layers") or 0 in layers[dense:]:
         raise ConfigError(
             f"{keys.where}: --moe-layer-freq", got=said[:60], expected="dense layers in front of those with experts, "
             "one entry a layer: ([0]*3+[1]*58)", fix="write a model file by hand, as in conf/model",

@@ -1,6 +1,7 @@
 """Imported models against the parameters that their cards publish, and what is refused. Configs are written by hand."""
 
 import json
+import math
 
 import pytest
 import yaml
@@ -75,6 +76,7 @@ INTERNVL = {
         "num_attention_heads": 25, "image_size": 448, "patch_size": 14,
     },
 }  # fmt: skip
+EXPERTS = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 8 --vocab-size 8 --num-experts 2"
 CONFIGS = {
     "llama3": LLAMA3, "qwen25": QWEN25, "qwen3_moe": QWEN3_MOE, "deepseek_v3": DEEPSEEK_V3, "llava": LLAVA,
     "qwen2_vl": QWEN2_VL, "qwen25_vl": QWEN25_VL, "qwen3_vl": QWEN3_VL, "internvl": INTERNVL,
@@ -147,9 +149,12 @@ def test_megatron_arguments_of_latent_attention_and_leading_dense_layers():
         ("--num-layers x --hidden-size 64 --num-attention-heads 4", "num_layers"),
         ("--num-layers 'open", "args.txt"),
         (
-            "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 8 --vocab-size 8 --num-experts 2 "
-            "--moe-layer-freq [0,1]*2",
+            f"{EXPERTS} --moe-layer-freq [0,1]*2",
             "--moe-layer-freq",
+        ),
+        *(
+            (f"{EXPERTS} --moe-layer-freq '{layers}'", "--moe-layer-freq")
+            for layers in ("[,]", "[0 1]*2", "[01,1,1,1]", "[0]*1+oops+[1]*3", "([0]*1+[1]*2)*2", "(", "2")
         ),
     ],
 )
@@ -169,6 +174,15 @@ def test_arguments_that_do_not_make_a_model_are_refused(text, where):
         ({key: value for key, value in LLAMA3.items() if key != "vocab_size"} | {"model_type": "qwen3"}, "vocab_size"),
         (LLAVA | {"vision_config": []}, "vision_config"),
         (LLAVA | {"vision_config": CLIP | {"patch_size": 0}}, "patch_size"),
+        (QWEN2_VL | {"vision_config": QWEN2_VL["vision_config"] | {"patch_size": 0}}, "patch_size"),
+        *(
+            (QWEN2_VL | {"vision_config": QWEN2_VL["vision_config"] | {"mlp_ratio": value}}, "mlp_ratio")
+            for value in ("big", math.nan, math.inf, 1e300, [4], True, -1, 0)
+        ),
+        *(
+            (INTERNVL | {"downsample_ratio": value}, "downsample_ratio")
+            for value in ("half", math.nan, [0.5], 0, -0.5, 5e-324)
+        ),
         ([], "config.json"),
     ],
 )
@@ -183,18 +197,30 @@ VALUES = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(sorted(LLAMA3)), VALUES, max_size=4), VALUES)
+KEYS = sorted({*LLAMA3, *CLIP, *QWEN2_VL["vision_config"], *QWEN25_VL["vision_config"], "downsample_ratio"})
+
+
+@given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), VALUES)
 def test_damaged_configs_are_read_or_refused(name, changes, vision):
     config = CONFIGS[name] | changes
     if isinstance(vision, str):
         config["vision_config"] = vision
     for key, inner in config.items():
-        if isinstance(inner, dict) and key != "vision_config":
+        if isinstance(inner, dict):
             config[key] = inner | changes
     try:
         assert imported(config).backbone.num_layers > 0
     except ConfigError as error:
         assert error.where
+
+
+@given(st.text("[]()01,*+ ", max_size=24))
+def test_damaged_lists_of_layers_are_read_or_refused(layers):
+    try:
+        workload, _ = import_megatron_arguments(f"{EXPERTS} --moe-layer-freq '{layers}'", name="x", where="args.txt")
+        assert workload.backbone.num_experts == 2
+    except ConfigError as error:
+        assert "moe-layer-freq" in error.where
 
 
 def test_the_command_writes_a_file_that_plans(tmp_path, capsys):
