@@ -5,9 +5,11 @@ Rank sets are spans, so a group of 10,000 ranks is worked out once and kept as t
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mosaic.plan import Layout, RankSet
 
@@ -27,14 +29,18 @@ class Group:
     @classmethod
     def of(cls, ranks: RankSet, gpus_per_node: int, positions: range | None = None) -> Group:
         """All ranks, or those at `positions` (ascending)."""
-        chosen, on_node, position = positions or range(len(ranks)), Counter[int](), 0
+        chosen, position = positions or range(len(ranks)), 0
+        if ranks.first // gpus_per_node == ranks.last // gpus_per_node:
+            return cls.on_one_node(len(chosen))
+        on_node = np.zeros(ranks.last // gpus_per_node + 1, dtype=np.int64)
         for first, end in ranks.spans:
             low = max(chosen.start, position)
             low += (chosen.start - low) % chosen.step
             stop = min(end, first + chosen.stop - position)
-            on_node.update(rank // gpus_per_node for rank in range(first + low - position, stop, chosen.step))
+            _count_on_nodes(range(first + low - position, stop, chosen.step), gpus_per_node, on_node)
             position += end - first
-        return cls(on_node.total(), len(on_node), min(on_node.values()))
+        used = on_node[on_node > 0]
+        return cls(int(used.sum()), len(used), int(used.min()))
 
     @classmethod
     def pair(cls, one: int, other: int, gpus_per_node: int) -> Group:
@@ -69,6 +75,19 @@ def stage_groups(ranks: RankSet, layout: Layout, gpus_per_node: int) -> StageGro
         dp=at(0, size, tp),
         expert_dp=at(0, size, min(size, experts)),
     )
+
+
+def _count_on_nodes(ranks: range, gpus_per_node: int, on_node: NDArray[np.int64]) -> None:
+    """Adds to each node how many of these ranks are there: as many as lie below its end, and not below its start."""
+    if not ranks:
+        return
+    begin, end = ranks[0] // gpus_per_node, ranks[-1] // gpus_per_node + 1
+    if end - begin == 1:
+        on_node[begin] += len(ranks)
+        return
+    borders = np.arange(begin + 1, end, dtype=np.int64) * gpus_per_node
+    below = -((ranks.start - borders) // ranks.step)
+    on_node[begin:end] += np.diff(below, prepend=0, append=len(ranks))
 
 
 def _worst_group(ranks: RankSet, size: int, gpus_per_node: int) -> Group:

@@ -208,7 +208,11 @@ def test_groups_are_what_their_ranks_say():
     assert stage_groups(RankSet.block(2, 4), Layout(tp=2, dp=2), 3).tp == Group(2, 2, 1)
 
 
-@given(st.sets(st.integers(0, 40), min_size=1, max_size=24), st.integers(1, 9), st.data())
+RANKS = st.sets(st.integers(0, 40), min_size=1, max_size=24)
+BLOCKS = st.builds(lambda first, size: {*range(first, first + size)}, st.integers(0, 20), st.integers(1, 60))
+
+
+@given(RANKS | BLOCKS | st.builds(set.union, RANKS, BLOCKS), st.integers(1, 9), st.data())
 def test_a_group_on_spans_is_the_group_of_its_ranks(ranks, gpus_per_node, data):
     each = sorted(ranks)
     start = data.draw(st.integers(0, len(each) - 1))
