@@ -16,7 +16,7 @@ from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.simulate import estimate_step
 from megatron_mosaic.cost_model.work import list_stage_work
-from megatron_mosaic.plan import Plan, RankSet, ScheduleChoice
+from megatron_mosaic.plan import Plan, Quota, RankSet, ScheduleChoice
 from megatron_mosaic.plan.workload import ModuleConfig, Workload
 
 
@@ -74,7 +74,7 @@ def _backbone_alone(plan: Plan, model: CostModel) -> tuple[int, float]:
     alone = replace(
         plan,
         world_size=size,
-        modules={backbone.name: replace(placed, ranks=RankSet.block(0, size))},
+        modules={backbone.name: replace(placed, ranks=RankSet.block(0, size), quota=Quota())},
         schedule=ScheduleChoice("interleaved" if placed.layout.vpp > 1 else "1f1b"),
     )
     workload = replace(model.workload, modules=(backbone,), edges=())
