@@ -61,7 +61,7 @@ def make_scopes() -> Scopes:
         schedule=ScheduleChoice("1f1b"),
         modules=dict.fromkeys(SIDES, alone),
     )
-    return Scopes(1, RankView.of(plan, 0))
+    return Scopes(1, RankView.of(plan, 0), apart=SIDES)
 
 
 class Block:

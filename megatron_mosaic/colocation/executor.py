@@ -129,12 +129,15 @@ class Executor:
         """
         clock = self.lanes.clock
 
-        def perform_one(action: Action) -> None:
-            with self.doing(action.lane, str(action), program.track_of[action]):
-                start, end = perform(action, clock)
-            self._recorded.append((action.lane, start, end, str(action)))
+        is_beside = len(program.tracks) > 1
+        lanes = self.lanes if is_beside else TurnLanes(self.lanes.infos, clock)
 
-        lanes = self.lanes if len(program.tracks) > 1 else TurnLanes(self.lanes.infos, clock)
+        def perform_one(action: Action) -> None:
+            lane, label = action.lane, str(action)
+            with self.doing(lane, label, program.track_of[action] if is_beside else None):
+                start, end = perform(action, clock)
+            self._recorded.append((lane, start, end, label))
+
         lanes.run(program, perform_one)
 
     def begin_step(self, *, forward_only: bool = False) -> None:
@@ -151,18 +154,20 @@ class Executor:
     def record[Result](self, label: str, work: Callable[[], Result]) -> Result:
         """Run what belongs to no module (`~data`, `~grads`, `~optimizer`) as a span of its own lane."""
         start = self.lanes.clock()
-        self._words.begin()
         with self.doing(label, label):
             result = work()
         self._recorded.append((label, start, self.lanes.clock(), label))
         return result
 
     @contextlib.contextmanager
-    def doing(self, lane: str, action: str, track: int = 0) -> Iterator[None]:
-        """Note lane and action, so that a failure inside is reported with them."""
+    def doing(self, lane: str, action: str, track: int | None = None) -> Iterator[None]:
+        """Note lane and action, so that a failure inside is reported with them. `track`: where others run beside it."""
         where = f"step {self.step} lane {lane} action {action}"
         try:
-            self._words.note(self.step, track, f"lane {lane} action {action}")
+            if track is None:
+                self.flight.note(where)
+            else:
+                self._words.note(self.step, track, f"lane {lane} action {action}")
             yield
         except RankFailure:
             raise

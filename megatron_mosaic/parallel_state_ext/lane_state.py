@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import GlobalMemoryBuffer
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.rebound.lane_random import own_generator
+from megatron_mosaic.parallel_state_ext.rebound import lane_random
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_rng_tracker, rebind_scratch_memory
 
 
@@ -42,15 +42,14 @@ class ActiveModule(threading.local):
     def name(self) -> str | None:
         return self._name
 
-    @contextlib.contextmanager
-    def entered(self, module: str) -> Iterator[None]:
-        """The body is code of this module. Modules do not nest."""
+    def begin(self, module: str) -> None:
+        """Code of this module follows, until `end`. Modules do not nest."""
         assert self._name is None, f"{module} entered while {self._name} runs"
         self._name = module
-        try:
-            yield
-        finally:
-            self._name = None
+
+    def end(self) -> None:
+        """The module's code is over."""
+        self._name = None
 
 
 ACTIVE = ActiveModule()
@@ -79,6 +78,12 @@ def keep_tracker_by_thread() -> None:
         rebind_rng_tracker(kind())
 
 
+def keep_memory() -> None:
+    """Let there be scratch memory: Megatron makes it with its global groups only."""
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        rebind_scratch_memory(GlobalMemoryBuffer())
+
+
 def keep_memory_by_module() -> None:
     """Let every module have scratch memory of its own."""
     if not isinstance(parallel_state._GLOBAL_MEMORY_BUFFER, LaneMemory):
@@ -88,5 +93,5 @@ def keep_memory_by_module() -> None:
 @contextlib.contextmanager
 def lane_thread(grad_enabled: bool) -> Iterator[None]:
     """The body is what a lane's thread does in one step."""
-    with own_generator(), torch.set_grad_enabled(grad_enabled):
+    with lane_random.own_generator(), torch.set_grad_enabled(grad_enabled):
         yield

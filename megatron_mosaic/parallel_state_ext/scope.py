@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
-from megatron_mosaic.parallel_state_ext.lane_state import ACTIVE, keep_memory_by_module, keep_tracker_by_thread
+from megatron_mosaic.parallel_state_ext.lane_state import (
+    ACTIVE,
+    keep_memory,
+    keep_memory_by_module,
+    keep_tracker_by_thread,
+)
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
+from megatron_mosaic.parallel_state_ext.rebound import lane_random
 from megatron_mosaic.parallel_state_ext.rebound.cpu import is_cpu
 
 Streams = Mapping[str, torch.Tensor]  # of one module: name -> state
@@ -38,10 +44,12 @@ def stream_seed(seed: int, module: str, *, pp: int, dp: int, cp: int) -> int:
 class Scopes:
     """RNG streams of each module on this rank: `with scopes.enter("vision"): ...`.
 
-    Modules in different threads may be entered at the same time; one module runs in one thread at a time.
+    Modules that are kept apart may be entered at the same time, in different threads; one runs in one at a time.
     """
 
-    def __init__(self, seed: int, view: RankView) -> None:
+    def __init__(self, seed: int, view: RankView, apart: Collection[str] = ()) -> None:
+        """`apart`: modules that run beside others, on this rank or another. Without any, lanes take turns: torch's
+        generator, Megatron's tracker and its scratch memory are the process's."""
         assert not parallel_state.model_parallel_is_initialized(), "a plan's modules never share global groups"
         self._default: dict[str, torch.Tensor] = {}
         self._tracked: dict[str, dict[str, torch.Tensor]] = {}
@@ -58,7 +66,11 @@ class Scopes:
             )
             self._default[name] = _get_rng_state()
             self._tracked[name] = get_cuda_rng_tracker().get_states()
+        if not apart:
+            keep_memory()
+            return
         if is_cpu():
+            lane_random.install()
             keep_tracker_by_thread()
         keep_memory_by_module()
 
@@ -70,7 +82,8 @@ class Scopes:
     @contextlib.contextmanager
     def enter(self, module: str) -> Iterator[None]:
         """Run the body with this module's RNG streams. Needed in forward, and again in backward for recomputation."""
-        with ACTIVE.entered(module):
+        ACTIVE.begin(module)
+        try:
             outer, tracker = _get_rng_state(), get_cuda_rng_tracker()
             _set_rng_state(self._default[module])
             tracker.set_states(dict(self._tracked[module]))
@@ -80,6 +93,8 @@ class Scopes:
                 self._default[module] = _get_rng_state()
                 self._tracked[module] = tracker.get_states()
                 _set_rng_state(outer)
+        finally:
+            ACTIVE.end()
 
     @contextlib.contextmanager
     def enter_again(self, module: str, streams: Streams) -> Iterator[None]:

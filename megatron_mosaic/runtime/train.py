@@ -91,7 +91,7 @@ class Runtime:
             training = load_training_schedule(plan, definition.workload, args.mosaic_schedule)
             apart = tuple(plan.modules) if any(training.tracks.values()) else ()
             self.grids = Grids(self.view, timeout=timeout, apart=apart)
-        self.scopes = Scopes(args.seed, self.view)
+        self.scopes = Scopes(args.seed, self.view, apart)
         self.guard = Guard(lambda: self.scopes.active).install() if args.mosaic_guard else None
         opened = _open_lanes(args.mosaic_quota_backend, self.view, training)
         self.executor = Executor(plan, definition.workload, self.view.rank, training, opened.lanes)
@@ -110,7 +110,7 @@ class Runtime:
             CpuQuota(opened.threads),
             fingerprint_samples if args.mosaic_guard else no_fingerprint,
         )
-        draw_rng_states = partial(Scopes, view=self.view)
+        draw_rng_states = partial(Scopes, view=self.view, apart=apart)
         self.checkpoints = Checkpoints(args, plan, definition.workload, self.grids.world, draw_rng_states)
         self._flight.note("set-up: Megatron")
         rebind_training(get_megatron_optimizer=self._build_optimizer, get_forward_backward_func=self._run_steps)

@@ -40,6 +40,7 @@ ROUNDS = 20
 def own_globals(monkeypatch):
     """Megatron's globals and torch's stream as they were, afterwards."""
     cpu.install()
+    lane_random.install()
     monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None)
     monkeypatch.setattr(random, "_CUDA_RNG_STATE_TRACKER", random.get_cuda_rng_tracker())
     outer = torch.get_rng_state()
@@ -48,7 +49,7 @@ def own_globals(monkeypatch):
 
 
 def make_scopes() -> Scopes:
-    return Scopes(7, RankView.of(make_plan(dict.fromkeys(NAMES, ("0", Layout())), world_size=1), 0))
+    return Scopes(7, RankView.of(make_plan(dict.fromkeys(NAMES, ("0", Layout())), world_size=1), 0), apart=NAMES)
 
 
 def run_beside(*bodies: Callable[[], None]) -> None:
@@ -132,7 +133,7 @@ def draws_are_wrong() -> bool:
 class OfTheProcess:
     """ActiveModule as a plain object: one for all threads."""
 
-    name, entered = lane_state.ActiveModule.name, lane_state.ActiveModule.entered
+    name, begin, end = lane_state.ActiveModule.name, lane_state.ActiveModule.begin, lane_state.ActiveModule.end
 
     def __init__(self) -> None:
         self._name: str | None = None

@@ -1,6 +1,7 @@
 """RNG streams of modules that share a process: no draw depends on another module. One process plays every rank."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
-from megatron_mosaic.parallel_state_ext.rebound import cpu
+from megatron_mosaic.parallel_state_ext.rebound import cpu, lane_random
 from megatron_mosaic.parallel_state_ext.scope import Scopes, stream_seed
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.layout import rank_at
@@ -48,6 +50,18 @@ def draw(scopes: Scopes, module: str) -> tuple[list[float], list[float]]:
 def both() -> Scopes:
     """Streams of two modules whose first rank this is."""
     return Scopes(7, RankView.of(make_plan({"vision": ("0", Layout()), "llm": WIDE}, world_size=32), 0))
+
+
+def test_where_lanes_take_turns_torch_and_megatron_stay_as_they_are(monkeypatch) -> None:
+    installed = []
+    monkeypatch.setattr(lane_random, "install", lambda: installed.append(True))
+    get, dropout = torch.get_rng_state, torch.nn.functional.dropout
+    both()
+    assert type(parallel_state.get_global_memory_buffer()) is GlobalMemoryBuffer
+    assert not isinstance(get_cuda_rng_tracker(), threading.local)
+    assert not installed and (torch.get_rng_state, torch.nn.functional.dropout) == (get, dropout)
+    Scopes(7, RankView.of(make_plan({"llm": WIDE}, world_size=32), 0), apart=NAMES)
+    assert isinstance(get_cuda_rng_tracker(), threading.local) and installed
 
 
 def test_a_modules_draws_do_not_depend_on_the_others() -> None:

@@ -9,8 +9,8 @@ Rows of an edge are ordered by microbatch, then link, then position in the link,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,12 +55,13 @@ class RouteCache:
     """What follows from microbatches' metadata alone, kept for steps that bring the same shapes. One per rank and plan.
 
     Oldest entries beyond `capacity` go when a step begins, never within one. `misses` counts what had to be computed.
-    Lanes that run at the same time ask one after the other.
+    Lanes that run at the same time compute one after the other.
     """
 
     def __init__(self, capacity: int = 512) -> None:
         self._capacity = capacity
-        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self._found: dict[Hashable, list[Any]] = {}  # a value, and when it was last used
+        self._uses = itertools.count()
         self._lock = threading.RLock()  # what is computed asks for its parts
         self.misses = 0
 
@@ -69,19 +70,25 @@ class RouteCache:
 
     def trim(self) -> None:
         """Forget what was not used for longest."""
-        while len(self._found) > self._capacity:
-            self._found.popitem(last=False)
+        excess = len(self._found) - self._capacity
+        for key in sorted(self._found, key=lambda key: self._found[key][1])[:excess] if excess > 0 else ():
+            del self._found[key]
 
     def find[T](self, key: Hashable, compute: Callable[[], T]) -> T:
         """The value under `key`, computed if it is not there."""
-        with self._lock:
-            if key in self._found:
-                self._found.move_to_end(key)
-            else:
-                self.misses += 1
-                self._found[key] = compute()
-            value: T = self._found[key]
-            return value
+        entry = self._found.get(key)
+        if entry is None:
+            with self._lock:
+                entry = self._found.get(key)  # another lane may have computed it meanwhile
+                if entry is None:
+                    self.misses += 1
+                    entry = self._found[key] = [compute(), 0]
+        entry[1] = next(self._uses)
+        value: T = entry[0]
+        return value
+
+
+_NO_NUMBERS: Integers = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ class HeldRows:
     tokens: Integers
     items: Integers
     opposite: Integers  # group at the other end
-    numbers: Integers  # of each row among all of its edge and microbatch: the same at both ends
+    numbers: Integers  # of each row among all of its edge and microbatch: the same at both ends; none if not marked
     first: Integers
 
     def __len__(self) -> int:
@@ -112,12 +119,15 @@ class PlanMap:
 
 
 class StepMap:
-    """One step as a rank sees it. Every rank computes its own from the same metadata."""
+    """One step as a rank sees it. Every rank computes its own from the same metadata.
+
+    `is_marked`: whether messages carry fingerprints.
+    """
 
     def __init__(self, of_plan: PlanMap, microbatches: Sequence[Metadata]) -> None:
         self._rank, self._modules, self._unit_sizes = of_plan.view.rank, of_plan.view.modules, of_plan.unit_sizes
         self._backbone, self._rules, self._cache = of_plan.backbone, of_plan.rules, of_plan.cache
-        self._microbatches = microbatches
+        self._microbatches, self.is_marked = microbatches, all(one.content for one in microbatches)
         self._cache.trim()
         self._digests: dict[tuple[str | tuple[str, str], int], bytes] = {}  # by part and microbatch
         self._units: dict[tuple[str, int], UnitSlots] = {}  # of this step
@@ -145,7 +155,7 @@ class StepMap:
 
     def rows(self, end: EdgeEnd, unit: int) -> HeldRows:
         """The edge's rows that this rank holds in a unit of the end's module."""
-        return self._cache.find(("rows", *self._key(end, unit)), lambda: self._find_rows(end, unit))
+        return self._cache.find(("rows", self.is_marked, *self._key(end, unit)), lambda: self._find_rows(end, unit))
 
     def peers(self, end: EdgeEnd, unit: int) -> range:
         """The units at the other end that share microbatches with this one."""
@@ -159,11 +169,6 @@ class StepMap:
     def receives(self, end: EdgeEnd, unit: int, peer: int) -> tuple[Part, ...]:
         """This rank's rows of `unit` that come from the other end's unit `peer`: gradients at the source, else rows."""
         return self._parts(end, unit, peer)[1]
-
-    @property
-    def is_marked(self) -> bool:
-        """Whether messages carry fingerprints."""
-        return all(one.content for one in self._microbatches)
 
     def marks_sent(self, end: EdgeEnd, unit: int, peer: int) -> tuple[int, ...]:
         """A fingerprint for each part of `sends`: of the samples, and of which rows of them; none if not marked."""
@@ -261,7 +266,7 @@ class StepMap:
             link, within = expand(links.rows[near])
             rows = near[link]
             item, token = items[rows] + found.offsets[index], starts[rows] + within
-            number = (links.rows.cumsum() - links.rows)[rows] + within
+            number = (links.rows.cumsum() - links.rows)[rows] + within if self.is_marked else _NO_NUMBERS
             far_unit = m // self._unit_sizes[other]
             far_offset = self._unit(other, far_unit).offsets[m - self.covered(other, far_unit).start]
             far, far_token = far_items[rows] + far_offset, far_starts[rows] + within
@@ -269,7 +274,7 @@ class StepMap:
             if own.splits_tokens:
                 kept = np.flatnonzero(group == mine)
                 item, place, far, far_token = item[kept], place[kept], far[kept], far_token[kept]
-                number = number[kept]
+                number = number[kept] if self.is_marked else _NO_NUMBERS
             columns[0].append(place)
             columns[1].append(own.index_in_slot[item])
             columns[2].append(self._side(end.opposite, far_unit).locate(far, far_token)[0])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.parallel_state_ext.rebound import gloo, lane_random
+from megatron_mosaic.parallel_state_ext.rebound import gloo
 
 CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
@@ -52,6 +52,8 @@ def device() -> torch.device:
 def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:
     """A host tensor on the training device (or `target`). From pinned memory, so that a GPU's host thread does not
     stall: it has to launch the work of other lanes meanwhile."""
+    if target is None and is_cpu():  # it is there already
+        return tensor
     target = device() if target is None else target
     if target.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(target)
@@ -104,7 +106,6 @@ def install() -> None:
     _replace_initialisation()
     _replace_host_copies()
     gloo.install()
-    lane_random.install()
 
 
 def _replace_host_copies() -> None:

@@ -1,4 +1,5 @@
-"""torch's CPU generator, once for every lane that runs in a thread of its own. Installed by cpu.py.
+"""torch's CPU generator, once for every lane that runs in a thread of its own. Installed where
+lanes run beside each other on a CPU (lane_state).
 
 torch has one CPU generator a process, so two threads would draw from each other's stream. Inside `own_generator` the
 thread's state and its draws are those of a generator of its own; everybody else sees torch as it is. A draw that takes
@@ -57,8 +58,9 @@ def no_shared_draws() -> Iterator[None]:
         )
 
 
+@functools.cache
 def install() -> None:
-    """Let torch's draws and states be those of the thread's own generator where it has one."""
+    """Let torch's draws and states be those of the thread's own generator where it has one. Once a process."""
     functional.dropout = _dropout(functional.dropout)
     for name in _DRAWS:
         setattr(torch, name, _drawing(getattr(torch, name)))

@@ -66,11 +66,12 @@ def test_a_message_has_one_mark_at_both_ends_and_another_where_samples_differ(wo
 
 def test_a_step_without_contents_has_no_marks() -> None:
     view = RankView.of(cases.TWO_RANKS, 0, cases.WORKLOAD.edges)
-    metadata = [bring_items(cases.WORKLOAD, 4, np.random.default_rng(0))]
+    metadata = [bring_items(cases.WORKLOAD, cases.TWO_RANKS.micro_batch_size, np.random.default_rng(0))]
     own = StepMap(PlanMap(view, cases.WORKLOAD), metadata)
     (end, *_) = view.modules["vision"].exports
     assert not own.is_marked and own.hidden_mark("llm", 0, 0) is None
     assert own.marks_sent(end, 0, 0) == own.marks_received(end, 0, 0) == ()
+    assert len(own.rows(end, 0)) and not len(own.rows(end, 0).numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.long, torch.bool])
