@@ -70,6 +70,7 @@ class ThreadLanes:
     """A thread for every track, which lives as long as the lanes."""
 
     clock = staticmethod(host_clock)
+    in_threads = True
 
     def __init__(self, infos: Mapping[int, LaneInfo], cores: Mapping[int, tuple[int, ...]], around: Around) -> None:
         """`cores`: of each track, where they are its own. `around(grad_enabled)`: around a thread's part of a step."""
@@ -81,14 +82,9 @@ class ThreadLanes:
         watch_threads([worker.ident for worker in self._workers.values()], threads.__file__)
 
     def run(self, program: RankProgram, perform: Callable[[Action], None]) -> None:
-        run, grad_enabled = TrackRun(program, perform), torch.is_grad_enabled()
-
-        def follow(actions: tuple[Action, ...]) -> None:
-            with self._around(grad_enabled):
-                run.follow(actions)
-
+        run, around = TrackRun(program, perform), partial(self._around, torch.is_grad_enabled())
         for track, actions in program.tracks.items():
-            self._workers[track].submit(partial(follow, actions))
+            self._workers[track].submit(partial(run.follow, actions, around))
         run.join()
 
     def building(self, track: int) -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,8 @@ from megatron_mosaic.schedules import Action
 class TurnLanes:
     """One action after the other."""
 
+    in_threads = False
+
     def __init__(self, infos: Mapping[int, LaneInfo], clock: Clock = host_clock) -> None:
         self.infos, self.clock = infos, clock
 

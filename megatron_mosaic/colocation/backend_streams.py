@@ -68,6 +68,8 @@ class StreamLanes:
     forward and backward together, since backward runs on the stream of its forward.
     """
 
+    in_threads = False
+
     def __init__(self, infos: Mapping[int, LaneInfo], streams: Mapping[int, Any], whole: Any) -> None:
         self.infos, self._streams, self._whole = infos, streams, whole
         self._clock = EventClock()

@@ -60,6 +60,11 @@ class Lanes(Protocol):
         ...
 
     @property
+    def in_threads(self) -> bool:
+        """Whether tracks run in threads of their own; else the caller's runs them all."""
+        ...
+
+    @property
     def clock(self) -> Clock:
         """Reads the time where the actions run."""
         ...

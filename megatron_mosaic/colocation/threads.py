@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 
 from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.schedules import Action
@@ -17,12 +19,15 @@ _PATIENCE_S = 2.0  # for lanes to see that another failed; one that waits for an
 
 
 class Worker:
-    """A thread that runs what it is given, in order, until the process ends. `prepare` runs in it first."""
+    """A thread that runs what it is given, in order, until the process ends."""
 
     def __init__(self, name: str, prepare: Callable[[], None]) -> None:
+        """`prepare` runs in the thread first; what it raises is raised here."""
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(prepare,), name=name, daemon=True)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(prepare, ready), name=name, daemon=True)
         self._thread.start()
+        ready.result()
 
     @property
     def ident(self) -> int:
@@ -38,8 +43,13 @@ class Worker:
         self._work.put(None)
         self._thread.join()
 
-    def _run(self, prepare: Callable[[], None]) -> None:
-        prepare()
+    def _run(self, prepare: Callable[[], None], ready: Future[None]) -> None:
+        try:
+            prepare()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
         while (work := self._work.get()) is not None:
             work()
 
@@ -54,23 +64,28 @@ class TrackRun:
         self._running = len(program.tracks)
         self._stop: BaseException | None = None
 
-    def follow(self, actions: Sequence[Action]) -> None:
-        """What a track's thread does. Never raises: `join` does."""
+    def follow(self, actions: Sequence[Action], around: Callable[[], AbstractContextManager[None]]) -> None:
+        """What a track's thread does, inside `around()`. Never raises: `join` does."""
         try:
-            for action in actions:
-                if not self._wait_for_needs(action):
-                    return
-                self._perform(action)
-                if action in self._program.awaited:
-                    with self._changed:
-                        self._done.add(action)
-                        self._changed.notify_all()
+            with around():
+                self._follow(actions)
         except BaseException as error:
             self.stop(error)
         finally:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+
+    def _follow(self, actions: Sequence[Action]) -> None:
+        """Until the last action, or until something has failed."""
+        for action in actions:
+            if not self._wait_for_needs(action):
+                return
+            self._perform(action)
+            if action in self._program.awaited:
+                with self._changed:
+                    self._done.add(action)
+                    self._changed.notify_all()
 
     def stop(self, error: BaseException) -> None:
         """Let no track begin another action. The first error counts."""

@@ -148,7 +148,8 @@ class StepRunner:
         self._executor.begin_step(forward_only=forward_only)
         program = self._executor.program(num_microbatches, forward_only=forward_only)
         step = self._executor.record("~data", lambda: self._begin(program, data_iterator, num_microbatches, tools))
-        shared = no_shared_draws() if len(program.tracks) > 1 else contextlib.nullcontext()
+        is_shared = self._executor.lanes.in_threads and len(program.tracks) > 1
+        shared = no_shared_draws() if is_shared else contextlib.nullcontext()
         # Without no_sync, DistributedDataParallel would reduce buckets of its own accord when a dp slot's last unit is
         # not its last backward, or never, when that unit is empty.
         with torch.set_grad_enabled(not forward_only), own.no_sync(), shared:

@@ -4,6 +4,8 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -217,6 +219,52 @@ def test_a_lane_that_raises_stops_the_others_and_is_named(executor, tmp_path, mo
     assert num_begun < len(program.actions)
     time.sleep(0.05)
     assert len(begun) == num_begun, "a lane went on"
+
+
+def ends_with(work: Callable[[], object]) -> list[BaseException]:
+    """What work raises, seen from another thread: it must not hang."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "hangs"
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore:3 tracks")
+def test_a_thread_that_cannot_be_prepared_says_so(monkeypatch) -> None:
+    def take(cores, count):
+        raise OSError("no such core")
+
+    monkeypatch.setattr("megatron_mosaic.colocation.backend_cpu._take_cores", take)
+
+    def work() -> None:
+        CpuBackend().open({0: 0.4, 1: 0.3, 2: 0.3}).run(RankProgram.of(SCHEDULE, SCHEDULE.lanes), lambda action: None)
+
+    assert list(map(str, ends_with(work))) == ["no such core"]
+
+
+@pytest.mark.filterwarnings("ignore:3 tracks")
+@pytest.mark.parametrize("fails_first", [True, False], ids=["before", "behind"])
+def test_an_error_around_a_tracks_actions_ends_the_run(fails_first) -> None:
+    @contextmanager
+    def around(grad_enabled):
+        if fails_first:
+            raise MemoryError("no generator")
+        yield
+        raise MemoryError("no generator")
+
+    lanes = CpuBackend(around).open({0: 0.4, 1: 0.3, 2: 0.3})
+    program = RankProgram.of(SCHEDULE, SCHEDULE.lanes)
+    assert list(map(str, ends_with(lambda: lanes.run(program, lambda action: None)))) == ["no generator"]
+    lanes.close()
 
 
 @pytest.mark.filterwarnings("ignore:3 tracks")
