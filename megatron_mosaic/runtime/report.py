@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,14 @@ class StepReport:
 
 
 def _keep_before(path: Path, iteration: int) -> None:
-    """Leave the lines of earlier iterations, whole ones alone: a start may have been killed while it wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    """Leave the lines of earlier iterations, whole ones alone: a start may have been killed while it wrote.
+
+    A line that names no iteration is of no earlier one.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if iteration > 1 and path.exists() else []
     steps = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    path.write_text("".join(line for line, step in steps if step[ITERATION] < iteration), encoding="utf-8")
+    kept = [line for line, step in steps if step.get(ITERATION, iteration) < iteration]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 class UnitStatistics:
@@ -150,12 +154,15 @@ class Observers:
         if self.dump is not None:
             self.dump.write_gradients(model, optimizers)
 
-    def finished_step(self, model: MosaicModel, spans: Sequence[Span]) -> None:
-        """A training step and its optimizer's took these spans on this rank, and left these parameters."""
+    def finished_step(self, spans: Callable[[], Sequence[Span]]) -> None:
+        """A training step and its optimizer's took these spans on this rank; whoever asks waits for the device."""
+        if self.report is not None:
+            self.report.add_spans(spans())
+
+    def finished_training(self, model: MosaicModel) -> None:
+        """These parameters are the run's last."""
         if self.dump is not None:
             self.dump.write_parameters(model)
-        if self.report is not None:
-            self.report.add_spans(spans)
 
     def measures(self, modules: Iterable[str]) -> dict[str, Mapping[str, float]]:
         """What meter and statistics have found so far, by module."""

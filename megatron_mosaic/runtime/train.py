@@ -74,13 +74,14 @@ class Runtime:
     """Everything a plan needs on one rank. Collective: constructed by every rank of the plan.
 
     Initialises torch.distributed, creates all process groups, and puts our optimizer and executor into Megatron's
-    training loop.
+    training loop. `_models`: those that the loop has built, one.
     """
 
     def __init__(self, args: argparse.Namespace, plan: Plan, definition: ModelDefinition, collate: Collate) -> None:
         """`collate` makes a batch of samples."""
         validate_plan(plan, definition.workload)
         self.plan, self.definition, self._args = plan, definition, args
+        self._models: list[MosaicModel] = []
         self._flight = begin_flight(args.rank)
         ResultWatch(self._flight)
         timeout = collective_timeout(args.distributed_timeout_minutes)
@@ -149,7 +150,8 @@ class Runtime:
                 self.observers.meter.ignore(wrapped)
         config = core_transformer_config_from_args(self._args)
         rng_states = RngStates(self.scopes, self.view.rank, self.plan.world_size)
-        return MosaicModel(config, stages, ddp_config, self.grids.world_view(), rng_states)
+        self._models.append(MosaicModel(config, stages, ddp_config, self.grids.world_view(), rng_states))
+        return self._models[-1]
 
     def _run_steps(self, **_: Any) -> StepRunner:
         """What Megatron's loop asks for, once it has loaded."""
@@ -169,7 +171,9 @@ class Runtime:
         self._finish()
 
     def _finish(self) -> None:
-        """Collective. Writes the reports and destroys the process groups."""
+        """Collective. Writes what observers have left, and destroys the process groups."""
+        for model in self._models:
+            self.observers.finished_training(model)
         if self.observers.report is not None:
             measures = self.observers.measures(self.plan.modules)
             self.observers.report.write(self.grids.world, measures, self.grids.creation_s)
@@ -212,7 +216,7 @@ class Runtime:
             return step()
 
         result = self.executor.record("~optimizer", work)
-        self.observers.finished_step(model, self.executor.spans)
+        self.observers.finished_step(lambda: self.executor.spans)
         return result
 
 

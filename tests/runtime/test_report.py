@@ -65,6 +65,14 @@ def test_losses_go_on_from_the_checkpoint_that_a_later_start_loads(tmp_path) -> 
     assert found == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
 
 
+@pytest.mark.parametrize(("iteration", "kept"), [(1, []), (2, [1]), (9, [1, 2])])
+def test_losses_of_another_format_do_not_stop_a_run(iteration, kept, tmp_path) -> None:
+    path = tmp_path / LOSSES_FILE
+    path.write_text('{"iteration": 1}\n{"lm loss": 2.5}\n{"iteration": 2}\n')
+    StepReport(str(tmp_path), rank=0).add_losses(iteration, {"loss": 1.0})
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [*kept, iteration]
+
+
 def test_only_rank_0_writes_losses(tmp_path) -> None:
     StepReport(str(tmp_path), rank=1).add_losses(1, {"lm loss": 1.0})
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +98,8 @@ def test_nobody_looks_on_without_observers() -> None:
     nobody.backward("llm", 0)
     nobody.losses(1, {"lm loss": 1.0})
     nobody.finished_gradients(None, None)
-    nobody.finished_step(None, [])
+    nobody.finished_step(lambda: pytest.fail("asked for spans that nobody keeps"))
+    nobody.finished_training(None)
     assert nobody.measures(["llm"]) == {"peak_activation_bytes_by_module": {"llm": 0}}
     somebody = Observers(meter=meter)
     with somebody.forward("llm", 0):

@@ -48,7 +48,7 @@ class Dump:
         self._step += 1
 
     def write_parameters(self, model: MosaicModel) -> None:
-        """All parameters, over those of the step before: `parameters-rank-RANK.npz`."""
+        """All parameters: `parameters-rank-RANK.npz`."""
         arrays: dict[str, np.ndarray] = {}
         for module, stage, name, parameter in _parameters(model):
             arrays |= _placed(module, stage, name, parameter, parameter.detach().reshape(-1), 0)
