@@ -84,28 +84,30 @@ class Timeline:
 
     def bubbles(self) -> dict[int, list[tuple[float, float]]]:
         """Rank -> when it runs nothing, from 0 to the end of the step."""
-        found: dict[int, list[tuple[float, float]]] = {span.rank: [] for span in sorted(self.spans)}
+        found: dict[int, list[tuple[float, float]]] = {rank: [] for rank in sorted({s.rank for s in self.spans})}
         until: dict[int, float] = {}
+        end_s = self.end_s
         for span in sorted(self.spans, key=lambda span: span.start_s):
             idle_s = until.get(span.rank, 0.0)
             if span.start_s > idle_s:
                 found[span.rank].append((idle_s, span.start_s))
             until[span.rank] = max(idle_s, span.end_s)
         for rank, idle in found.items():
-            if until[rank] < self.end_s:
-                idle.append((until[rank], self.end_s))
+            if until[rank] < end_s:
+                idle.append((until[rank], end_s))
         return found
 
     def busy_s_by_rank(self) -> dict[int, float]:
         """Rank -> seconds in which it runs at least one span."""
-        return {rank: self.end_s - sum(b - a for a, b in idle) for rank, idle in self.bubbles().items()}
+        end_s = self.end_s
+        return {rank: end_s - sum(b - a for a, b in idle) for rank, idle in self.bubbles().items()}
 
     @property
     def bubble_frac(self) -> float:
         """Share of rank-seconds in which a rank has nothing to run. Ranks without any span do not count."""
-        busy = self.busy_s_by_rank()
+        busy, end_s = self.busy_s_by_rank(), self.end_s
         all_busy_s = sum(self.num_ranks(rank) * seconds for rank, seconds in busy.items())
-        return 1 - all_busy_s / (sum(map(self.num_ranks, busy)) * self.end_s) if self.end_s else 0.0
+        return 1 - all_busy_s / (sum(map(self.num_ranks, busy)) * end_s) if end_s else 0.0
 
     def seconds_by_lane(self) -> dict[str, float]:
         """Lane -> seconds of its spans, mean over the ranks that run it."""

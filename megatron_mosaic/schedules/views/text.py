@@ -16,7 +16,8 @@ def render_text(timeline: Timeline, *, width: int = 100, end_s: float | None = N
 
     `end_s` sets the scale, so that two timelines can be laid under each other.
     """
-    scale_s = end_s or timeline.end_s
+    last_s = timeline.end_s
+    scale_s = end_s or last_s
     if not timeline.spans or scale_s <= 0:
         return "(empty timeline)"
     cell_s = scale_s / width
@@ -27,7 +28,7 @@ def render_text(timeline: Timeline, *, width: int = 100, end_s: float | None = N
     lines = [f"{'t (ms)':<{margin}} |{ticks}| . bubble"]
     for row, spans in rows.items():
         cells = [" "] * width
-        for start_s, stop_s in [*bubbles[row[0]], (timeline.end_s, scale_s)]:
+        for start_s, stop_s in [*bubbles[row[0]], (last_s, scale_s)]:
             first, last = round(start_s / cell_s), min(width, round(stop_s / cell_s))
             cells[first:last] = "." * (last - first)
         for span in spans:
