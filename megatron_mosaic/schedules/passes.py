@@ -101,16 +101,20 @@ def schedule_in_turns(name: str, graph: StageGraph, lanes: Mapping[str, tuple[Ac
 
 def schedule_in_order(name: str, graph: StageGraph, order: tuple[Action, ...]) -> Schedule:
     """The schedule of one total order: each lane's own is what of it runs there."""
+    return Schedule(name=name, work=work_in_order(graph, order), order=order, tracks=graph.lane_tracks)
+
+
+def work_in_order(graph: StageGraph, order: tuple[Action, ...]) -> LaneWork:
+    """What every lane does in one total order."""
     lanes: dict[str, list[Action]] = {lane: [] for lane in graph.lanes}
     for action in order:
         lanes[action.lane].append(action)
-    work = LaneWork(
+    return LaneWork(
         num_microbatches=graph.num_microbatches,
         edges=graph.edges,
         units=graph.units,
         lanes={lane: tuple(actions) for lane, actions in lanes.items()},
     )
-    return Schedule(name=name, work=work, order=order, tracks=graph.lane_tracks)
 
 
 def stage_ranks(plan: Plan, module: str, stage: int) -> tuple[int, ...]:

@@ -15,14 +15,15 @@ stages shares of that. How many units run ahead is tried; the shortest step wins
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import add
 
 from megatron_mosaic.schedules.actions import Action, Kind
-from megatron_mosaic.schedules.builders.backbone import BackboneClock, run_backbone
+from megatron_mosaic.schedules.builders.backbone import run_backbone
 from megatron_mosaic.schedules.builders.cuts import (
+    Cuts,
     backwards,
     encoder_forwards,
     generator_forwards,
@@ -31,11 +32,12 @@ from megatron_mosaic.schedules.builders.cuts import (
 )
 from megatron_mosaic.schedules.builders.windows import Cut, Windows
 from megatron_mosaic.schedules.lane_work import LaneWork
-from megatron_mosaic.schedules.passes import schedule_in_order
+from megatron_mosaic.schedules.passes import schedule_in_order, work_in_order
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 _SLACK = 1  # as in nested
+Needs = Mapping[Action, tuple[Action, ...]]  # what has to be done before an action
 
 
 def bubble_fill(graph: StageGraph) -> Schedule:
@@ -43,19 +45,26 @@ def bubble_fill(graph: StageGraph) -> Schedule:
     clock = run_backbone(graph)
     others = generator_forwards(graph, clock)
     returned = backwards(graph, clock, others)
-    found: list[tuple[int, Schedule]] = []
+    found: list[tuple[int, tuple[Action, ...]]] = []
+    tried: list[Cuts] = []
     for more in range(graph.num_stages[graph.backbone] + 1):
         encoders = encoder_forwards(graph, clock, others, returned, partial(add, _SLACK + more))
+        if encoders.forwards in tried:  # all units run ahead by now
+            continue
+        tried.append(encoders.forwards)
         forwards = encoders.forwards | others
-        work = schedule_in_order("nested", graph, lay_in_order(graph, clock, forwards, returned)).work
+        order = lay_in_order(graph, clock, forwards, returned)
+        work = work_in_order(graph, order)
         if not found:  # whatever the bubbles are, no worse than that
-            order = lay_in_order(graph, clock, forwards, returned)
-            found.append((_nominal_length(graph, work, order), schedule_in_order("bubble_fill", graph, order)))
+            needs = {action: work.needs(action) for action in order}  # of all that follow: they differ in order alone
+            windows = Windows(clock, work, nominal_scale(graph))
+            found.append((_nominal_length(graph, needs, order), order))
         pieces = [(key[0], action) for key, action in sorted(list_pieces(graph, forwards, returned))]
         for fills_end in (False, True):
-            order = _Filling(graph, clock, work, pieces, fills_end).order()
-            found.append((_nominal_length(graph, work, order), schedule_in_order("bubble_fill", graph, order)))
-    return min(found, key=lambda pair: pair[0])[1]  # of equals the first: it holds the fewest units
+            order = _Filling(graph, windows, work, needs, pieces, fills_end).order()
+            found.append((_nominal_length(graph, needs, order), order))
+    best = min(found, key=lambda pair: pair[0])[1]  # of equals the first: it holds the fewest units
+    return schedule_in_order("bubble_fill", graph, best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,18 +88,21 @@ class _Filling:
     def __init__(
         self,
         graph: StageGraph,
-        clock: BackboneClock,
+        windows: Windows,
         work: LaneWork,
+        needs: Needs,
         pieces: Sequence[tuple[int, Action]],
         fills_end: bool,
     ) -> None:
-        self._graph, self._work, self._fills_end = graph, work, fills_end
+        """`work`: of the lanes under `nested`. What an earlier one took of the windows is given back."""
+        self._graph, self._work, self._needs, self._fills_end = graph, work, needs, fills_end
         self._scale = nominal_scale(graph)
-        self._windows = Windows(clock, work, self._scale)
+        self._windows = windows
+        self._windows.clear()
         self._held = {module: _units_ahead(work, module) for module in graph.num_stages}
         self._waiting: dict[Action, list[Action]] = {}  # action of another module -> those of the backbone that need it
-        for action in clock.start:
-            for need in work.needs(action):
+        for action, needed in needs.items():
+            for need in needed if action.module == graph.backbone else ():
                 if need.module != graph.backbone:
                     self._waiting.setdefault(need, []).append(action)
         self._pieces = [self._describe(time, action) for time, action in pieces]
@@ -124,7 +136,7 @@ class _Filling:
             if action in self._laid or action.lane in lanes:
                 continue
             lanes.add(action.lane)  # its lane goes on with nothing else
-            before = [need for need in self._work.needs(action) if need.module != self._graph.backbone]
+            before = [need for need in self._needs[action] if need.module != self._graph.backbone]
             own = self._work.lanes[action.lane]
             place = own.index(action)
             if all(need in self._laid for need in (*before, *own[:place])):
@@ -162,7 +174,7 @@ class _Filling:
             time=time,
             duration=nominal_duration(graph, action, self._scale),
             stages=tuple(stages),
-            least=self._windows.after([need for need in self._work.needs(action) if need.module == backbone]),
+            least=self._windows.after([need for need in self._needs[action] if need.module == backbone]),
             farthest=self._windows.before(self._waiting.get(action, ())),
             may_fill=bool(stages) and graph.reaches(module, backbone) and is_free,
         )
@@ -179,13 +191,13 @@ def nominal_duration(graph: StageGraph, action: Action, scale: int) -> int:
     return whole if action.module == graph.backbone else whole // graph.chunks(action.module)
 
 
-def _nominal_length(graph: StageGraph, work: LaneWork, order: Sequence[Action]) -> int:
+def _nominal_length(graph: StageGraph, needs: Needs, order: Sequence[Action]) -> int:
     """When the last rank is done, each class of ranks running its part of the order as soon as it can."""
     scale = nominal_scale(graph)
     free: dict[object, int] = {}
     end: dict[Action, int] = {}
     for action in order:
-        ready = max([end[need] for need in work.needs(action) if need.lane != action.lane], default=0)
+        ready = max([end[need] for need in needs[action] if need.lane != action.lane], default=0)
         for alike in graph.occupies[action.lane]:
             free[alike] = max(ready, free.get(alike, 0)) + nominal_duration(graph, action, scale)
         end[action] = max(free[alike] for alike in graph.occupies[action.lane])

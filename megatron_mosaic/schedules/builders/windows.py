@@ -20,7 +20,7 @@ Cut = tuple[int, ...]  # by stage of the backbone, how many of its actions stand
 
 
 class Windows:
-    """Bubbles of each stage, and how much of each is left. Times are those of the clock, `scale` times finer."""
+    """Bubbles of each stage, and what of each is `_left`. Times are those of the clock, `scale` times finer."""
 
     def __init__(self, clock: BackboneClock, work: LaneWork, scale: int) -> None:
         """`work`: of all modules; the backbone's is what counts."""
@@ -28,17 +28,22 @@ class Windows:
         self._lanes = [work.lanes[f"{clock.module}.{stage}"] for stage in range(work.num_stages[clock.module])]
         self._place = {action: (stage, i) for stage, lane in enumerate(self._lanes) for i, action in enumerate(lane)}
         self._starts = [[scale * clock.start[action] for action in lane] for lane in self._lanes]
-        self._left: list[list[float]] = []
+        self._bubbles: list[list[float]] = []
         self._needs: list[list[Cut]] = []  # by stage and number of its actions, what must stand before those
         for stage, lane in enumerate(self._lanes):
             ends = [0, *[scale * clock.end[action] for action in lane]]
-            self._left.append([start - end for start, end in zip([*self._starts[stage], inf], ends)])
+            self._bubbles.append([start - end for start, end in zip([*self._starts[stage], inf], ends)])
             before, rows = [0] * len(self._lanes), [(0,) * len(self._lanes)]
             for action in lane:
                 for at, place in [self._place[need] for need in work.needs(action) if need in self._place]:
                     before[at] = max(before[at], place + 1)
                 rows.append(tuple(before))
             self._needs.append(rows)
+        self._left = [*map(list, self._bubbles)]
+
+    def clear(self) -> None:
+        """Nothing has been taken."""
+        self._left = [*map(list, self._bubbles)]
 
     @property
     def nothing(self) -> Cut:
