@@ -55,11 +55,3 @@ class RankProgram:
     def track_of(self) -> Mapping[Action, int]:
         """Action -> the track that runs it."""
         return {action: track for track, actions in self.tracks.items() for action in actions}
-
-
-def modules_by_track(schedule: Schedule, lanes: Collection[str]) -> dict[int, tuple[str, ...]]:
-    """Track -> modules that a rank with these lanes runs on it."""
-    found: dict[int, list[str]] = {}
-    for lane in lanes:
-        found.setdefault(schedule.tracks[lane], []).append(lane.rpartition(".")[0])
-    return {track: tuple(found[track]) for track in sorted(found)}

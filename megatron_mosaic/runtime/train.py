@@ -33,7 +33,6 @@ from megatron.training.utils import print_rank_0
 from megatron_mosaic.colocation.backend import Opened, open_lanes
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.executor import Executor
-from megatron_mosaic.colocation.program import modules_by_track
 from megatron_mosaic.definition import ModelDefinition
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.process import begin_flight, collective_timeout, end_flight, noted
@@ -63,6 +62,7 @@ from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_b
 from megatron_mosaic.runtime.report import Observers, StepReport, UnitStatistics
 from megatron_mosaic.runtime.step import Collate, Samples, StepRunner
 from megatron_mosaic.schedules import Schedule
+from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.text import format_schedule, parse_schedule
 from megatron_mosaic.units import format_seconds
@@ -262,7 +262,7 @@ def _open_lanes(backend: str, view: RankView, training: Schedule) -> Opened:
     """What this rank's tracks run on."""
     lanes = [f"{name}.{module.at.pp}" for name, module in view.modules.items()]
     shares = {name: module.placed.quota.share for name, module in view.modules.items()}
-    opened = open_lanes(backend, modules_by_track(training, lanes), shares, lane_thread)
+    opened = open_lanes(backend, modules_by_track(training.tracks, lanes), shares, lane_thread)
     for note in opened.notes:
         print_rank_0(f"> mosaic: {note}")
     return opened

@@ -128,6 +128,14 @@ def project(schedule: Schedule, lanes: Collection[str]) -> tuple[Action, ...]:
     return tuple([action for action in schedule.order if action[:2] in wanted])
 
 
+def modules_by_track(track_of: Mapping[str, int], lanes: Collection[str]) -> dict[int, tuple[str, ...]]:
+    """Track -> modules that a rank with these lanes runs on it. Lanes that `track_of` leaves out are on track 0."""
+    found: dict[int, list[str]] = {}
+    for lane in lanes:
+        found.setdefault(track_of.get(lane, 0), []).append(lane.rpartition(".")[0])
+    return {track: tuple(found[track]) for track in sorted(found)}
+
+
 def rank_programs(plan: Plan, schedule: Schedule) -> dict[int, tuple[Action, ...]]:
     """Rank -> its actions in order. Ranks without a lane have an empty program; alike ranks share one."""
     programs: dict[int, tuple[Action, ...]] = dict.fromkeys(range(plan.world_size), ())

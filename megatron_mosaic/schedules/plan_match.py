@@ -11,6 +11,7 @@ from megatron_mosaic.plan.quota import require_sum, shares_of_tracks
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules.actions import Kind
 from megatron_mosaic.schedules.builders import build_schedule, stage_graph
+from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.rank_classes import rank_classes
 from megatron_mosaic.schedules.schedule import Schedule
 from megatron_mosaic.schedules.stage_graph import StageGraph
@@ -38,9 +39,7 @@ def require_shares(plan: Plan, track_of: Mapping[str, int]) -> None:
     if not any(track_of.values()):
         return
     for alike in rank_classes(plan):
-        tracks: dict[int, list[str]] = {}
-        for lane in alike.lanes:
-            tracks.setdefault(track_of.get(lane, 0), []).append(lane.rpartition(".")[0])
+        tracks = modules_by_track(track_of, alike.lanes)
         if len(tracks) > 1:
             names = {track: " and ".join(modules) for track, modules in tracks.items()}
             shares = shares_of_tracks({t: [plan.modules[m].quota.share for m in tracks[t]] for t in tracks})

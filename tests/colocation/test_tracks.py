@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.colocation.backend_cpu import CpuBackend
 from megatron_mosaic.colocation.executor import Executor
-from megatron_mosaic.colocation.program import RankProgram, modules_by_track
+from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.errors import QuotaError, RankFailure
 from megatron_mosaic.flight.heart import Heart
 from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
 from megatron_mosaic.plan.quota import Quota
 from megatron_mosaic.schedules import Action, Schedule, build_schedule
+from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.rank_classes import rank_classes
 from tests.cases import WORKLOAD, make_plan
@@ -306,7 +307,7 @@ def test_the_flight_shows_what_every_track_does(tmp_path, monkeypatch) -> None:
 
 
 def test_modules_of_a_ranks_tracks() -> None:
-    assert modules_by_track(SCHEDULE, ("vision.0", "llm.0", "generator.0")) == {
+    assert modules_by_track(SCHEDULE.tracks, ("vision.0", "llm.0", "generator.0")) == {
         0: ("llm",),
         1: ("vision",),
         2: ("generator",),
