@@ -72,9 +72,10 @@ def open_lanes(name: str, tracks: Mapping[int, tuple[str, ...]], shares: Mapping
         return Opened(lanes=TurnLanes({}), threads=threads_in_turn(shares), notes=())
     of_tracks = shares_of_tracks({track: [shares[m] for m in modules] for track, modules in tracks.items()})
     choice = choose_backend(name, around)
+    cpu = CpuBackend(around)
+    granted = {} if cpu.why_not() else cpu.quantise(of_tracks)  # as many whether they take turns or not: the same sums
+    threads = {module: info.granted for track, info in granted.items() for module in tracks[track]}
     lanes = choice.backend.open(of_tracks)
-    granted = CpuBackend(around).quantise(of_tracks)  # as many whether they take turns or not: the same sums
-    threads = {module: granted[track].granted for track, modules in tracks.items() for module in modules}
     infos = lanes.infos.values()
     words = ", ".join(f"track {i.track} ({'+'.join(tracks[i.track])}) {i.granted} of {i.total} {i.unit}" for i in infos)
     notes = (f"quota backend {choice.backend.name}: {words}",)

@@ -322,6 +322,22 @@ def test_lanes_of_the_same_counts_are_opened_once(cuda) -> None:
     assert sum(call[0] == "cuDevSmResourceSplitByCount" for call in driver.calls) == 2
 
 
+def test_cores_are_counted_on_a_cpu_alone_and_before_lanes_are_open(cuda, monkeypatch) -> None:
+    def refuse(self, shares):
+        raise QuotaError("cores", got="none", expected="some", fix="more")
+
+    opened = []
+    monkeypatch.setattr(CpuBackend, "quantise", refuse)
+    monkeypatch.setattr(NoBackend, "open", lambda self, shares: opened.append(shares))
+    arguments = ({0: ("llm",), 1: ("vision",)}, {"llm": 0.5, "vision": 0.5}, torch.set_grad_enabled)
+    with pytest.raises(QuotaError, match="cores"):
+        open_lanes("none", *arguments)
+    assert not opened
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert open_lanes("streams", *arguments).threads == {}
+
+
 def test_shares_that_cannot_be_granted_name_those_that_can(cuda) -> None:
     with pytest.raises(QuotaError) as caught:
         GreenContextBackend(FakeDriver(), 0).open({0: 0.97, 1: 0.03})
