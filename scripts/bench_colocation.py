@@ -1,12 +1,13 @@
 """Two modules on one device: in turns, or beside each other? Real Megatron blocks, balanced and not, small to large.
 
 For every pair: seconds in turns on the whole device (twice: the noise), beside each other on lanes (on a GPU on plain
-streams and on every pair of quotas), the gain, and the gain that the interference model predicts, fitted to the other
-pairs only. Gradients beside are compared with those in turns. Under 3 minutes on a CPU, 10 on a GPU; --quick: 20 s.
+streams and on every pair of quotas), and the gain; on a CPU, where blocks are timed alone as well, the gain that the
+interference model predicts, fitted to the other pairs only. Gradients beside are compared with those in turns. Under 3
+minutes on a CPU, 10 on a GPU; --quick: 20 s.
 
 --training: the reference model's step under `overlap` on one rank as well, in turns and beside, runs in alternation.
 
-On a machine that others use, no ratio means anything: busy threads are compared with the clock before every pair, and
+On a machine that others use, no ratio means anything: busy threads are compared with the clock after every pair, and
 the answer is `loaded: true`, without ratios, exit status 1. Exit status 1 as well if gradients differ.
 """
 
@@ -36,13 +37,14 @@ from megatron_mosaic.calibrate.interference import PairTime, Side, held_out  # n
 from megatron_mosaic.calibrate.pairs import Block, BlockSize  # noqa: E402
 from megatron_mosaic.colocation.backend import choose_backend  # noqa: E402
 from megatron_mosaic.colocation.backend_cpu import cores_of_rank  # noqa: E402
-from megatron_mosaic.colocation.lane import QuotaBackend  # noqa: E402
+from megatron_mosaic.colocation.lane import Lanes  # noqa: E402
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread  # noqa: E402
 
 MAX_LOADED_FRAC = 0.05
 CPU_HIDDEN = ((64, 64), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024))
 GPU_HIDDEN = ((512, 512), (1024, 1024), (1024, 2048), (2048, 2048), (2048, 4096), (4096, 4096))
-CPU_SHARES, GPU_SHARES = (0.5,), (0.25, 1 / 3, 0.5, 2 / 3, 0.75)
+SHARES = (0.5,)  # the first side's
+QUOTAS = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # of them, where they are enforced
 
 
 def sizes_of(hidden: tuple[int, int], is_gpu: bool) -> tuple[BlockSize, BlockSize]:
@@ -72,6 +74,7 @@ class Bench:
         hidden = GPU_HIDDEN if self.is_gpu else CPU_HIDDEN
         self.hidden = hidden[:3] if arguments.quick else hidden
         self.cores = len(cores_of_rank())
+        self.lanes = self._open_lanes()
         self._out: Path | None = arguments.out
         self._alone: dict[str, Side] = {}
 
@@ -88,22 +91,23 @@ class Bench:
         self.tell(stage="load", taken_frac=round(taken, 4))
         return taken > MAX_LOADED_FRAC
 
-    def backends(self) -> list[QuotaBackend]:
-        """Those that run lanes beside each other here."""
-        names = ("green_context", "streams") if self.is_gpu else ("cpu",)
-        found = []
-        for name in names:
-            choice = choose_backend(name if self.is_gpu else "auto", lane_thread)
-            found.append(choice.backend)
-        return found
+    def _open_lanes(self) -> list[tuple[str, Lanes]]:
+        """Lanes beside each other, with their backend's name: of every backend and share that run here."""
+        shares = {"green_context": QUOTAS, "streams": SHARES} if self.is_gpu else {"cpu": SHARES}
+        backends = {name: choose_backend(name, lane_thread).backend for name in shares}
+        return [(name, backends[name].open({0: share, 1: 1 - share})) for name in shares for share in shares[name]]
+
+    def close(self) -> None:
+        """Give back what lanes were granted."""
+        for _, lanes in self.lanes:
+            lanes.close()
 
     def side(self, block: Block, counts: set[int]) -> Side:
-        """The block alone on each count of cores. On a GPU only on all of it: see gpu_checks.sh for quotas alone."""
+        """The block alone on each count of cores."""
         known = self._alone.get(block.size.name)
         alone = dict(known.alone_s) if known else {}
         for count in sorted(counts - alone.keys()):
-            if not self.is_gpu:
-                torch.set_num_threads(count)
+            torch.set_num_threads(count)
             alone[count] = pairs.alone_s(block, self.repeats) * self.num_units
         torch.set_num_threads(1)
         host_s = known.host_s if known else pairs.host_s(self.dtype, self.scopes, self.repeats) * self.num_units
@@ -114,30 +118,25 @@ class Bench:
         return side
 
     def pairs(self) -> Iterator[dict[str, Any]]:
-        """A row for every pair, backend and share."""
+        """A row for every pair of blocks and of lanes."""
         for hidden in self.hidden:
             sizes = sizes_of(hidden, self.is_gpu)
             blocks = (
                 Block(sizes[0], self.dtype, self.scopes, "first"),
                 Block(sizes[1], self.dtype, self.scopes, "second"),
             )
-            for backend in self.backends():
-                shares = (0.5,) if backend.name != "green_context" else GPU_SHARES
-                for share in shares:
-                    yield self.pair(blocks, backend, share)
+            for name, lanes in self.lanes:
+                yield self.pair(blocks, name, lanes)
 
-    def pair(self, blocks: tuple[Block, Block], backend: QuotaBackend, share: float) -> dict[str, Any]:
-        """Measure one pair; `share` is the first side's."""
-        lanes = backend.open({0: share, 1: 1 - share})
+    def pair(self, blocks: tuple[Block, Block], backend: str, lanes: Lanes) -> dict[str, Any]:
+        """Measure one pair."""
         granted = tuple(info.granted for info in lanes.infos.values())
         threads = (1, 1) if self.is_gpu else granted
         whole = next(iter(lanes.infos.values())).total
         found = pairs.measure_pair(blocks, lanes, threads, self.cores, self.num_units, self.repeats)
-        if not self.is_gpu:
-            lanes.close()
         sides = tuple(self.side(b, {g, whole}) for b, g in zip(blocks, granted)) if not self.is_gpu else ()
         row = {
-            "name": f"{blocks[0].size.hidden}/{blocks[1].size.hidden} {backend.name} {granted[0]}+{granted[1]}",
+            "name": f"{blocks[0].size.hidden}/{blocks[1].size.hidden} {backend} {granted[0]}+{granted[1]}",
             "sides": [block.size.name for block in blocks],
             "turns_s": statistics.median(found.turns_s + found.turns_again_s),
             "beside_s": statistics.median(found.beside_s),
@@ -268,6 +267,7 @@ def main() -> int:
         print(json.dumps(result))
     else:
         print_table(result)
+    bench.close()
     dist.destroy_process_group()
     return int(loaded or not result["parity_ok"])
 
