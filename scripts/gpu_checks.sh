@@ -2,7 +2,8 @@
 # What one GPU can answer, in stages of under 9 minutes each, most important first. Each stage writes its results as it
 # goes; a stage that fails does not stop the next. No network, no set-up: torch and cuda-bindings as found.
 #
-#   PY=python3 bash scripts/gpu_checks.sh OUT [WHEELS]        all stages
+#   PY=python3 bash scripts/gpu_checks.sh OUT [WHEELS]        all stages but type
+#   GPU_TYPE=h100-sxm bash scripts/gpu_checks.sh OUT          type, too: the name that its constants get
 #   STAGES="smid pairs" bash scripts/gpu_checks.sh OUT        some of them
 #
 # WHEELS: a folder of wheels for packages that are missing (megatron-core and what it needs); installed without network.
@@ -10,15 +11,15 @@
 #   smid      lanes have SMs of their own, backward stays in its lane        the proof of disjointness
 #   pairs     scripts/bench_colocation.py: turns, streams, all quota pairs   does sharing gain? gradients equal?
 #   tests     pytest -m gpu
-#   type      mosaic calibrate --gpu-type                                    constants of this GPU
+#   type      mosaic calibrate --gpu-type "$GPU_TYPE"                        constants of this GPU; only if GPU_TYPE is set
 #   train     the reference model on one rank under `overlap`: in turns, on streams, on green contexts; NCCL alone
 set -u
 PY=${PY:-python3}
 OUT=${1:?usage: gpu_checks.sh OUT [WHEELS]}
 WHEELS=${2:-}
-STAGES=${STAGES:-"smid pairs train tests type"}
-LIMIT_S=${LIMIT_S:-530}
 GPU_TYPE=${GPU_TYPE:-}
+STAGES=${STAGES:-"smid pairs train tests${GPU_TYPE:+ type}"}
+LIMIT_S=${LIMIT_S:-530}
 
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$OUT" || exit 2
