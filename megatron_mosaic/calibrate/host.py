@@ -33,9 +33,9 @@ from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.calibrate.collectives import measure_collectives
 from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
+from megatron_mosaic.calibrate.one_rank import one_rank_plan
 from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Profile
 from megatron_mosaic.launch.forked import run_forked, with_command_line
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.report import TIMELINE_FILE
@@ -141,17 +141,8 @@ def _repeat(work: Callable[[], object], times: int = REPEATS) -> Iterator[float]
 
 def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequence[str], directory: str) -> float:
     """Seconds between two actions of a rank that waits for nobody, in a real run with every module on one rank."""
-    alone = ModulePlan(ranks=RankSet.of([0]), layout=Layout())
-    plan = Plan(
-        workload=workload,
-        world_size=1,
-        global_batch_size=16,
-        micro_batch_size=4,
-        schedule=ScheduleChoice("1f1b"),
-        modules=dict.fromkeys(modules, alone),
-    )
     path = f"{directory}/one-rank.yaml"
-    save_plan(plan, path)
+    save_plan(one_rank_plan(workload, modules, global_batch_size=16, micro_batch_size=4), path)
     command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
     command += ["--eval-iters", "0", "--log-interval", "1000"]
     run_forked(1, with_command_line, command, pretrain.main)

@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_mosaic.calibrate.one_rank import one_rank_plan
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.lane import Lanes
 from megatron_mosaic.colocation.program import RankProgram
@@ -27,7 +28,6 @@ from megatron_mosaic.parallel_state_ext.group_list import FIELDS
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
 from megatron_mosaic.parallel_state_ext.scope import Scopes
-from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.training import TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig, Role
 from megatron_mosaic.schedules import Action, Kind
@@ -49,19 +49,25 @@ class BlockSize:
     def name(self) -> str:
         return f"{self.hidden}x{self.tokens}x{self.items}"
 
+    @property
+    def module(self) -> ModuleConfig:
+        """The block as a module of a workload."""
+        return ModuleConfig(
+            name="block",
+            role=Role.encoder,
+            num_layers=NUM_LAYERS,
+            hidden_size=self.hidden,
+            num_heads=max(2, self.hidden // 64),
+            ffn_hidden_size=4 * self.hidden,
+            tokens_per_item=self.tokens,
+            input_size=1,
+            output_size=1,
+        )
+
 
 def make_scopes() -> Scopes:
     """Streams and scratch memory of the two sides. Needs torch.distributed, of one rank."""
-    alone = ModulePlan(ranks=RankSet.of((0,)), layout=Layout())
-    plan = Plan(
-        workload="pair",
-        world_size=1,
-        global_batch_size=1,
-        micro_batch_size=1,
-        schedule=ScheduleChoice("1f1b"),
-        modules=dict.fromkeys(SIDES, alone),
-    )
-    return Scopes(1, RankView.of(plan, 0), apart=SIDES)
+    return Scopes(1, RankView.of(one_rank_plan("pair", SIDES), 0), apart=SIDES)
 
 
 class Block:
@@ -69,11 +75,12 @@ class Block:
 
     def __init__(self, size: BlockSize, dtype: torch.dtype, scopes: Scopes, side: str) -> None:
         self.size, self._dtype, self._scopes, self._side = size, dtype, scopes, side
+        module = size.module
         config = TransformerConfig(
-            num_layers=NUM_LAYERS,
-            hidden_size=size.hidden,
-            num_attention_heads=max(2, size.hidden // 64),
-            ffn_hidden_size=4 * size.hidden,
+            num_layers=module.num_layers,
+            hidden_size=module.hidden_size,
+            num_attention_heads=module.num_heads,
+            ffn_hidden_size=module.ffn_hidden_size,
             use_cpu_initialization=True,
             attention_dropout=0.0,
             hidden_dropout=0.0,
@@ -102,19 +109,8 @@ class Block:
     @property
     def moved_bytes(self) -> float:
         """Of a forward and backward, three times the forward's: what its kernels read and write."""
-        module = ModuleConfig(
-            name="block",
-            role=Role.encoder,
-            num_layers=NUM_LAYERS,
-            hidden_size=self.size.hidden,
-            num_heads=max(2, self.size.hidden // 64),
-            ffn_hidden_size=4 * self.size.hidden,
-            tokens_per_item=self.size.tokens,
-            input_size=1,
-            output_size=1,
-        )
         setup = TrainingSetup(fused_attention=False, dropout=False)
-        work = layer_work(module, self.size.items, 1, 1, 1, False, True, setup)
+        work = layer_work(self.size.module, self.size.items, 1, 1, 1, False, True, setup)
         products = 2 * sum((g.m * g.k + g.k * g.n + g.m * g.n) * g.count for g in (*work.gemms, *work.core_gemms))
         return 3 * NUM_LAYERS * self._dtype.itemsize / 2 * (work.moved_bytes + work.core_bytes + products)
 
