@@ -32,6 +32,7 @@ ENDINGS = {  # kind -> how its error begins
     "hang": r"it does not wait, it runs at \S+ \(injection\.py:\d+\), for \d+ s: slow, or hung",
     "raise": r"exit code 1",
 }
+PAGE_KB = os.sysconf("SC_PAGE_SIZE") // 1024
 FIRST_LOSS = {1: "first collective", 3: "middle", 4: "last step"}
 
 
@@ -81,13 +82,20 @@ def run_with_taken_port(launch: Launch, directory: Path) -> Outcome:
 
 
 def run_on_full_disk(launch: Launch, directory: Path) -> Outcome:
-    """The first checkpoint fits, the second does not."""
-    with small_disk(directory / "disk", kilobytes=1400) as disk:
+    """The first checkpoint fits, the second does not: half of it has room."""
+    assert run_with_fault(launch, directory).error is None
+    one = directory / "checkpoints" / f"iter_{STEPS:07d}"
+    with small_disk(directory / "disk", kilobytes=3 * pages(one) // 2 * PAGE_KB) as disk:
         outcome = run_with_fault(launch, directory, save=disk / "checkpoints")
     assert outcome.exit_status > 0, outcome
     assert "No space left on device" in str(outcome.error), outcome.error
     assert outcome.last_good == 2, outcome
     return outcome
+
+
+def pages(folder: Path) -> int:
+    """What the folder's files take of a file system in memory."""
+    return sum(-(-path.stat().st_size // (1024 * PAGE_KB)) for path in folder.rglob("*") if path.is_file())
 
 
 def run_on_read_only_directory(launch: Launch, directory: Path) -> Outcome:
