@@ -8,11 +8,11 @@ A `StageWork` says all that a cost depends on, and no rank: two lanes with equal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
-from megatron_mosaic.cost_model.clock.replicas import LaneSlots, Replicas, find_replicas
+from megatron_mosaic.cost_model.clock.replicas import LaneSlots, Link, Replicas, Units, find_replicas
 from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.layers import count_layers
@@ -145,7 +145,23 @@ class StepWork:
             tuple(LaneSlots.of(lane.module, lane.ranks, lane.work.layout) for lane in self.lanes),
             tuple(links),
             tuple((alike.ranks, lanes) for alike, lanes in zip(self.classes, self.class_lanes)),
+            tuple(self._parted(links)),
         )
+
+    def _parted(self, links: Iterable[Link]) -> Iterator[tuple[Link, Units]]:
+        """Links, both ways, between a backbone without replicas and a module that has some and works on several of its
+        microbatches at once: its slots have some of a unit's each. With the lane, and the lengths of its units."""
+        graph = self.graph
+        for link in links:
+            modules = [self.lanes[each].module for each in link]
+            if graph.backbone not in modules or modules[0] == modules[1]:
+                continue
+            other, backbone = sorted(link, key=lambda each: self.lanes[each].module == graph.backbone)
+            size = graph.units[self.lanes[other].module]
+            if self.lanes[backbone].work.layout.dp == 1 < min(size, self.lanes[other].work.layout.dp):
+                lengths = {min(size, graph.num_microbatches), graph.num_microbatches % size or size}
+                for way in (link, link[::-1]):
+                    yield way, (other, tuple(sorted(lengths)))
 
     @property
     def num_busy_ranks(self) -> int:

@@ -174,6 +174,22 @@ def run_oracle(
             handed[source, target] = find_hand_over(plan, source, target)
         return (i, j) in handed[source, target]
 
+    backbone = plan.modules["llm"].layout
+
+    def microbatches_of(action: Action, i: int) -> tuple[Fraction, Fraction]:
+        """From and to: the i-th of equal parts of what its module does at once."""
+        size = schedule.work.units[action.module]
+        first, stop = action.unit * size, min((action.unit + 1) * size, schedule.num_microbatches)
+        length = Fraction(stop - first, len(slots[action.lane]))
+        return first + i * length, first + (i + 1) * length
+
+    def share_microbatches(one: Action, i: int, other: Action, j: int) -> bool:
+        """With replicas of the backbone, items stay with their owners' slots, of whatever microbatch they are."""
+        if backbone.dp > 1 or one.module == other.module or "llm" not in (one.module, other.module):
+            return True
+        (low, high), (first, stop) = microbatches_of(one, i), microbatches_of(other, j)
+        return max(low, first) < min(high, stop)
+
     def needed(need: Action, i: int, action: Action):
         yield done[need, i]
         if need.lane != action.lane:
@@ -185,7 +201,7 @@ def run_oracle(
             env.process(needed(need, j, action))
             for need in schedule.needs(action)
             for j in range(len(slots[need.lane]))
-            if meets(need.lane, j, action.lane, i)
+            if meets(need.lane, j, action.lane, i) and share_microbatches(need, j, action, i)
         ]
         yield env.all_of([meeting[action, i].get(len(ranks)), *inputs])
         start = env.now

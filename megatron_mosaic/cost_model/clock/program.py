@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from megatron_mosaic.cost_model.clock.replicas import SlotClasses
+from megatron_mosaic.cost_model.clock.replicas import SlotClasses, part_of_unit
 from megatron_mosaic.plan import ScheduleChoice
 from megatron_mosaic.schedules import Kind, Schedule, build
 from megatron_mosaic.schedules.actions import FREES
@@ -72,7 +72,8 @@ def fold(schedule: Schedule, graph: StageGraph, classes: SlotClasses) -> Program
         last=tuple((found[-1],) for found in positions),
     )
     if classes.first[-1] > len(names):
-        rows = _spread(rows, links, classes)
+        covered = [graph.microbatches_of(action.module, action.unit) for action in schedule.order]
+        rows = _spread(rows, links, classes, covered)
     lane_of = tuple(i for i in range(len(names)) for _ in range(classes.first[i], classes.first[i + 1]))
     holds = [[(kind, schedule.tracks[names[i]]) for kind in kinds] for i, kinds in zip(lane_of, classes.occupies)]
     resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
@@ -107,18 +108,25 @@ class _Rows:
     last: tuple[tuple[int, ...], ...]
 
 
-def _spread(rows: _Rows, links: Sequence[tuple[int, int]], classes: SlotClasses) -> _Rows:
-    """A row for every slot class of an action's lane, with needs of the slots that it takes something from."""
+def _spread(rows: _Rows, links: Sequence[tuple[int, int]], classes: SlotClasses, covered: Sequence[range]) -> _Rows:
+    """A row for every slot class of an action's lane, with needs of the slots that it takes something from. `covered`:
+    the microbatches of each action."""
     sizes = [after - first for first, after in zip(classes.first, classes.first[1:])]
     base = [0, *accumulate(sizes[lane] for lane in rows.slots)]  # by position, its first row
     ways = [_way(link, sizes, classes) for link in links]
+    shares = _Shares(links, sizes, classes, covered)
     entry, slots, job, firsts, ways_of_first, more = [], [], [], [], [], []
     for at, (lane, its_job, need, link, others) in enumerate(
         zip(rows.slots, rows.job, rows.need, rows.link, rows.more_needs)
     ):
         needed = ((need, link), *others) if need else ()
         for k in range(sizes[lane]):
-            found = [(1 + base[other - 1] + offset, way) for other, way in needed for offset in ways[way][k]]
+            found = [
+                (1 + base[other - 1] + offset, way)
+                for other, way in needed
+                for offset in ways[way][k]
+                if shares(way, at, k, other - 1, offset)
+            ]
             first, *rest = found or [(0, 0)]
             entry.append(at)
             slots.append(classes.first[lane] + k)
@@ -135,6 +143,28 @@ def _spread(rows: _Rows, links: Sequence[tuple[int, int]], classes: SlotClasses)
         more_needs=tuple(more),
         last=tuple(tuple(range(base[at], base[at + 1])) for (at,) in rows.last),
     )
+
+
+class _Shares:
+    """Whether slots of the two ends of a need have items of the same microbatches."""
+
+    def __init__(
+        self, links: Sequence[tuple[int, int]], sizes: Sequence[int], classes: SlotClasses, covered: Sequence[range]
+    ) -> None:
+        self._parts = [classes.parts.get(link, ()) for link in links]
+        self._has_target_parts = [sizes[target] > 1 for _, target in links]
+        self._covered = covered
+
+    def __call__(self, way: int, at: int, own: int, need: int, other: int) -> bool:
+        """Of the class `own` of the action at a position, and the class `other` of what it needs; classes counted from
+        their lanes' first."""
+        if not self._parts[way]:
+            return True
+        if self._has_target_parts[way]:
+            unit, microbatch, part = self._covered[at], self._covered[need], self._parts[way][own]
+        else:
+            unit, microbatch, part = self._covered[need], self._covered[at], self._parts[way][other]
+        return microbatch[0] - unit[0] in part_of_unit(part, len(unit))
 
 
 def _way(link: tuple[int, int], sizes: Sequence[int], classes: SlotClasses) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,8 @@ Replicas have no barrier inside a step: each dp slot starts when its own ranks a
     hand-over  between stages of a module: slot i to slot i. Between modules: to the slots on the same ranks, where all
                get an even share that way (the runtime moves no item without need); elsewhere slot i of n has the items
                [i/n, (i+1)/n) of a unit, and meets the slots opposite whose items overlap
+    parts      a backbone with one slot leaves the others' items in order: of a unit of U microbatches, slot i of n has
+               the microbatches [iU/n, (i+1)U/n), and hands over to and from those alone
     alike      slots that share ranks with alike slots and hand over to alike slots, however many: a start is a maximum
 
 Slots are told apart until nothing is left to tell (colour refinement). Where a lane falls into more than `MAX_CLASSES`
@@ -32,6 +34,14 @@ MAX_CLASSES = 64  # of a lane: the bits of a mask
 Integers = NDArray[np.int64]
 Pairs = tuple[Integers, Integers]  # slots of one lane, and slots of another that each of them meets
 Link = tuple[int, int]  # a lane, and one that needs its results
+Part = tuple[int, int, int]  # from, to, of so many
+Units = tuple[int, tuple[int, ...]]  # a lane, and how many microbatches its units have
+
+
+def part_of_unit(part: Part, num_microbatches: int) -> range:
+    """The unit's microbatches of which the part has items."""
+    low, high, count = part
+    return range(low * num_microbatches // count, -(-high * num_microbatches // count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +71,13 @@ class SlotClasses:
     feeds: FrozenMap[
         Link, tuple[tuple[int, ...], ...]
     ]  # by class of the lane that needs; no entry: all need the only one
+    parts: FrozenMap[Link, tuple[Part, ...]]  # by class of the side that has several, its part of a unit
 
     @classmethod
     def one_each(cls, occupies: Sequence[Iterable[int]]) -> SlotClasses:
         """Where all slots of a lane are alike; `occupies`: lane -> kinds of ranks."""
         kinds = tuple(tuple(sorted(each)) for each in occupies)
-        return cls(first=tuple(range(len(kinds) + 1)), occupies=kinds, feeds=FrozenMap())
+        return cls(first=tuple(range(len(kinds) + 1)), occupies=kinds, feeds=FrozenMap(), parts=FrozenMap())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,19 +103,31 @@ def find_replicas(
     lanes: tuple[LaneSlots, ...],
     links: tuple[Link, ...],
     rank_classes: tuple[tuple[RankSet, tuple[int, ...]], ...],
+    parted: tuple[tuple[Link, Units], ...],
     max_classes: int = MAX_CLASSES,
 ) -> Replicas:
-    """Slot classes of these lanes; `rank_classes`: ranks, and the lanes that they run."""
+    """Slot classes of these lanes; `rank_classes`: ranks, and the lanes that they run; `parted`: links between a
+    backbone of one slot and a lane whose slots have parts of its units."""
     met = [sum(lane in each for _, each in rank_classes) for lane in range(len(lanes))]
-    if all(count == 1 or lane.count == 1 for count, lane in zip(met, lanes)):
+    if not parted and all(count == 1 or lane.count == 1 for count, lane in zip(met, lanes)):
         occupies = [[c for c, (_, each) in enumerate(rank_classes) if lane in each] for lane in range(len(lanes))]
         kinds = [RankKind(ranks=r, rank_class=c, slot_classes=each) for c, (r, each) in enumerate(rank_classes)]
         classes = SlotClasses.one_each(occupies)
         return Replicas(classes=classes, kinds=tuple(kinds), share=(1.0,) * len(lanes))
     slots_on = [[_slots_at(lanes[lane], ranks) for lane in each] for ranks, each in rank_classes]
     handed = {link: _hand_over(lanes, link, rank_classes, slots_on) for link in links}
-    colours = _tell_apart(lanes, [*_all_pairs(rank_classes, slots_on, handed)], max_classes)
-    return _number(colours, rank_classes, slots_on, handed)
+    by_part = [np.zeros(lane.count, dtype=np.int64) for lane in lanes]
+    for _, (lane, lengths) in parted:
+        by_part[lane] = _tell_parts_apart(lanes[lane].count, lengths)
+    colours = _tell_apart(lanes, by_part, [*_all_pairs(rank_classes, slots_on, handed)], max_classes)
+    return _number(colours, rank_classes, slots_on, handed, {link: lane for link, (lane, _) in parted})
+
+
+def _tell_parts_apart(count: int, lengths: Iterable[int]) -> Integers:
+    """Classes of slots that have the same microbatches of a unit, for units of each of these lengths."""
+    parts = [tuple(part_of_unit((i, i + 1, count), length) for length in lengths) for i in range(count)]
+    number = {part: i for i, part in enumerate(dict.fromkeys(parts))}
+    return np.array([number[part] for part in parts], dtype=np.int64)
 
 
 def _slots_at(lane: LaneSlots, ranks: RankSet) -> Integers:
@@ -169,10 +192,13 @@ def _all_pairs(
 
 
 def _tell_apart(
-    lanes: Sequence[LaneSlots], relations: Sequence[tuple[int, int, Pairs]], max_classes: int
+    lanes: Sequence[LaneSlots],
+    by_part: Sequence[Integers],
+    relations: Sequence[tuple[int, int, Pairs]],
+    max_classes: int,
 ) -> list[Integers]:
-    """By lane, the class of each slot; those of lower slots first."""
-    colours = [np.zeros(lane.count, dtype=np.int64) for lane in lanes]
+    """By lane, the class of each slot; those of lower slots first. `by_part`: classes to begin with."""
+    colours = list(by_part) if max(map(_count, by_part)) <= max_classes else [each * 0 for each in by_part]
     while True:
         finer = list(colours)
         for lane, other, (own, met) in relations:
@@ -200,8 +226,9 @@ def _number(
     rank_classes: Sequence[tuple[RankSet, tuple[int, ...]]],
     slots_on: Sequence[Sequence[Integers]],
     handed: dict[Link, Pairs],
+    parted: dict[Link, int],
 ) -> Replicas:
-    """Classes of all lanes in one count, kinds of ranks, and which class needs which."""
+    """Classes of all lanes in one count, kinds of ranks, which class needs which, and parts of units."""
     first = np.concatenate([[0], np.cumsum([*map(_count, colours)])])
     kinds: list[RankKind] = []
     for c, ((ranks, lanes), slots) in enumerate(zip(rank_classes, slots_on)):
@@ -226,8 +253,22 @@ def _number(
                 needed = ([b for a, b in sorted(pairs) if a == each] for each in range(_count(colours[link[1]])))
                 feeds[link] = tuple(map(tuple, needed))
     share = [count / len(each) for each in colours for count in np.bincount(each).tolist()]
-    classes = SlotClasses(first=tuple(first.tolist()), occupies=tuple(map(tuple, occupies)), feeds=FrozenMap(feeds))
+    classes = SlotClasses(
+        first=tuple(first.tolist()),
+        occupies=tuple(map(tuple, occupies)),
+        feeds=FrozenMap(feeds),
+        parts=FrozenMap({link: tuple(_parts(colours[lane])) for link, lane in parted.items()}),
+    )
     return Replicas(classes=classes, kinds=tuple(kinds), share=tuple(share))
+
+
+def _parts(colours: Integers) -> Iterable[Part]:
+    """By class, from its first slot to its last: more than it has, where another's stand between."""
+    for each in range(_count(colours)):
+        at = np.flatnonzero(colours == each)
+        low, high, count = int(at[0]), int(at[-1]) + 1, len(colours)
+        shared = math.gcd(low, high, count)
+        yield low // shared, high // shared, count // shared
 
 
 def _joined(ranks: Integers) -> RankSet:
