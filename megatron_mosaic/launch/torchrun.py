@@ -46,7 +46,7 @@ def run_torchrun(
     """Run `python ARGUMENTS` under torchrun on this machine; `watch` is called about twice a second.
 
     `output` takes what the workers print (default: our own stdout). ConfigError if the first worker that failed
-    rejected its arguments (exit status 2), RankFailure if it failed otherwise.
+    rejected its arguments (exit status 2, before its first step), RankFailure if it failed otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="mosaic-") as directory:
         command = [sys.executable, "-m", "megatron_mosaic.launch.torchrun"]
@@ -120,6 +120,9 @@ def _failure(status: int, directory: str) -> MosaicError:
             fix="see its last output above; if it was killed, look for who did: memory, a time limit",
         )
     rank, code = json.loads(cause.read_text())
+    line = read_lines(directory).get(rank)
+    if code == _REJECTED and line is not None and line.words.startswith("step "):  # not its input: a full disk, say
+        return rank_failure(rank, _last_message(directory, rank), directory)
     if code == _REJECTED:
         return ConfigError(
             "arguments of the workers",

@@ -87,8 +87,9 @@ def run_on_full_disk(launch: Launch, directory: Path) -> Outcome:
     one = directory / "checkpoints" / f"iter_{STEPS:07d}"
     with small_disk(directory / "disk", kilobytes=3 * pages(one) // 2 * PAGE_KB) as disk:
         outcome = run_with_fault(launch, directory, save=disk / "checkpoints")
-    assert outcome.exit_status > 0, outcome
+    assert outcome.exit_status == 1, outcome
     assert "No space left on device" in str(outcome.error), outcome.error
+    assert re.match(r"rank \d, step 4 lane ~save action ~save", outcome.error.where), outcome.error
     assert outcome.last_good == 2, outcome
     return outcome
 
