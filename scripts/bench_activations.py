@@ -37,7 +37,6 @@ class Mix:
 
 
 MIXES = {
-    "an image each": Mix(fracs=(0.0, 0.0, 0.0), micro_batch_size=2, max_ratio={"vision": 1.0}, schedules=("nested",)),
     "a drawing each": Mix(
         fracs=(0.0, 0.0, 1.0), micro_batch_size=2, max_ratio={"generator": 1.0}, schedules=("nested",)
     ),
@@ -143,7 +142,7 @@ def render(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
-    parser.add_argument("--quick", action="store_true", help="an image each and 2 stages only")
+    parser.add_argument("--quick", action="store_true", help="a drawing each and 2 stages only")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/schedules.md")
     args = parser.parse_args()
     rows = []
