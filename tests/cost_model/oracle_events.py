@@ -105,6 +105,26 @@ def _overlap(i: int, count: int, j: int, opposite: int) -> bool:
     return low < min(Fraction(i + 1, count), Fraction(j + 1, opposite))
 
 
+def share_microbatches(
+    plan: Plan, schedule: Schedule, one: tuple[Action, int, int], other: tuple[Action, int, int]
+) -> bool:
+    """Whether (action, slot, of so many) have items of the same microbatches. With replicas of the backbone, items stay
+    with their owners' slots, of whatever microbatch they are."""
+    modules = {one[0].module, other[0].module}
+    if plan.modules["llm"].layout.dp > 1 or len(modules) == 1 or "llm" not in modules:
+        return True
+    (low, high), (first, stop) = (_part_of_unit(schedule, *each) for each in (one, other))
+    return max(low, first) < min(high, stop)
+
+
+def _part_of_unit(schedule: Schedule, action: Action, i: int, count: int) -> tuple[Fraction, Fraction]:
+    """From and to which microbatch: the i-th of equal parts of what the module does at once."""
+    size = schedule.work.units[action.module]
+    first, stop = action.unit * size, min((action.unit + 1) * size, schedule.num_microbatches)
+    length = Fraction(stop - first, count)
+    return first + i * length, first + (i + 1) * length
+
+
 @dataclass
 class _Cores:
     """Processor sharing as a simpy process: jobs advance at min(1, cores / threads at work)."""
@@ -174,34 +194,19 @@ def run_oracle(
             handed[source, target] = find_hand_over(plan, source, target)
         return (i, j) in handed[source, target]
 
-    backbone = plan.modules["llm"].layout
-
-    def microbatches_of(action: Action, i: int) -> tuple[Fraction, Fraction]:
-        """From and to: the i-th of equal parts of what its module does at once."""
-        size = schedule.work.units[action.module]
-        first, stop = action.unit * size, min((action.unit + 1) * size, schedule.num_microbatches)
-        length = Fraction(stop - first, len(slots[action.lane]))
-        return first + i * length, first + (i + 1) * length
-
-    def share_microbatches(one: Action, i: int, other: Action, j: int) -> bool:
-        """With replicas of the backbone, items stay with their owners' slots, of whatever microbatch they are."""
-        if backbone.dp > 1 or one.module == other.module or "llm" not in (one.module, other.module):
-            return True
-        (low, high), (first, stop) = microbatches_of(one, i), microbatches_of(other, j)
-        return max(low, first) < min(high, stop)
-
     def needed(need: Action, i: int, action: Action):
         yield done[need, i]
         if need.lane != action.lane:
             yield env.timeout(lag_s(need.lane, action.lane))
 
     def act(action: Action, i: int):
-        ranks = slots[action.lane][i]
+        ranks, own = slots[action.lane][i], (action, i, len(slots[action.lane]))
         inputs = [
             env.process(needed(need, j, action))
             for need in schedule.needs(action)
             for j in range(len(slots[need.lane]))
-            if meets(need.lane, j, action.lane, i) and share_microbatches(need, j, action, i)
+            if meets(need.lane, j, action.lane, i)
+            and share_microbatches(plan, schedule, (need, j, len(slots[need.lane])), own)
         ]
         yield env.all_of([meeting[action, i].get(len(ranks)), *inputs])
         start = env.now
