@@ -12,7 +12,7 @@ schedule's order gives the same times; on shared cores all rates are equal, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import compress, repeat
 from math import inf
@@ -109,7 +109,8 @@ class _Waits:
     on each of its resources."""
 
     def __init__(self, program: Program, lag_s: Sequence[float]) -> None:
-        self.after, self.count = _find_waits(program, lag_s)
+        self.followers = _Followers(program, lag_s)
+        self.count = self.followers.count
         self.arrival = [0.0] * len(self.count)  # of the latest input so far
         self.starts, self.ends = [-1.0] * len(self.count), [-1.0] * len(self.count)
         self.under_way = [(0.0, row) for row, count in enumerate(self.count) if not count]  # heap of (arrival, row)
@@ -117,7 +118,7 @@ class _Waits:
     def finish(self, row: int, now: float) -> None:
         """It has ended: its results are on their way."""
         self.ends[row] = now
-        for waiting, lag in self.after[row]:
+        for waiting, lag in self.followers.of(row):
             self.arrival[waiting] = max(self.arrival[waiting], now + lag)
             self.count[waiting] -= 1
             if not self.count[waiting]:
@@ -132,34 +133,58 @@ class _Waits:
         return found
 
 
-def _find_waits(program: Program, lag_s: Sequence[float]) -> tuple[list[list[tuple[int, float]]], list[int]]:
-    """By row, the rows that wait for it, with the lag of its results; by row, how many ends it waits for."""
-    after: list[list[tuple[int, float]]] = [[] for _ in program.slots]
-    count: list[int] = []
-    latest = [-1] * program.num_resources  # resource -> the row there so far
-    for row, (slots, need, link, more) in enumerate(zip(program.slots, program.need, program.link, program.more_needs)):
-        waits, waited = 0, -1
-        for each in program.resources[slots]:
-            before = latest[each]
-            latest[each] = row
-            if before >= 0 and before != waited:
-                waited = before  # a slot's resources most often have the same row before
-                after[before].append((row, 0.0))
+class _Followers:
+    """By row, the rows that wait for it, with the lag of its results: chains in flat lists, `first[row]` and from there
+    `following[at]`, -1 at the end. (A list and tuples for each row would have the garbage collector walk through them.)
+
+    `count`: by row, how many ends it waits for: of its needs, and of the row before it on each of its resources.
+    """
+
+    def __init__(self, program: Program, lag_s: Sequence[float]) -> None:
+        self.first = [-1] * len(program.slots)
+        self.row, self.lag_s, self.following = list[int](), list[float](), list[int]()
+        self.count: list[int] = []
+        latest = [-1] * program.num_resources  # resource -> the row there so far
+        resources = program.resources
+        rows = zip(program.slots, program.need, program.link, program.more_needs)
+        for row, (slots, need, link, more) in enumerate(rows):
+            waits, waited = 0, -1
+            for each in resources[slots]:
+                before = latest[each]
+                latest[each] = row
+                if before >= 0 and before != waited:
+                    waited = before  # a slot's resources most often have the same row before
+                    self._add(before, row, 0.0)
+                    waits += 1
+            if need:
+                self._add(need - 1, row, lag_s[link])
                 waits += 1
-        if need:
-            after[need - 1].append((row, lag_s[link]))
-            waits += 1
-            for other, way in more:
-                after[other - 1].append((row, lag_s[way]))
-                waits += 1
-        count.append(waits)
-    return after, count
+                for other, way in more:
+                    self._add(other - 1, row, lag_s[way])
+                    waits += 1
+            self.count.append(waits)
+
+    def _add(self, row: int, waiting: int, lag_s: float) -> None:
+        self.following.append(self.first[row])
+        self.first[row] = len(self.row)
+        self.row.append(waiting)
+        self.lag_s.append(lag_s)
+
+    def of(self, row: int) -> Iterator[tuple[int, float]]:
+        """Rows that wait for this one, and lags."""
+        at = self.first[row]
+        while at >= 0:
+            yield self.row[at], self.lag_s[at]
+            at = self.following[at]
 
 
 def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: SharedCores) -> Times:
     """From event to event, where all actions at work run at one rate: each gets through the same work in the same time,
     so what has `job_s` to do is done when the work of all has grown by that, and who ends next never changes."""
-    after, count = _find_waits(program, lag_s)
+    followers = _Followers(program, lag_s)
+    first, waits_for, following, lag_of, count = (
+        followers.first, followers.row, followers.following, followers.lag_s, followers.count
+    )  # fmt: skip
     threads = [machine.threads[slots] for slots in program.slots]
     work_s = [job_s[job] for job in program.job]
     starts, ends, arrival = [-1.0] * len(count), [-1.0] * len(count), [0.0] * len(count)
@@ -180,11 +205,19 @@ def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[f
             work, row = heappop(at_work)
             now = ends[row] = done_s
             busy -= threads[row]
-            for waiting, lag in after[row]:
-                at = now + lag
-                if at > arrival[waiting]:
-                    arrival[waiting] = at
-                count[waiting] -= 1
-                if not count[waiting]:
+            at = first[row]
+            while at >= 0:
+                waiting, there = waits_for[at], now + lag_of[at]
+                at = following[at]
+                if there > arrival[waiting]:
+                    arrival[waiting] = there
+                count[waiting] = still = count[waiting] - 1
+                if still:
+                    continue
+                if arrival[waiting] > now:
                     heappush(under_way, (arrival[waiting], waiting))
+                else:  # nothing is under way to it
+                    starts[waiting] = now
+                    heappush(at_work, (work + work_s[waiting], waiting))
+                    busy += threads[waiting]
     return starts, ends
