@@ -34,15 +34,25 @@ class Verdict(StrEnum):
     illegal = "cannot run, or its schedule cannot order it"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a whole simulated step came to."""
+
+    step_s: float
+    peak_bytes: float
+
+
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
     """Asks the cost model about plans and remembers the answers. `counts` says what became of how many plans.
 
-    `unmeasured` is the first error of a plan that the profile has no point for.
+    `outcomes`: of every plan that was simulated, also those that are too large. `unmeasured` is the first error of a
+    plan that the profile has no point for.
     """
 
     model: CostModel
     memory_frac: float
+    outcomes: dict[Plan, Outcome] = field(default_factory=dict)
     counts: Counter[Verdict] = field(default_factory=Counter)
     unmeasured: ProfileError | None = None
     _estimate_s: dict[Plan, float] = field(default_factory=dict)
@@ -124,8 +134,9 @@ class Evaluator:
 
     def _simulated(self, plan: Plan) -> float:
         simulation = simulate_planned(self._prices[plan])
+        outcome = self.outcomes[plan] = Outcome(step_s=simulation.step_s, peak_bytes=simulation.peak_bytes)
         self.counts[Verdict.simulated] += 1
-        return simulation.step_s if self._fits(plan, simulation.peak_bytes) else math.inf
+        return outcome.step_s if self._fits(plan, outcome.peak_bytes) else math.inf
 
     def _fits(self, plan: Plan, num_bytes: float) -> bool:
         if self.fits(num_bytes):
