@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "megatron_mosaic.cli.train",
     "submit": "megatron_mosaic.cli.submit",
     "validate": "megatron_mosaic.cli.validate",
+    "report": "megatron_mosaic.cli.report",
     "import": "megatron_mosaic.cli.import_model",
 }
 
@@ -78,23 +79,28 @@ def build_parser() -> argparse.ArgumentParser:
     validate = add("validate", "the cost model against published measurements")
     validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
     validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
+    report = add("report", "a plan, its prediction and a run of it as one HTML page that needs no network")
+    report.add_argument("--run", metavar="DIR", help="what `mosaic train --report DIR` or a submitted job measured")
+    report.add_argument("--out", metavar="FILE.html", help="file to write (default: beside the plan)")
+    report.add_argument("--no-search", dest="search", action="store_false", help="leave the searched plans out")
     importing = add("import", "a model file from a Hugging Face config.json or a list of Megatron arguments")
     importing.add_argument("source", metavar="SOURCE", help="hf:DIR/config.json or megatron:ARGS.txt")
     importing.add_argument("--out", metavar="MODEL.yaml", help="file to write; without it, the model is printed")
-    for command in (show, simulate, check, train):
+    for command in (show, simulate, check, train, report):
         command.add_argument("plan", metavar="PLAN", help="plan file")
-    for command in (plan, compare, show, simulate, calibrate, submit):
+    for command in (plan, compare, show, simulate, calibrate, submit, report):
         command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
         command.add_argument("--config-dir", metavar="DIR", help="folder of your own model/*.yaml and cluster/*.yaml")
-    for command in (simulate, check, train):
+    for command in (simulate, check, train, report):
         command.add_argument(
             "--mosaic-schedule",
             metavar="FILE",
             help="text of the schedule of training steps",
         )
     train.add_argument("--log", metavar="FILE", help="write Megatron's own output there instead of showing it")
+    train.add_argument("--report", metavar="DIR", help="keep losses and timeline there, for `mosaic report --run DIR`")
     train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
-    for command in (plan, compare, simulate, train, submit):
+    for command in (plan, compare, simulate, train, submit, report):
         command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
     return parser
 

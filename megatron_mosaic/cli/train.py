@@ -22,6 +22,7 @@ from megatron_mosaic.launch.torchrun import run_torchrun
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
+from megatron_mosaic.report_page.measured_run import LOSSES_FILE, TIMELINE_FILE, read_losses
 from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_words
@@ -50,12 +51,12 @@ def main(arguments: argparse.Namespace) -> int:
     for note in notes:
         print_note(note)
     predicted = _predict(plan, workload, arguments.profile, schedule) if _is_priced(line) else None
-    with tempfile.TemporaryDirectory(prefix="mosaic-train-") as directory:
+    with _report_directory(arguments.report) as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
         if arguments.mosaic_schedule:
             words += ["--mosaic-schedule", arguments.mosaic_schedule]
         with _output(arguments) as output:
-            progress = _Progress(Path(directory) / "losses.jsonl")
+            progress = _Progress(Path(directory) / LOSSES_FILE)
             run_torchrun(plan.world_size, [*words, *flags], output=output, watch=progress.show)
         losses, measured = _read_report(Path(directory))
     timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
@@ -78,6 +79,19 @@ def _flags(words: Sequence[str]) -> list[str]:
     values, rest = split_words(words)
     refuse_twice(values, read_words(rest).typed)
     return [*flags_of(values, add_any2any_arguments), *rest]
+
+
+def _report_directory(kept: str | None) -> contextlib.AbstractContextManager[str]:
+    """Where rank 0 writes what it measured: the directory to keep, or one that goes afterwards."""
+    if kept is None:
+        return tempfile.TemporaryDirectory(prefix="mosaic-train-")
+    try:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--report {kept}", got=str(error), expected="a directory", fix="name one that can be made"
+        ) from error
+    return contextlib.nullcontext(kept)
 
 
 def _output(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[IO[str] | None]:
@@ -105,20 +119,14 @@ class _Progress:
             print_progress(f"train: step {self._shown}, loss {steps[-1][TRAINED_LOSS]:.4f}")
 
 
-def read_losses(path: Path) -> list[dict[str, float]]:
-    """One mapping of loss name -> value per step; a line that is still being written is left out."""
-    steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [{name: value for name, value in step.items() if name != "iteration"} for step in steps]
-
-
-def _read_report(directory: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+def _read_report(directory: Path) -> tuple[tuple[dict[str, float], ...], dict[str, Any]]:
     """Losses and the measured timeline. ConfigError without a step: a checkpoint may already be at --train-iters."""
-    timeline = directory / "timeline.json"
+    timeline = directory / TIMELINE_FILE
     if not timeline.exists():
         raise ConfigError(
             "mosaic train", got="no training step", expected="at least one", fix="raise --train-iters, or check --load"
         )
-    return read_losses(directory / "losses.jsonl"), json.loads(timeline.read_text())
+    return read_losses(directory / LOSSES_FILE), json.loads(timeline.read_text())
 
 
 def _validate_length(line: CommandLine) -> None:
@@ -173,7 +181,7 @@ def _here(plan: Plan) -> list[str]:
 
 
 def _result(
-    losses: list[dict[str, float]], measured: dict[str, Any], timeline: Timeline, predicted: Timeline | None
+    losses: Sequence[dict[str, float]], measured: dict[str, Any], timeline: Timeline, predicted: Timeline | None
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "losses": [step[TRAINED_LOSS] for step in losses],
@@ -196,7 +204,7 @@ def _result(
     return result
 
 
-def render_losses(losses: list[dict[str, float]], *, rows: int = 10, width: int = 50) -> str:
+def render_losses(losses: Sequence[dict[str, float]], *, rows: int = 10, width: int = 50) -> str:
     """The loss curve as text: one row per tenth of the run (its mean), a bar for the trained loss."""
     names = list(losses[0])
     size = max(1, len(losses) // rows)

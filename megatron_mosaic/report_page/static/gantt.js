@@ -1,0 +1,198 @@
+// Predicted over measured, a band for each class of alike ranks, a row for each track. Drawn for the part in view.
+const NAMES = 230; // pixels for names
+const ROW = 15;
+const GANTT_WIDTH = 1260;
+
+function drawGantt(gantt) {
+  const view = new GanttView(gantt);
+  const tools = make("div", { class: "tools" },
+    make("button", { onclick: () => view.zoom(0.5) }, "zoom in"),
+    make("button", { onclick: () => view.zoom(2) }, "zoom out"),
+    make("button", { onclick: () => view.show(0, view.ticks) }, "whole step"),
+    "or drag to move, Ctrl and wheel to zoom; click a band for all of its measured ranks");
+  const steps = Object.entries(gantt.steps).map(([name, value]) => `${name} step ${seconds(value)}, bubbles ${(100 * gantt.bubbles[name]).toFixed(0)} %`);
+  const shown = gantt.left_out ? ` ${gantt.left_out} more classes of ranks are alike enough to be left out here.` : "";
+  const text = `${steps.join("; ")}. Forwards are dark, backwards lighter; on a red ground nothing runs. ` +
+    `Of measured ranks the busiest of each class is drawn.${shown}`;
+  const tails = Object.keys(TAIL).filter((lane) => gantt.classes.some((each) => each.predicted.some((row) => row.lane === lane)));
+  const entries = [...MODULES.map((m) => [colourOf(m.name), m.name]), ...tails.map((lane) => [TAIL[lane], lane]), ["#f7e4e0", "bubble"]];
+  section(gantt.steps.measured ? "Timeline, predicted over measured" : "Timeline, predicted", text, legend(entries), tools, view.axis, make("div", { class: "scroll" }, view.node));
+  view.layOut();
+}
+
+class GanttView {
+  constructor(gantt) {
+    this.gantt = gantt;
+    this.ticks = Math.round(gantt.end_s / gantt.tick_s);
+    const asked = /^#step=([\d.]+)-([\d.]+)$/.exec(window.location.hash); // parts of the step, 0 to 1
+    [this.from, this.to] = asked ? [asked[1] * this.ticks, asked[2] * this.ticks] : [0, this.ticks];
+    this.open = new Set();
+    [this.axis, this.axisContext] = makeCanvas(GANTT_WIDTH, 18, "seconds of the step");
+    this.node = make("div", {});
+  }
+
+  // Bands with the rows of what is open, and a canvas of their height.
+  layOut() {
+    this.rows = [];
+    this.gantt.classes.forEach((each, number) => {
+      const title = `${each.name}${each.ranks > 1 && !each.name.includes("(") ? ` (${each.ranks})` : ""}`;
+      this.addRows(number, title, "predicted", each.predicted);
+      const ranks = this.open.has(number) ? each.measured : each.measured.slice(0, 1);
+      ranks.forEach((one, i) => this.addRows(number, i || !each.predicted.length ? "" : null, `measured, rank ${one.rank}`, one.rows));
+      if (this.rows.length) this.rows[this.rows.length - 1].last = true;
+    });
+    let top = 4;
+    for (const row of this.rows) {
+      row.top = top;
+      top += ROW + (row.last ? 6 : 0);
+    }
+    const label = `timeline of ${this.gantt.classes.length} classes of ranks`;
+    const [node, context] = makeCanvas(GANTT_WIDTH, top + 2, label);
+    this.context = context;
+    this.height = top + 2;
+    this.listen(node);
+    this.node.replaceChildren(node);
+    this.paint();
+  }
+
+  // One row for each track: lanes of one track take turns.
+  addRows(number, title, kind, lanes) {
+    const tracks = [...new Set(lanes.map((lane) => lane.track))].sort((a, b) => a - b);
+    tracks.forEach((track, i) => this.rows.push({
+      number, kind, title: i ? "" : title, track: tracks.length > 1 ? track : 0,
+      lanes: lanes.filter((lane) => lane.track === track),
+    }));
+  }
+
+  show(from, to) {
+    const length = Math.min(this.ticks, Math.max(20, to - from));
+    this.from = Math.min(Math.max(0, from), this.ticks - length);
+    this.to = this.from + length;
+    this.paint();
+  }
+
+  zoom(factor, around = (this.from + this.to) / 2) {
+    this.show(around - (around - this.from) * factor, around + (this.to - around) * factor);
+  }
+
+  tickAt(x) {
+    return this.from + ((x - NAMES) / (GANTT_WIDTH - NAMES - 4)) * (this.to - this.from);
+  }
+
+  listen(node) {
+    let held = null, moved = false;
+    node.addEventListener("mousedown", (event) => { held = { x: event.clientX, from: this.from, to: this.to }; moved = false; });
+    window.addEventListener("mouseup", () => { held = null; });
+    node.addEventListener("mousemove", (event) => {
+      if (!held) return;
+      const by = ((held.x - event.clientX) / (GANTT_WIDTH - NAMES)) * (held.to - held.from);
+      moved = moved || Math.abs(event.clientX - held.x) > 3;
+      if (moved) this.show(held.from + by, held.to + by);
+    });
+    node.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey && !event.metaKey) return;
+      event.preventDefault();
+      this.zoom(event.deltaY > 0 ? 1.25 : 0.8, this.tickAt(event.clientX - node.getBoundingClientRect().left));
+    }, { passive: false });
+    node.addEventListener("click", (event) => {
+      const row = this.rowAt(event.clientY - node.getBoundingClientRect().top);
+      if (moved || !row) return;
+      if (!this.open.delete(row.number)) this.open.add(row.number);
+      this.layOut();
+    });
+    addTip(node, (x, y) => this.describe(x, y));
+  }
+
+  rowAt(y) {
+    return this.rows.find((row) => y >= row.top && y < row.top + ROW);
+  }
+
+  describe(x, y) {
+    const row = this.rowAt(y);
+    if (!row) return "";
+    const at = this.tickAt(x);
+    const name = `${this.gantt.classes[row.number].name}, ${row.kind}`;
+    if (x < NAMES) return name;
+    for (const lane of row.lanes) {
+      for (const [start, end, label] of spansOf(lane)) {
+        if (at >= start && at <= end) {
+          const [from, to] = [start, end].map((tick) => seconds(tick * this.gantt.tick_s, 4));
+          return `${lane.lane}${this.gantt.labels[label]}\n${from} to ${to}, ${seconds((end - start) * this.gantt.tick_s)}\n${name}`;
+        }
+      }
+    }
+    return "";
+  }
+
+  paint() {
+    const { context } = this, scale = (GANTT_WIDTH - NAMES - 4) / (this.to - this.from);
+    context.clearRect(0, 0, GANTT_WIDTH, this.height);
+    let drawn = 0;
+    for (const row of this.rows) {
+      context.fillStyle = "#f7e4e0";
+      const [left, right] = this.endOf(row).map((tick) => Math.min(GANTT_WIDTH - 4, Math.max(NAMES, NAMES + (tick - this.from) * scale)));
+      context.fillRect(left, row.top, right - left, ROW - 1);
+      for (const lane of row.lanes) drawn += this.paintLane(row, lane, scale);
+      this.paintName(row);
+    }
+    this.paintAxis(scale);
+    document.body.dataset.spans = drawn; // in view
+  }
+
+  endOf(row) {
+    return [0, this.gantt.steps[row.kind === "predicted" ? "predicted" : "measured"] / this.gantt.tick_s];
+  }
+
+  paintLane(row, lane, scale) {
+    const { context } = this;
+    const module = lane.lane.startsWith("~") ? lane.lane : lane.lane.slice(0, lane.lane.lastIndexOf("."));
+    let drawn = 0;
+    context.font = "10px system-ui, sans-serif";
+    for (const [start, end, number] of spansOf(lane)) {
+      if (end < this.from || start > this.to) continue;
+      drawn++;
+      const label = this.gantt.labels[number], kind = /[FBIW](?=\d+$)/.exec(label);
+      const left = Math.max(NAMES, NAMES + (start - this.from) * scale);
+      const right = Math.min(GANTT_WIDTH - 4, NAMES + (end - this.from) * scale);
+      const lighter = { F: 0, B: 0.42, I: 0.42, W: 0.65 }[kind ? kind[0] : "F"];
+      context.fillStyle = mix(colourOf(module), lighter);
+      context.fillRect(left, row.top, Math.max(0.6, right - left - (right - left > 3 ? 0.6 : 0)), ROW - 1);
+      if (right - left > 7 * label.length && right - left > 18) {
+        context.fillStyle = lighter ? "#1d2530" : "#fff";
+        context.fillText(label, left + 3, row.top + 11);
+      }
+    }
+    return drawn;
+  }
+
+  paintName(row) {
+    const { context } = this;
+    context.font = row.title ? "600 11px system-ui, sans-serif" : "11px system-ui, sans-serif";
+    context.fillStyle = row.title ? "#1d2530" : "#66707c";
+    const track = row.track ? `, track ${row.track}` : "";
+    context.fillText(shorten(row.title ? `${row.title}${track}` : `${row.kind}${track}`, 36), row.title ? 4 : 14, row.top + 11);
+  }
+
+  paintAxis(scale) {
+    const context = this.axisContext;
+    context.clearRect(0, 0, GANTT_WIDTH, 18);
+    context.fillStyle = "#66707c";
+    context.font = "11px system-ui, sans-serif";
+    const { tick_s } = this.gantt;
+    for (const at of ticksOf(this.from * tick_s, this.to * tick_s, 10)) {
+      const x = NAMES + (at / tick_s - this.from) * scale;
+      context.fillRect(x, 13, 1, 5);
+      context.fillText(seconds(at, 5), Math.min(x + 3, GANTT_WIDTH - 46), 11);
+    }
+  }
+}
+
+// [start, end, number of the label] of a row, in ticks.
+function* spansOf(lane) {
+  let at = 0;
+  for (let i = 0; i < lane.spans.length; i += 3) {
+    const start = at + lane.spans[i];
+    at = start + lane.spans[i + 1];
+    yield [start, at, lane.spans[i + 2]];
+  }
+}
