@@ -11,7 +11,7 @@ function drawGantt(gantt) {
     make("button", { onclick: () => view.show(0, view.ticks) }, "whole step"),
     "or drag to move, Ctrl and wheel to zoom; click a band for all of its measured ranks");
   const steps = Object.entries(gantt.steps).map(([name, value]) => `${name} step ${seconds(value)}, bubbles ${(100 * gantt.bubbles[name]).toFixed(0)} %`);
-  const shown = gantt.left_out ? ` ${gantt.left_out} more classes of ranks are alike enough to be left out here.` : "";
+  const shown = gantt.left_out ? ` ${gantt.left_out} more classes of ranks are left out to keep the page small.` : "";
   const text = `${steps.join("; ")}. Forwards are dark, backwards lighter; on a red ground nothing runs. ` +
     `Of measured ranks the busiest of each class is drawn.${shown}`;
   const tails = Object.keys(TAIL).filter((lane) => gantt.classes.some((each) => each.predicted.some((row) => row.lane === lane)));
