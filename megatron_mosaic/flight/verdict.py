@@ -136,13 +136,16 @@ def _find_suspect(flight: Flight, error: BaseException) -> Suspect | None:
     in_vain = _waited_in_vain(error)
     deadline = time.monotonic() + (0.0 if in_vain else _PATIENCE_S)
     while True:
-        earlier = [verdict for verdict in read_verdicts(flight.directory) if verdict.rank != flight.rank]
-        if earlier:
-            return Suspect(rank=earlier[0].cause, why=earlier[0].why or "it failed first: see its own message")
+        # States first: a rank writes its verdict before it ends, so one that is gone here and has none was killed.
         states = read_states(flight.directory, flight.rank)
-        suspect = (
-            find_suspect(states, _ranks_of_this_host(), flight.rank) if in_vain else find_gone(states, flight.rank)
-        )
+        earlier = [verdict for verdict in read_verdicts(flight.directory) if verdict.rank != flight.rank]
+        for verdict in earlier:
+            if verdict.suspect is not None or not verdict.follows:
+                return Suspect(rank=verdict.cause, why=verdict.why or "it failed first: see its own message")
+        spoken = {verdict.rank for verdict in earlier}
+        states = {rank: state for rank, state in states.items() if rank not in spoken}
+        expected = set(_ranks_of_this_host()) - spoken
+        suspect = find_suspect(states, expected, flight.rank) if in_vain else find_gone(states, flight.rank)
         if suspect or time.monotonic() > deadline:
             return suspect
         time.sleep(0.05)

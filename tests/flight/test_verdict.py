@@ -8,7 +8,8 @@ import pytest
 
 from megatron_mosaic.errors import ConfigError, RankFailure
 from megatron_mosaic.flight.line import Flight, line_path, read_lines
-from megatron_mosaic.flight.verdict import failure_of, is_follower, judge, naming, read_verdicts
+from megatron_mosaic.flight.suspects import GONE, Suspect, read_states
+from megatron_mosaic.flight.verdict import failure_of, is_follower, judge, naming, read_verdicts, stamp
 
 # As torch 2.13 says it.
 TIMED_OUT = RuntimeError(
@@ -105,6 +106,30 @@ def test_whoever_failed_first_is_named_by_all_that_follow(tmp_path) -> None:
     time.sleep(0.001)
     assert [judge(flights[rank], CLOSED).cause for rank in (1, 0)] == [2, 2]
     assert [verdict.rank for verdict in read_verdicts(tmp_path)] == [2, 1, 0]
+
+
+def test_a_follower_that_is_gone_before_it_is_looked_at_is_not_the_cause(world, monkeypatch) -> None:
+    """Rank 1 follows rank 2, says so and ends, all between two looks of rank 0, which failed a moment earlier."""
+    flight, child = world
+    Flight(2, flight.directory).note("step 4 lane llm.0 action llm.0F1")
+
+    def read_late(directory, asking):
+        monkeypatch.undo()
+        stamp(Flight(1, directory), at_ns=2, follows=True, suspect=Suspect(rank=2, why=GONE))
+        child.kill()
+        child.wait()
+        return read_states(directory, asking)
+
+    monkeypatch.setattr("megatron_mosaic.flight.verdict.read_states", read_late)
+    assert judge(flight, CLOSED).cause == 2
+
+
+def test_a_follower_without_a_suspect_is_nobodys_cause(world) -> None:
+    flight, child = world
+    stamp(Flight(1, flight.directory), at_ns=time.monotonic_ns(), follows=True)
+    child.kill()
+    child.wait()
+    assert judge(flight, CLOSED).suspect is None
 
 
 def test_the_first_verdict_of_a_rank_stays(tmp_path) -> None:
