@@ -1,8 +1,8 @@
 """`torchrun ... -m megatron_mosaic.run SCRIPT.py MEGATRON-ARGS --mosaic-plan PLAN`: a pretrain script under a plan.
 
 A script that brings a ModelDefinition (scripts/pretrain_any2any.py) gets the plan through $MOSAIC_PLAN and obeys all of
-it. A stock script has one model, laid out by Megatron itself: a plan with one module on all ranks becomes Megatron's
-own arguments, and a plan with more modules is refused.
+it. A stock script has one model. A plan with one module on all ranks becomes Megatron's own arguments; a plan with more
+modules lays the model out where an adapter knows its class (`adapters/`).
 """
 
 from __future__ import annotations
@@ -46,16 +46,26 @@ def main(words: Sequence[str]) -> int:
         require_supported_megatron()
         cpu.install()
         checkpoint_io.install()
-        _put_plan_into_arguments(plan)
-        sys.argv[:] = [script, *arguments]
-        sys.path.insert(0, str(Path(script).resolve().parent))
-        runpy.run_path(script, run_name="__main__")
+        run_script(script, arguments, plan)
     except RankFailure:
         raise
     except MosaicError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
+    """The script under the plan, in this process."""
+    if len(plan.modules) > 1:
+        from megatron_mosaic.adapters import script as adapted
+
+        adapted.run_script(script, arguments, plan)
+        return
+    _put_plan_into_arguments(plan)
+    sys.argv[:] = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def _split_command_line(words: Sequence[str]) -> tuple[str, str, list[str]]:

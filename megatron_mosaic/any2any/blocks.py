@@ -1,54 +1,29 @@
 """A stage's transformer layers, from megatron-core's blocks, for every layout of a module.
 
-Where Transformer Engine is missing (a CPU), two pieces that megatron-core only has there are made here: attention whose
-tokens are split over cp ranks, and norms that work on a tp rank's share of the tokens.
+Where Transformer Engine is missing (a CPU), `runtime/layers` has what megatron-core only has there.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from torch import Tensor, nn
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mosaic.any2any.sizes import require_query_groups
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 from megatron_mosaic.plan import ModulePlan, Recompute
 from megatron_mosaic.plan.workload import ModuleConfig, Role
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerRange:
-    """Virtual stages of one rank (pp 1) are to Megatron's blocks, which know virtual stages of pipelines only, stages
-    of a pipeline: they ask their group which layers are theirs, and nothing else."""
-
-    number: int
-    count: int
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.count
+from megatron_mosaic.runtime.layers.norms import split_over_tp as split_over_tp
+from megatron_mosaic.runtime.layers.specs import LayerRange, layers_of
 
 
 def build_block(
@@ -66,80 +41,14 @@ def build_block(
         pg_collection = ProcessGroupCollection(**(vars(pg_collection) | {"pp": ranges}))
     if HAVE_TE and config.transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm)
-        spec: Any = layer
     else:
         layer = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization=config.normalization)
-        attention = layer.submodules.self_attention
-        if config.context_parallel_size > 1:
-            parts = replace(attention.submodules, core_attention=ContextParallelAttention)
-            attention = replace(attention, submodules=parts)
-        norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), build_norm)
-        layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention, **norms))
-        num_layers = get_num_layers_to_build(config, chunk_or_none, pg_collection.pp.rank())
-        spec = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=build_norm)
     layer.submodules.self_attention.params["attn_mask_type"] = mask
+    spec = layers_of(layer, config, chunk, pg_collection.pp.rank())
     # pre_process=True on every stage: the hidden states are always an argument.
     return TransformerBlock(
         config, spec, pre_process=True, post_process=is_last, pg_collection=pg_collection, vp_stage=chunk_or_none
     )
-
-
-def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
-    """torch's norm, its parameters marked where each tp rank sees its own tokens only."""
-    plain = replace(config, sequence_parallel=False)
-    norm: nn.Module = WrappedTorchNorm(plain, hidden_size, eps, **kwargs)
-    return split_over_tp(norm, config)
-
-
-def split_over_tp[M: nn.Module](module: M, config: TransformerConfig) -> M:
-    """The module, its parameters marked for a sum over tp: with sequence parallelism each rank sees its own tokens."""
-    parameter: nn.Parameter
-    for parameter in module.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return module
-
-
-class ContextParallelAttention(DotProductAttention):
-    """Attention of this cp rank's queries to the keys of all: keys and values are gathered, their gradients scattered.
-
-    A rank's tokens are chunks r and 2*cp-1-r of 2*cp (batch.Shard).
-    """
-
-    def __init__(self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any):
-        alone = replace(config, context_parallel_size=1)
-        super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
-        self._cp = pg_collection.cp
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """query, key, value [S/cp, N, heads, size]; `attention_mask` [N, 1, 1, S], True where a key is padding."""
-        mask = attention_mask
-        if (attn_mask_type or self.attn_mask_type) is AttnMaskType.causal:
-            later = self._later_keys(len(key) * self._cp.size(), key.device)
-            mask = later if mask is None else mask | later
-        return super().forward(
-            query, self._gather(key), self._gather(value), mask, attn_mask_type=AttnMaskType.no_mask, **kwargs
-        )
-
-    def _gather(self, own: Tensor) -> Tensor:
-        """[S, ...] in the order of tokens, from every cp rank's [S/cp, ...]."""
-        size = self._cp.size()
-        pieces = gather_from_sequence_parallel_region(own, group=self._cp).chunk(2 * size)
-        return torch.cat([*pieces[0::2], *reversed(pieces[1::2])])
-
-    def _later_keys(self, length: int, device: torch.device) -> Tensor:
-        """[1, 1, S/cp, S]: True where the key comes after the query."""
-        positions = torch.arange(length, device=device)
-        chunks = positions.chunk(2 * self._cp.size())
-        own = torch.cat([chunks[self._cp.rank()], chunks[-1 - self._cp.rank()]])
-        return (positions > own[:, None])[None, None]
 
 
 def config_from_args(args: Namespace, module: ModuleConfig, placed: ModulePlan) -> TransformerConfig:

@@ -20,9 +20,11 @@ MODELS = ("any2any-digits",)
 def main(arguments: argparse.Namespace) -> int:
     """0 if losses and all gradients agree, else 1."""
     plan = load_plan(arguments.plan)
-    megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     if arguments.steps < 1:
         raise ConfigError("--steps", got=arguments.steps, expected="at least 1", fix="leave it out")
+    if arguments.script:
+        return _check_script(arguments, plan)
+    megatron_args = [*arguments.megatron_args, *_workload_args(arguments, plan)]
     from megatron_mosaic.parity.check import check_plan, require_checkable
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +34,26 @@ def main(arguments: argparse.Namespace) -> int:
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
     parity = check_plan(
         arguments.plan, steps=arguments.steps, megatron_args=megatron_args, schedule=arguments.mosaic_schedule
+    )
+    if arguments.json:
+        print_json(parity.as_dict())
+    else:
+        _print_parity(parity, plan)
+    return 0 if parity.ok else 1
+
+
+def _check_script(arguments: argparse.Namespace, plan: Plan) -> int:
+    """A Megatron script under the plan against itself on one process without one."""
+    if arguments.model or arguments.mosaic_schedule:
+        given = "--model" if arguments.model else "--mosaic-schedule"
+        raise ConfigError(given, got="with --script", expected="the script's own model", fix=f"leave {given} out")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import_runtime()
+    from megatron_mosaic.parity.script_check import check_script
+
+    print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
+    parity = check_script(
+        arguments.plan, arguments.script, steps=arguments.steps, megatron_args=arguments.megatron_args
     )
     if arguments.json:
         print_json(parity.as_dict())

@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check = add("check", "run a plan on local CPU processes and compare with a single process")
     check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
+    check.add_argument(
+        "--script", metavar="SCRIPT", help="a Megatron pretrain script, against itself on one process without a plan"
+    )
     check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")
     train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
     submit = add("submit", "a plan as a Slurm job that goes on after its time limit: [PLAN] OVERRIDES")

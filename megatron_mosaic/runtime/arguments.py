@@ -107,6 +107,11 @@ def apply_plan(args: argparse.Namespace, plan: Plan, workload: Workload) -> None
     Megatron derives its data-parallel size from the world size; the backbone's is what counts samples, so validation
     sees the backbone's ranks as the world.
     """
+    apply_backbone(args, plan, workload.backbone.name)
+
+
+def apply_backbone(args: argparse.Namespace, plan: Plan, backbone: str) -> None:
+    """`apply_plan` where no more than the backbone's name is known of the workload yet."""
     if plan.world_size != args.world_size:
         raise ConfigError(
             "WORLD_SIZE",
@@ -114,8 +119,8 @@ def apply_plan(args: argparse.Namespace, plan: Plan, workload: Workload) -> None
             expected=f"{plan.world_size}, the plan's world_size",
             fix=f"{describe_start(plan.world_size, os.environ)}, or plan for {args.world_size}",
         )
-    layout = plan.modules[workload.backbone.name].layout
-    for dest, value in decided_by(plan, workload.backbone.name).items():
+    layout = plan.modules[backbone].layout
+    for dest, value in decided_by(plan, backbone).items():
         setattr(args, dest, value)
     setattr(args, APPLIED, True)
     if cpu.is_cpu():

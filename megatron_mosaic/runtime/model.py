@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,18 +154,22 @@ def initialize_by_name(stage: MegatronModule, module: str, seed: int) -> None:
     other vectors (norms) keep the constants they were built with. Standard deviations follow Megatron:
     `init_method_std`, divided by sqrt(2 * num_layers) at the outputs of residual branches.
     """
-    config = stage.config
     for name, parameter in stage.named_parameters():
         if parameter.dim() < 2:
             if name.endswith("bias"):
                 parameter.zero_()
             continue
-        std = config.init_method_std
-        if name.endswith(_SCALED):
-            std /= (2 * config.num_layers) ** 0.5
         cut = cut_of(stage, name, parameter)
         shape = cut.whole_shape(parameter.shape) if cut else parameter.shape
-        digest = hashlib.sha256(f"{seed}/{module}/{whole_name(stage, name)}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        whole = torch.randn(tuple(shape), generator=generator) * std
+        whole = draw_by_name(f"{module}/{whole_name(stage, name)}", shape, stage.config, seed)
         parameter.copy_((cut.of(whole) if cut else whole).to(parameter))
+
+
+def draw_by_name(name: str, shape: Sequence[int], config: TransformerConfig, seed: int) -> torch.Tensor:
+    """A whole matrix; `name`: `module/parameter` of the whole module."""
+    std = config.init_method_std
+    if name.endswith(_SCALED):
+        std /= (2 * config.num_layers) ** 0.5
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(tuple(shape), generator=generator) * std

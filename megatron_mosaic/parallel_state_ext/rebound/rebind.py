@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
+import torch.distributed as dist
 from packaging.version import Version
 
 from megatron_mosaic.errors import VersionError
@@ -149,3 +150,79 @@ def rebind_arguments(
         rebind("megatron.training.arguments.add_megatron_arguments", add, must_accept=("parser",)),
         rebind("megatron.training.arguments.validate_args", validate, must_accept=("args", "defaults")),
     )
+
+
+@contextlib.contextmanager
+def rebound_parallel_state(group: Any) -> Iterator[None]:
+    """Every global group that does not exist is this one, which is of this rank alone, while the body runs."""
+    from megatron.core import parallel_state
+
+    state, ranks = vars(parallel_state), dist.get_process_group_ranks(group)
+    before: dict[str, Any] = {}
+    for name, value in list(state.items()):
+        if value is None and name.startswith("_") and name.isupper() and "MEMORY" not in name:
+            if "GLOBAL_RANKS" in name:
+                before[name], state[name] = None, ranks
+            elif "GROUP" in name:
+                before[name], state[name] = None, group
+    try:
+        yield
+    finally:
+        state.update(before)
+
+
+def rebind_vocabulary_padding() -> None:
+    """Let a vocabulary be padded to a multiple that does not depend on tp: a model must not."""
+    name = "megatron.core.tokenizers.utils.build_tokenizer.vocab_size_with_padding"
+
+    def padded(orig_vocab_size: int, args: Namespace, logging_enabled: bool = True) -> int:
+        alone = Namespace(**{**vars(args), "tensor_model_parallel_size": 1})
+        found: int = stock(orig_vocab_size, alone, logging_enabled)
+        return found
+
+    stock = rebind(name, padded, must_accept=("orig_vocab_size", "args"))
+
+
+def rebind_pretrain(pretrain: Callable[..., Any]) -> Callable[..., Any]:
+    """Let scripts that are run from now on call this in place of Megatron's `pretrain`. Returns Megatron's."""
+    import megatron.training  # noqa: F401
+
+    wanted = ("cfg_container", "train_valid_test_dataset_provider", "forward_step_func", "model_provider")
+    stock: Callable[..., Any] = rebind("megatron.training.training.pretrain", pretrain, must_accept=wanted)
+    rebind("megatron.training.pretrain", pretrain)
+    return stock
+
+
+@functools.cache
+def install_vision_norm(norm: type) -> None:
+    """Let CLIP be built without Transformer Engine, where upstream falls back to a norm that takes no `config`."""
+    import torch
+    from megatron.core.models.vision import clip_vit_model as clip
+
+    if clip.NORM_IMPL is torch.nn.LayerNorm:
+        rebind("megatron.core.models.vision.clip_vit_model.NORM_IMPL", norm)
+        init = clip.CLIPViTModel.__init__
+        init.__defaults__ = tuple(norm if value is torch.nn.LayerNorm else value for value in init.__defaults__)
+
+
+def watch_steps(before_step: Callable[[], None], after_step: Callable[[dict[str, Any]], None]) -> None:
+    """Of Megatron's own loop: call the first when gradients are ready, the second with a training step's losses."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        optimizer = stock_build(*args, **kwargs)
+        stock_step = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            before_step()
+            return stock_step(*args, **kwargs)
+
+        optimizer.step = step
+        return optimizer
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        result = stock_train_step(*args, **kwargs)
+        after_step(result[0])
+        return result
+
+    stock_build = rebind("megatron.training.training.get_megatron_optimizer", build, must_accept=("model_chunks",))
+    stock_train_step = rebind("megatron.training.training.train_step", train_step, must_accept=("optimizer",))

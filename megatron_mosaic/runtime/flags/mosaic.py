@@ -13,7 +13,9 @@ QUOTA_BACKENDS = ("auto", "green_context", "streams", "cpu", "none")  # colocati
 
 
 def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser, with the plugin's arguments added."""
+    """The parser, with the plugin's arguments added if it does not have them."""
+    if "--mosaic-plan" in parser._option_string_actions:
+        return parser
     group = parser.add_argument_group("mosaic", "layouts and placement of modules")
     group.add_argument(
         "--mosaic-plan", metavar="FILE", help=f"plan file; default ${PLAN_VARIABLE}, else every module dp"

@@ -1,0 +1,39 @@
+"""What an adapter is: a class of models, and how one of them becomes a ModelDefinition with its batches."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_mosaic.adapters.recording import ModelRecord
+from megatron_mosaic.adapters.single_process import SingleProcess
+from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.runtime.lane_runner import LossFunction
+
+
+class Reader(Protocol):
+    """A script's batches and losses."""
+
+    def collate(self, blocks: Sequence[Any]) -> Batch:
+        """The batch of these blocks, what the script's forward_step makes of each."""
+
+    def forward_step(self, calls: Iterator[Any], model: Any) -> tuple[StageOutput, LossFunction]:
+        """One stage on one unit, and the script's loss function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """`kind`: the class. `parts`: its attributes that a provider may freeze. `module_of`: parameter's name in the whole
+    model -> the module that has it, whose stages have it as `model.NAME`. `config_of`: module -> the part of the whole
+    model that has its config."""
+
+    kind: type
+    parts: tuple[str, ...]
+    build: Callable[
+        [ModelRecord, Plan, argparse.Namespace, SingleProcess, Callable[..., Any]], tuple[ModelDefinition, Reader]
+    ]
+    module_of: Callable[[str], str]
+    config_of: Mapping[str, str]

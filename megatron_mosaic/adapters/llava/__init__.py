@@ -1,0 +1,1 @@
+"""LLaVAModel: modules `vision` (tower and projection) and `llm`."""
