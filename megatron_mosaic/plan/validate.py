@@ -32,10 +32,9 @@ class Limits:
 class StockLimits(Limits):
     """Of a script whose one model Megatron lays out itself."""
 
-    schedules: frozenset[str] = frozenset({"1f1b"})
-    recompute: frozenset[Recompute] = frozenset({Recompute.none, Recompute.full})
+    schedules: frozenset[str] = frozenset({"1f1b", "interleaved"})  # the second with virtual stages
+    recompute: frozenset[Recompute] = frozenset({Recompute.none, Recompute.selective, Recompute.full})
     max_unit: int = 1
-    max_vpp: int = 1
 
 
 RUNTIME = Limits(formats=frozenset(Format) - {Format.fp16})
@@ -80,11 +79,11 @@ def require_stock(plan: Plan, world_size: int, limits: StockLimits = STOCK_SCRIP
             fix=f"start {len(module.ranks)} processes, or place the module on all ranks",
         )
     wrong_schedule = plan.schedule.name not in limits.schedules or plan.schedule.parameters
-    if wrong_schedule or module.layout.vpp > limits.max_vpp:
+    if wrong_schedule or (plan.schedule.name == "interleaved") != (module.layout.vpp > 1):
         raise PlanError(
             "schedule",
             got=f"{plan.schedule}, vpp {module.layout.vpp}",
-            expected=f"{' or '.join(sorted(limits.schedules))} without virtual stages",
+            expected="1f1b, or interleaved with virtual stages (vpp above 1)",
             fix="set schedule: 1f1b and vpp: 1",
         )
     if module.quota.share != 1 or module.unit > limits.max_unit or module.recompute not in limits.recompute:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import pkgutil
 import queue
 from argparse import ArgumentParser, Namespace
@@ -19,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from packaging.version import Version
 
-from megatron_mosaic.errors import VersionError
+from megatron_mosaic.errors import ConfigError, VersionError
 
 SUPPORTED = ("0.19.2", "0.20")  # megatron-core: from (inclusive), to (exclusive)
 
@@ -178,6 +179,14 @@ def rebind_vocabulary_padding() -> None:
     def padded(orig_vocab_size: int, args: Namespace, logging_enabled: bool = True) -> int:
         alone = Namespace(**{**vars(args), "tensor_model_parallel_size": 1})
         found: int = stock(orig_vocab_size, alone, logging_enabled)
+        if found % args.tensor_model_parallel_size:
+            multiple = math.lcm(args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+            raise ConfigError(
+                "--make-vocab-size-divisible-by",
+                got=f"{args.make_vocab_size_divisible_by}: a vocabulary of {found}",
+                expected=f"a vocabulary that tp {args.tensor_model_parallel_size} divides",
+                fix=f"pass --make-vocab-size-divisible-by {multiple}, for every layout alike",
+            )
         return found
 
     stock = rebind(name, padded, must_accept=("orig_vocab_size", "args"))
@@ -226,3 +235,16 @@ def watch_steps(before_step: Callable[[], None], after_step: Callable[[dict[str,
 
     stock_build = rebind("megatron.training.training.get_megatron_optimizer", build, must_accept=("model_chunks",))
     stock_train_step = rebind("megatron.training.training.train_step", train_step, must_accept=("optimizer",))
+
+
+def install_local_layers(*, mark: Callable[[Any, Any], Any], attention: type | None) -> None:
+    """What megatron-core's layers have with Transformer Engine only: norms under sequence parallelism, whose parameters
+    `mark(norm, config)` marks, and `attention`, in the place of its own, over cp ranks."""
+    from dataclasses import replace
+
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        return mark(stock(cls, replace(config, sequence_parallel=False), *args, **kwargs), config)
+
+    stock = rebind("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", build, must_accept=("config",))
+    if attention is not None:
+        rebind("megatron.core.models.backends.LocalSpecProvider.core_attention", lambda self: attention)
