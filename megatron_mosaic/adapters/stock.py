@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
 from megatron_mosaic.adapters.arguments import script_defaults
 from megatron_mosaic.adapters.script import run_main
 from megatron_mosaic.errors import ConfigError
@@ -61,6 +63,8 @@ def _let_provider_see_own_format() -> None:
     ) -> None:
         from megatron.training import get_args
 
+        _require_engine_for(type(cfg_container.model).__name__)
+
         def provide(*args: Any, **kwargs: Any) -> Any:
             seen = get_args()
             own, seen.ckpt_format = seen.ckpt_format, "torch"
@@ -73,6 +77,17 @@ def _let_provider_see_own_format() -> None:
         stock(cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, wrapped, **others)
 
     stock = rebind_pretrain(pretrain)
+
+
+def _require_engine_for(config: str) -> None:
+    """ConfigError for models whose layers megatron-core has with Transformer Engine only."""
+    if config == "HybridModelConfig" and not HAVE_TE:
+        raise ConfigError(
+            "this script",
+            got="a HybridModel, without Transformer Engine",
+            expected="Transformer Engine and mamba-ssm, of which its layers are made",
+            fix="install both on a machine with GPUs, or train a GPT",
+        )
 
 
 def _put_plan_into_arguments(plan: Plan) -> None:
