@@ -65,13 +65,13 @@ def _let_provider_see_own_format() -> None:
 
         _require_engine_for(type(cfg_container.model).__name__)
 
-        def provide(*args: Any, **kwargs: Any) -> Any:
-            seen = get_args()
-            own, seen.ckpt_format = seen.ckpt_format, "torch"
+        def provide(*words: Any, **named: Any) -> Any:
+            args = get_args()
+            own, args.ckpt_format = args.ckpt_format, "torch"
             try:
-                return model_provider(*args, **kwargs)
+                return model_provider(*words, **named)
             finally:
-                seen.ckpt_format = own
+                args.ckpt_format = own
 
         wrapped = provide if model_provider is not None else None
         stock(cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, wrapped, **others)
