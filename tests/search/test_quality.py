@@ -11,7 +11,7 @@ from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
 from megatron_mosaic.search.evaluate import Evaluator
-from megatron_mosaic.search.exhaustive import every_plan, search_exhaustive
+from megatron_mosaic.search.exhaustive import count_plans, every_plan, search_exhaustive
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.pins import Pins
 from megatron_mosaic.search.space import SearchConfig, Space
@@ -50,7 +50,7 @@ def random_instance(seed: int, most: int) -> Instance:
     space = Space(workload=workload, cluster=cluster, config=SearchConfig(min_gain_frac=0.0, max_micro_batch_size=2))
     for name, axis in wanted:
         space = replace(space, config=replace(space.config, pin=Pins.model_validate(pins)))
-        if sum(1 for _ in islice(every_plan(space), most + 1)) <= most:
+        if count_plans(space) <= most:
             break
         value = {
             "recompute": "none",
