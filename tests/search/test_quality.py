@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 
+from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.search.baselines import BASELINES, best_baseline
@@ -15,7 +16,7 @@ from megatron_mosaic.search.exhaustive import count_plans, every_plan, search_ex
 from megatron_mosaic.search.greedy import NoFeasiblePlan, search_greedy
 from megatron_mosaic.search.pins import Pins
 from megatron_mosaic.search.space import SearchConfig, Space
-from tests.cases import make_cluster
+from tests.cases import WORKLOAD, make_cluster, make_profile
 from tests.search.test_search import random_workload
 
 WORST_GAP, MEAN_GAP = 0.05, 0.01
@@ -95,6 +96,21 @@ def gap_to_optimum(seed: int, most: int) -> float | None:
         if base := best_baseline(name, instance.space, instance.evaluator):
             assert last.step_s <= base.step_s * (1 + 1e-9), f"seed {seed}: {name} is better"
     return last.step_s / best.step_s - 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_counted_as_they_are_enumerated(seed):
+    space = random_instance(FIRST_SEED + seed, 1500).space
+    assert count_plans(space) == sum(1 for _ in every_plan(space))
+
+
+def test_counts_with_shares_and_every_kind_of_pin():
+    """Shares of the cores of this machine multiply the plans; a pin takes away those that it forbids."""
+    local = local_cluster(make_profile(), 1)
+    pins = {"schedule": "overlap", "llm": {"layout": {"tp": 1, "vpp": 1}, "recompute": "full"}, "vision": {"unit": 1}}
+    for pin in ({}, pins):
+        space = Space(workload=WORKLOAD, cluster=local, config=SearchConfig(pin=Pins.model_validate(pin)))
+        assert count_plans(space) == sum(1 for _ in every_plan(space)) > 1
 
 
 @pytest.mark.parametrize("seed", [0, 2])
