@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.tasks.task import TaskConfig, validate_tasks
 
 MODULE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _NOT_IN_DIGEST = ("items_per_sample", "frozen", "trains_projector")
 
 
 class Role(StrEnum):
-    """The part a module plays; exactly one module of a workload is the backbone."""
+    """The part a module plays; exactly one module of a workload of one flow is the backbone."""
 
     encoder = "encoder"
     backbone = "backbone"
@@ -184,14 +185,18 @@ class Edge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A multimodal model and its batch: modules in topological order, edges between them."""
+    """A multimodal model and its batch: modules in topological order, edges between them.
+
+    Without tasks every sample takes all edges to and from the one backbone; with tasks no module need be one.
+    """
 
     name: str
     modules: tuple[ModuleConfig, ...]
     edges: tuple[Edge, ...] = ()
     global_batch_size: int = 1  # samples per optimizer step
+    tasks: tuple[TaskConfig, ...] = ()
     by_name: Mapping[str, ModuleConfig] = field(init=False, repr=False, compare=False)
-    backbone: ModuleConfig = field(init=False, repr=False, compare=False)
+    _backbone: ModuleConfig | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = f"workload {self.name!r}"
@@ -203,7 +208,7 @@ class Workload:
                 f"{where}: global_batch_size", got=self.global_batch_size, expected="at least 1", fix="raise it"
             )
         backbones = [module.name for module in self.modules if module.role is Role.backbone]
-        if len(backbones) != 1:
+        if len(backbones) != 1 and not self.tasks:
             raise ConfigError(
                 f"{where}: backbone", got=backbones, expected="exactly one", fix="set role: backbone on one"
             )
@@ -224,7 +229,21 @@ class Workload:
                     fix="reorder the modules, or remove the cycle",
                 )
         object.__setattr__(self, "by_name", {module.name: module for module in self.modules})
-        object.__setattr__(self, "backbone", self.by_name[backbones[0]])
+        object.__setattr__(self, "_backbone", None if self.tasks else self.by_name[backbones[0]])
+        if self.tasks:
+            validate_tasks(where, self.tasks, self.by_name, self.edges, self.global_batch_size)
+
+    @property
+    def backbone(self) -> ModuleConfig:
+        """Of a workload of one flow. ConfigError where there are tasks: what asks for it knows of one flow only."""
+        if self._backbone is None:
+            raise ConfigError(
+                f"workload {self.name!r}: tasks",
+                got=", ".join(task.name for task in self.tasks),
+                expected="no tasks: this works on one flow through one backbone only",
+                fix="use a model without tasks",
+            )
+        return self._backbone
 
     @property
     def edge_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -242,7 +261,8 @@ class Workload:
         modules = [
             {k: v for k, v in asdict(m).items() if k not in _NOT_IN_DIGEST and v != defaults[k]} for m in self.modules
         ]
-        text = json.dumps([self.name, modules, [asdict(e) for e in self.edges]], sort_keys=True)
+        flow: list[object] = [self.name, modules, [asdict(e) for e in self.edges]]
+        text = json.dumps(flow + [[task.as_digest for task in self.tasks]] * bool(self.tasks), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -261,4 +281,4 @@ class Workload:
 
     def items_of(self, edge: Edge) -> str:
         """The module whose items the edge carries: the end that is not the backbone (else the source)."""
-        return edge.target if edge.source == self.backbone.name else edge.source
+        return edge.target if self.by_name[edge.source].role is Role.backbone else edge.source

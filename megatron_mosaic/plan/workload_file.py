@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.tasks.task import LossKind, TaskConfig, TaskLoss, TaskModule, scale_tasks
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation, parse_section
 from megatron_mosaic.text_file import FileKind, read_text_file, show_path
@@ -20,6 +21,8 @@ Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 # a mean; beyond either end it is a slip, and counts made of it would not fit in memory
 Items = Annotated[float, Field(ge=1e-6, le=1e4)]
+
+EdgeText = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*->[a-z][a-z0-9_]*$")]  # source->target
 
 
 class ModuleSection(Schema):
@@ -61,11 +64,29 @@ class EdgeSection(Schema):
     width: Count
 
 
+class TaskModuleSection(Schema):
+    items_per_sample: Items | None = None  # None: as the module says
+    tokens_per_item: Count | None = None
+
+
+class TaskLossSection(Schema):
+    kind: LossKind
+    modules: list[str]
+
+
+class TaskSection(Schema):
+    samples: Count
+    modules: dict[str, TaskModuleSection]
+    edges: list[EdgeText] | None = None  # None: all between its modules
+    loss: TaskLossSection
+
+
 class ModelSection(Schema):
     name: str
     global_batch_size: Count
     modules: dict[str, ModuleSection]
     edges: list[EdgeSection] = []
+    tasks: dict[str, TaskSection] = {}
 
 
 def make_workload(
@@ -77,12 +98,43 @@ def make_workload(
         ModuleConfig(name=name, **(section.model_dump() | ({"items_per_sample": items[name]} if name in items else {})))
         for name, section in model.modules.items()
     ]
+    batch = global_batch_size or model.global_batch_size
     return Workload(
         name=model.name,
         modules=tuple(modules),
         edges=tuple(Edge(**edge.model_dump()) for edge in model.edges),
-        global_batch_size=global_batch_size or model.global_batch_size,
+        global_batch_size=batch,
+        tasks=scale_tasks(_make_tasks(model), model.global_batch_size, batch),
     )
+
+
+def _make_tasks(model: ModelSection) -> list[TaskConfig]:
+    """As the file has them, which shares out its own batch."""
+    return [
+        TaskConfig(
+            name=name,
+            samples=task.samples,
+            modules=tuple(
+                TaskModule(
+                    name=used,
+                    items_per_sample=section.items_per_sample or 0.0,
+                    tokens_per_item=section.tokens_per_item or 0,
+                )
+                for used, section in task.modules.items()
+            ),
+            edges=_edges_of(task, model),
+            loss=TaskLoss(kind=task.loss.kind, modules=tuple(task.loss.modules)),
+        )
+        for name, task in model.tasks.items()
+    ]
+
+
+def _edges_of(task: TaskSection, model: ModelSection) -> tuple[tuple[str, str], ...]:
+    """Those that it names, or all between its modules."""
+    if task.edges is None:
+        pairs = [(edge.source, edge.target) for edge in model.edges]
+        return tuple((a, b) for a, b in pairs if a in task.modules and b in task.modules)
+    return tuple((a, b) for a, _, b in (text.partition("->") for text in task.edges))
 
 
 def load_workload_file(path: str | Path) -> Workload:
@@ -107,10 +159,24 @@ def format_workload(workload: Workload) -> str:
         for module in workload.modules
     }
     edges = [{key: getattr(edge, key) for key in EdgeSection.model_fields} for edge in workload.edges]
-    data = {
+    data: dict[str, Any] = {
         "name": workload.name,
         "global_batch_size": workload.global_batch_size,
         "modules": modules,
         "edges": edges,
     }
+    if workload.tasks:
+        data["tasks"] = {task.name: _format_task(task) for task in workload.tasks}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _format_task(task: TaskConfig) -> dict[str, Any]:
+    sizes = ("items_per_sample", "tokens_per_item")
+    return {
+        "samples": task.samples,
+        "modules": {
+            used.name: {key: getattr(used, key) for key in sizes if getattr(used, key)} for used in task.modules
+        },
+        "edges": [f"{source}->{target}" for source, target in task.edges],
+        "loss": {"kind": task.loss.kind.value, "modules": list(task.loss.modules)},
+    }

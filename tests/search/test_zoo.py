@@ -20,6 +20,11 @@ PUBLISHED = {
     "vit_10b_70b": {"vision": 10.0, "llm": 69.0},
     "vit_2_4b_70b": {"vision": 2.4, "llm": 69.0},
     "vit_1b_12b": {"vision": 1.0, "llm": 12.0},
+    # ImageBind 1.20B in all; of OFASys and QWen-VAL the parts that have a paper of their own
+    "multitask_clip_4": {"image": 0.632, "text": 0.354, "audio": 0.086, "depth": 0.022, "thermal": 0.086, "imu": 0.02},
+    "multitask_clip_10": {"image": 0.632, "text": 0.354, "audio": 0.086, "depth": 0.022, "thermal": 0.086, "imu": 0.02},
+    "ofasys": {"image": 0.086, "audio": 0.086},
+    "qwen_val": {"vision": 1.85, "audio": 0.637, "llm": 7.72 - 0.622},
     "omni_8b": {"audio": 0.637, "vision": 0.412, "llm": 8.03 - 0.525, "generator": 2.52},  # with one vocabulary matrix
     "vlm_7b": {"vision": 0.632, "llm": 6.74},
 }
