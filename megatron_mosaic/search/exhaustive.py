@@ -45,7 +45,8 @@ def _with_schedules(space: Space, size: int, placed: dict[str, ModulePlan], unit
 
 def count_plans(space: Space) -> int:
     """How many plans `every_plan` goes through before exclusions; none is built."""
-    backbone, found = space.workload.backbone, 0
+    backbone = space.workload.backbone
+    found: int = 0
     others = [module for module in space.workload.modules if module is not backbone]
     beside = [_count_variants(space, module) for module in others]
     every = math.prod(each.total() for each in beside)
@@ -56,9 +57,10 @@ def count_plans(space: Space) -> int:
         ordered = unchunked * may_order[False] + (every - unchunked) * may_order[True]
         for size in space.micro_batch_sizes(dp):
             microbatches = space.workload.global_batch_size // (size * dp)
-            units = math.prod(len(space.units(module, microbatches, pp)) for module in others)
+            units: int = math.prod(len(space.units(module, microbatches, pp)) for module in others)
             found += count * ordered * units
-    return found * len(space.quotas()) ** len(space.workload.modules)
+    shares: int = len(space.quotas()) ** len(space.workload.modules)
+    return found * shares
 
 
 def _count_variants(space: Space, module: ModuleConfig) -> Counter[tuple[int, int, bool]]:
