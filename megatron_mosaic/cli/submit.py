@@ -23,7 +23,6 @@ from megatron_mosaic.cli.planned import Planned, apply_overrides
 from megatron_mosaic.config import load_task
 from megatron_mosaic.errors import ConfigError, PlanError
 from megatron_mosaic.launch.slurm.job import PLAN_FILE, Job, save_job
-from megatron_mosaic.launch.slurm.launcher_file import LauncherSection
 from megatron_mosaic.launch.slurm.submission import SCRIPT, Allocation, allocate, grace_s, sbatch_command, submit
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.cluster import GpuClusterSection
@@ -88,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(result)
     else:
-        _print(planned.plan, allocation, section, result)
+        _print(planned, allocation, result)
     return 0
 
 
@@ -230,13 +229,15 @@ def _describe_version() -> str:
     return f"megatron-mosaic {version('megatron-mosaic')}\ncommit {commit}\n"
 
 
-def _print(plan: Plan, allocation: Allocation, section: LauncherSection, result: Mapping[str, Any]) -> None:
-    per_node, ranks = allocation.ranks_per_node, allocation.num_ranks
+def _print(planned: Planned, allocation: Allocation, result: Mapping[str, Any]) -> None:
+    plan, per_node = planned.plan, allocation.ranks_per_node
+    what = "GPUs" if isinstance(planned.cluster, GpuClusterSection) else "ranks"
     rows = [
         (name, str(module.layout), str(module.ranks), str(RankSet.of({rank // per_node for rank in module.ranks})))
         for name, module in plan.modules.items()
     ]
-    title = f"{plan.workload}: {allocation.num_nodes} nodes of {per_node}, {ranks} ranks, {allocation.num_idle} idle"
+    title = f"{plan.workload}: {allocation.num_nodes} nodes of {per_node} {what}, {allocation.num_ranks} ranks, "
+    title += f"{allocation.num_idle} idle {what}"
     print_table(title, ("module", "layout", "ranks", "nodes"), rows)
     print(f"run directory  {result['run_dir']}")
     print(f"ranks run      python {shlex.join([*result['script'], *result['arguments']])} --mosaic-plan plan.yaml")

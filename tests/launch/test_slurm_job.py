@@ -170,6 +170,24 @@ def test_a_dry_run_writes_all_and_submits_nothing(tmp_path, capsys, monkeypatch)
     assert "no such command" in capsys.readouterr().err
 
 
+def test_a_dry_run_prints_nodes_and_idle_gpus(tmp_path, capsys) -> None:
+    """17 ranks on nodes of 8 H100s."""
+    save_plan(plan_of(17, vision="0-7", llm="8-15", generator="16"), tmp_path / "p.yaml")
+    words = [str(tmp_path / "p.yaml"), f"launcher.run_dir={tmp_path / 'run'}", "workload.training.format=bf16"]
+    assert main(["submit", *words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "3 nodes of 8 GPUs, 17 ranks, 7 idle GPUs" in " ".join(said.split())
+    assert "--nodes=3" in said and "nothing was submitted" in said
+
+
+@pytest.mark.parametrize(("word", "nearest"), [("train.nonsense=1", "train."), ("train.min_lrr=1e-5", "train.min_lr")])
+def test_training_on_this_machine_refuses_the_same_words(tmp_path, capsys, word, nearest) -> None:
+    save_plan(plan_of(1, vision="0", llm="0", generator="0"), tmp_path / "p.yaml")
+    assert main(["train", str(tmp_path / "p.yaml"), "train.lr=3e-4", word]) == 2
+    said = capsys.readouterr().err
+    assert f"mosaic: {word.partition('=')[0]}\n" in said and f"did you mean {nearest}" in said
+
+
 @pytest.mark.parametrize(
     ("word", "where"),
     [
