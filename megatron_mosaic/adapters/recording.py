@@ -7,10 +7,9 @@ LossFunction              the script's `partial(loss_func, loss_mask)`, for the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.parallel_state_ext.rebound.rebind import rebound
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebound_construction
 
 Provider = Callable[..., Any]
 
@@ -62,7 +61,7 @@ def record_model(provider: Provider, kinds: Mapping[type, Sequence[str]]) -> Mod
 
     known = ", ".join(kind.__name__ for kind in kinds)
     try:
-        with _all_rebound({kind: recorder(kind, vars(kind)["__init__"]) for kind in kinds}, refuse):
+        with rebound_construction({kind: recorder(kind, vars(kind)["__init__"]) for kind in kinds}, refuse):
             model = provider(pre_process=True, post_process=True)
     except _UnknownModel as error:
         raise unknown_model(str(error), known) from None
@@ -88,15 +87,6 @@ def unknown_model(name: str, known: str) -> ConfigError:
         expected=f"a model that an adapter knows: {known}",
         fix="plan for one module, or write the script like scripts/pretrain_any2any.py",
     )
-
-
-@contextlib.contextmanager
-def _all_rebound(recorders: Mapping[type, Any], refuse: Any) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(rebound("megatron.core.transformer.module.MegatronModule.__init__", refuse))
-        for kind, recorder in recorders.items():
-            stack.enter_context(rebound(f"{kind.__module__}.{kind.__qualname__}.__init__", recorder))
-        yield
 
 
 class CallRecorder:

@@ -13,7 +13,7 @@ import math
 import pkgutil
 import queue
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -200,6 +200,17 @@ def rebind_pretrain(pretrain: Callable[..., Any]) -> Callable[..., Any]:
     stock: Callable[..., Any] = rebind("megatron.training.training.pretrain", pretrain, must_accept=wanted)
     rebind("megatron.training.pretrain", pretrain)
     return stock
+
+
+@contextlib.contextmanager
+def rebound_construction(inits: Mapping[type, Callable[..., None]], otherwise: Callable[..., None]) -> Iterator[None]:
+    """While the body runs, these classes are constructed by their function, and all other Megatron modules by
+    `otherwise`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rebound("megatron.core.transformer.module.MegatronModule.__init__", otherwise))
+        for kind, init in inits.items():
+            stack.enter_context(rebound(f"{kind.__module__}.{kind.__qualname__}.__init__", init))
+        yield
 
 
 @functools.cache
