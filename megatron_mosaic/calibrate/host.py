@@ -38,7 +38,7 @@ from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Profile
 from megatron_mosaic.launch.forked import run_forked, with_command_line
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
-from megatron_mosaic.runtime.report import TIMELINE_FILE
+from megatron_mosaic.runtime.telemetry.step_report import TIMELINE_FILE
 
 
 def calibrate(

@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = add("plan", "search for the fastest plan and write it")
     plan.add_argument("--out", metavar="PLAN", help="file to write the plan to; without it, the plan is printed")
+    plan.add_argument("--predicted", metavar="FILE", help="write what a run of it says beside what it measures")
     plan.add_argument("--like", metavar="PLAN", help="for the model, batch, cluster and training of this plan")
     compare = add("compare", "the plan beside what other systems would do, on the same cost model")
     show = add("show", "modules, rank map, schedule and memory of a plan")

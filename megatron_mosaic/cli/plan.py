@@ -7,13 +7,15 @@ from typing import Any
 
 import yaml
 
-from megatron_mosaic.cli.output import print_json, print_progress, print_table
+from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides
+from megatron_mosaic.cli.predicted import build_prediction
 from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.efficiency.mfu import Efficiency, estimate_efficiency
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan, save_plan
+from megatron_mosaic.runtime.telemetry.prediction import format_prediction
 from megatron_mosaic.search.find import SearchResult, find_plan
 from megatron_mosaic.units import format_bytes, format_seconds
 
@@ -28,6 +30,8 @@ def main(arguments: argparse.Namespace) -> int:
     efficiency = estimate_efficiency(plan, result.simulation.step_s, task.cost_model())
     if arguments.out:
         save_plan(plan, arguments.out)
+    if arguments.predicted:
+        write_text(arguments.predicted, format_prediction(build_prediction(plan, task, result.simulation)))
     fits = task.fits(result.simulation.peak_bytes)
     if arguments.json:
         report = _as_json(plan, result, arguments.out)

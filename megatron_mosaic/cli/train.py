@@ -9,12 +9,14 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_mosaic.any2any.arguments import add_any2any_arguments, judge_words, read_words, refuse_given
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
+from megatron_mosaic.cli.predicted import build_prediction
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
@@ -22,19 +24,20 @@ from megatron_mosaic.launch.torchrun import run_torchrun
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.workload import Workload
-from megatron_mosaic.report_page.measured_run import LOSSES_FILE, TIMELINE_FILE, read_losses
+from megatron_mosaic.report_page.measured_run import LOSSES_FILE, TIMELINE_FILE, read_losses, timeline_of
 from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_words
+from megatron_mosaic.runtime.telemetry.prediction import PREDICTED_FILE, Prediction, format_prediction
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
-from megatron_mosaic.schedules.timeline import Span, Timeline, diff
+from megatron_mosaic.schedules.timeline import Timeline, diff
 from megatron_mosaic.schedules.views.text import render_text
 from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
-_GIVEN = ("mosaic_plan", "mosaic_report")  # to the ranks, by this command
+_GIVEN = ("mosaic_plan", "mosaic_report", "mosaic_predicted")  # to the ranks, by this command
 _NOT_PRICED = ("swiglu", "quick_geglu", "group_query_attention", "kv_channels")
 TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens
 
@@ -53,24 +56,27 @@ def main(arguments: argparse.Namespace) -> int:
     predicted = _predict(plan, workload, arguments.profile, schedule) if _is_priced(line) else None
     with _report_directory(arguments.report) as directory:
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
+        if predicted is not None:
+            write_text(str(Path(directory) / PREDICTED_FILE), format_prediction(predicted.told))
+            words += ["--mosaic-predicted", str(Path(directory) / PREDICTED_FILE)]
         if arguments.mosaic_schedule:
             words += ["--mosaic-schedule", arguments.mosaic_schedule]
         with _output(arguments) as output:
             progress = _Progress(Path(directory) / LOSSES_FILE)
             run_torchrun(plan.world_size, [*words, *flags], output=output, watch=progress.show)
         losses, measured = _read_report(Path(directory))
-    timeline = Timeline(tuple(Span(*span) for span in measured["spans"]))
+    timeline, expected = timeline_of(measured), predicted.timeline if predicted else None
     if arguments.trace:
-        both = {"predicted": predicted, "measured": timeline}
+        both = {"predicted": expected, "measured": timeline}
         steps = [TracedStep(title=title, timeline=each) for title, each in both.items() if each]
         write_text(arguments.trace, to_chrome_trace(steps, schedule))
     if arguments.json:
-        print_json(_result(losses, measured, timeline, predicted))
+        print_json(_result(losses, measured, timeline, expected))
         return 0
     print()
     print(render_losses(losses))
     print()
-    print_timelines(timeline, predicted)
+    print_timelines(timeline, expected)
     return 0
 
 
@@ -147,8 +153,16 @@ def _is_priced(line: CommandLine) -> bool:
     return not changed
 
 
-def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Schedule) -> Timeline | None:
-    """The predicted timeline, if this machine has a profile of this model (or one is named: then it must be one)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """A prediction: its timeline, and what the ranks are told of it."""
+
+    timeline: Timeline
+    told: Prediction
+
+
+def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Schedule) -> Expected | None:
+    """The prediction, if this machine has a profile of this model (or one is named: then it must be one)."""
     if profile is None and not default_profile_path().exists():
         return None
     try:
@@ -163,7 +177,8 @@ def _predict(plan: Plan, workload: Workload, profile: str | None, schedule: Sche
                 expected=f"the sizes of model={plan.workload}, digest {task.workload.digest}",
                 fix="leave out the model arguments, or --profile",
             )
-        return simulate(plan, task.cost_model(), schedule).timeline()
+        simulation = simulate(plan, task.cost_model(), schedule)
+        return Expected(timeline=simulation.timeline(), told=build_prediction(plan, task, simulation))
     except MosaicError as error:
         if profile is not None:
             raise

@@ -13,7 +13,7 @@ from megatron_mosaic.parity.reference_files import ReferenceStep, load_parameter
 from megatron_mosaic.parity.verdict import MOST_EXCUSED, Parity, gradient_error, norm, ratio
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.dumps.reader import read_gradients, read_parameters
-from megatron_mosaic.runtime.report import LOSSES_FILE, MEASURES_FILE
+from megatron_mosaic.runtime.telemetry.step_report import LOSSES_FILE, MEASURES_FILE
 
 
 def compare(plan: Plan, steps: int, directory: Path) -> Parity:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.frozen import FrozenMap
+from megatron_mosaic.plan import RankSet
 from megatron_mosaic.schedules.timeline import Span, Timeline, diff
 
 LOSSES_FILE, TIMELINE_FILE = "losses.jsonl", "timeline.json"
@@ -36,7 +38,7 @@ def load_run(directory: Path) -> MeasuredRun:
         )
     data = _read_json(found / TIMELINE_FILE)
     try:
-        timeline = Timeline(tuple(Span(*span) for span in data["spans"]))
+        timeline = timeline_of(data)
         seconds = tuple(map(float, data["seconds"]))
     except (KeyError, TypeError) as error:
         raise _not_a_report(found / TIMELINE_FILE, f"{type(error).__name__}: {error}") from error
@@ -45,6 +47,12 @@ def load_run(directory: Path) -> MeasuredRun:
         timeline=timeline,
         steps_s=seconds,
     )
+
+
+def timeline_of(data: Mapping[str, Any]) -> Timeline:
+    """The spans of timeline.json, of one rank of each class. KeyError, TypeError for the data of another file."""
+    alike = {int(rank): RankSet.parse(ranks) for rank, ranks in data.get("alike", {}).items()}
+    return Timeline(tuple(Span(*span) for span in data["spans"]), FrozenMap(alike))
 
 
 def read_losses(path: Path) -> tuple[dict[str, float], ...]:

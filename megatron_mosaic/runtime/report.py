@@ -1,104 +1,20 @@
-"""Who looks on while a rank trains, and what they leave behind: losses, timeline, measures, dumps.
-
-Nothing here changes what is computed.
-"""
+"""Who looks on while a rank trains: reports (`telemetry/`), meters, dumps. Nothing here changes what is computed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mosaic.parallel_state_ext.optimizers.module_optimizers import ModuleOptimizers
 from megatron_mosaic.runtime.activation_meter import ActivationMeter
 from megatron_mosaic.runtime.dumps.writer import Dump
 from megatron_mosaic.runtime.model import MosaicModel
+from megatron_mosaic.runtime.telemetry.periodic import PeriodicReport
+from megatron_mosaic.runtime.telemetry.step_report import StepReport
 from megatron_mosaic.schedules.timeline import Span
-
-ITERATION = "iteration"
-LOSSES_FILE = "losses.jsonl"
-TIMELINE_FILE = "timeline.json"
-MEASURES_FILE = "measures.json"
-KEPT_STEPS = 200  # whose spans are in memory for the timeline
-
-
-class StepReport:
-    """Losses (rank 0, written at once) and spans (kept, gathered at the end). `_has_begun`: a step was written.
-
-    A run that goes on from a checkpoint appends its losses; what an earlier start had beyond the checkpoint goes.
-    """
-
-    def __init__(self, directory: str, rank: int) -> None:
-        self._directory, self._rank = Path(directory), rank
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._steps: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
-        self._has_begun = False
-
-    def add_losses(self, iteration: int, losses: Mapping[str, float]) -> None:
-        """Append one step's losses. Iterations count from 1, over all starts of a run."""
-        if self._rank == 0:
-            path = self._directory / LOSSES_FILE
-            if not self._has_begun:
-                _keep_before(path, iteration)
-                self._has_begun = True
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({ITERATION: iteration, **losses}) + "\n")
-
-    def add_spans(self, spans: Sequence[Span]) -> None:
-        """Keep one step's spans of this rank."""
-        self._steps.append(list(spans))
-
-    def write(
-        self, world: dist.ProcessGroup, measures: Mapping[str, Mapping[str, float]], group_creation_s: float
-    ) -> None:
-        """Collective. Rank 0 writes both files.
-
-        `timeline.json`: seconds of the last 200 steps, and all spans of their median. The first tenth of the steps (at
-        least one, if there are more) is warm-up and is not considered.
-        `measures.json`: `measures` of all ranks; for each module the largest value; and `group_creation_s`, of the
-        slowest rank.
-        """
-        gathered: list[Any] = [None] * dist.get_world_size(world)
-        dist.all_gather_object(gathered, (list(self._steps), measures, group_creation_s), group=world)
-        if self._rank != 0 or not self._steps:
-            return
-        largest: dict[str, dict[str, float]] = {}
-        for _, one, _ in gathered:
-            for key, by_module in one.items():
-                into = largest.setdefault(key, {})
-                for module, value in by_module.items():
-                    into[module] = max(into.get(module, 0), value)
-        measured = {**largest, "group_creation_s": max(seconds for _, _, seconds in gathered)}
-        (self._directory / MEASURES_FILE).write_text(json.dumps(measured), encoding="utf-8")
-        steps = [[span for spans, _, _ in gathered for span in spans[i]] for i in range(len(self._steps))]
-        begins = [min(span.start_s for span in step) for step in steps]
-        seconds = [max(span.end_s for span in step) - begin for step, begin in zip(steps, begins, strict=True)]
-        warm = list(range(min(len(steps) - 1, max(1, len(steps) // 10)), len(steps)))
-        median = sorted(warm, key=seconds.__getitem__)[len(warm) // 2]
-        spans = [
-            [span.rank, span.lane, span.start_s - begins[median], span.end_s - begins[median], span.label]
-            for span in sorted(steps[median])
-        ]
-        data = {"step": median, "step_s": seconds[median], "seconds": seconds, "spans": spans}
-        (self._directory / TIMELINE_FILE).write_text(json.dumps(data), encoding="utf-8")
-
-
-def _keep_before(path: Path, iteration: int) -> None:
-    """Leave the lines of earlier iterations, whole ones alone: a start may have been killed while it wrote.
-
-    A line that names no iteration is of no earlier one.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if iteration > 1 and path.exists() else []
-    steps = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [line for line, step in steps if step.get(ITERATION, iteration) < iteration]
-    path.write_text("".join(kept), encoding="utf-8")
 
 
 class UnitStatistics:
@@ -131,6 +47,7 @@ class Observers:
     units: UnitStatistics | None = None
     meter: ActivationMeter | None = None
     report: StepReport | None = None
+    periodic: PeriodicReport | None = None
     dump: Dump | None = None
 
     def forward(
@@ -154,15 +71,33 @@ class Observers:
         if self.dump is not None:
             self.dump.write_gradients(model, optimizers)
 
-    def finished_step(self, spans: Callable[[], Sequence[Span]]) -> None:
-        """A training step and its optimizer's took these spans on this rank; whoever asks waits for the device."""
+    def finished_step(
+        self, iteration: int, spans: Callable[[], Sequence[Span]], sent_bytes: Callable[[], Mapping[str, float]]
+    ) -> None:
+        """A training step and its optimizer's took these spans on this rank; whoever asks waits for the device.
+
+        Collective where there is a periodic report. `sent_bytes`: so far, by module that they left.
+        """
+        if self.report is None and self.periodic is None:
+            return
+        found = spans()
         if self.report is not None:
-            self.report.add_spans(spans())
+            self.report.add_spans(found)
+        if self.periodic is not None:
+            measures = self.units.measures() if self.units else {}
+            self.periodic.add(iteration, found, sent_bytes(), measures.get("imbalance_by_module", {}))
 
     def finished_training(self, model: MosaicModel) -> None:
-        """These parameters are the run's last."""
+        """Collective. These parameters are the run's last."""
         if self.dump is not None:
             self.dump.write_parameters(model)
+
+    def finish(self, modules: Iterable[str], group_creation_s: float) -> None:
+        """Collective. Nothing more will be seen: write what is left to write."""
+        if self.periodic is not None:
+            self.periodic.report()
+        if self.report is not None:
+            self.report.write(self.measures(modules), group_creation_s)
 
     def measures(self, modules: Iterable[str]) -> dict[str, Mapping[str, float]]:
         """What meter and statistics have found so far, by module."""

@@ -165,6 +165,11 @@ class StepRunner:
         rows = self._sums.as_reported(totals)  # the loop adds them up over the world
         return [rows if self._view.rank == 0 else {name: torch.zeros_like(row) for name, row in rows.items()}]
 
+    @property
+    def sent_bytes(self) -> dict[str, float]:
+        """Module -> bytes of rows, and of gradients of rows, that have left it for other ranks since the start."""
+        return self._channels.sent_bytes
+
     def _tools(self, forward_step: ForwardStep, model: MosaicModel) -> LaneTools:
         """What a training step's lanes work with."""
         scale = model.config.grad_scale_func

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
-from megatron.training import get_args
+from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
@@ -59,8 +60,12 @@ from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.checkpoint import Checkpoints
 from megatron_mosaic.runtime.dumps.writer import Dump
 from megatron_mosaic.runtime.model import MosaicModel, empty_stage, initialize_by_name, stage_key, wrap_stage
-from megatron_mosaic.runtime.report import Observers, StepReport, UnitStatistics
+from megatron_mosaic.runtime.report import Observers, UnitStatistics
 from megatron_mosaic.runtime.step import Collate, Samples, StepRunner
+from megatron_mosaic.runtime.telemetry.numbers import lanes_of
+from megatron_mosaic.runtime.telemetry.periodic import PeriodicReport
+from megatron_mosaic.runtime.telemetry.prediction import load_prediction
+from megatron_mosaic.runtime.telemetry.step_report import StepReport
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.plan_match import load_training_schedule
@@ -98,7 +103,7 @@ class Runtime:
         self.executor = Executor(plan, definition.workload, self.view.rank, training, opened.lanes)
         print_rank_0(f"> mosaic: {self.grids.num_groups} process groups in {format_seconds(self.grids.creation_s)}")
         _agree_on_schedule(self.executor, self.grids.world)
-        self.observers = _observers_from_args(args, self.view)
+        self.observers = _observers_from_args(args, self.view, self.grids.world)
         self.step = StepRunner(
             self.view,
             definition,
@@ -174,9 +179,7 @@ class Runtime:
         """Collective. Writes what observers have left, and destroys the process groups."""
         for model in self._models:
             self.observers.finished_training(model)
-        if self.observers.report is not None:
-            measures = self.observers.measures(self.plan.modules)
-            self.observers.report.write(self.grids.world, measures, self.grids.creation_s)
+        self.observers.finish(self.plan.modules, self.grids.creation_s)
         if self.guard is not None:
             self.guard.remove()
         self.executor.lanes.close()
@@ -216,7 +219,7 @@ class Runtime:
             return step()
 
         result = self.executor.record("~optimizer", work)
-        self.observers.finished_step(lambda: self.executor.spans)
+        self.observers.finished_step(self.executor.step, lambda: self.executor.spans, lambda: self.step.sent_bytes)
         return result
 
 
@@ -268,12 +271,28 @@ def _open_lanes(backend: str, view: RankView, training: Schedule) -> Opened:
     return opened
 
 
-def _observers_from_args(args: argparse.Namespace, view: RankView) -> Observers:
+def _observers_from_args(args: argparse.Namespace, view: RankView, world: dist.ProcessGroup) -> Observers:
     return Observers(
         units=UnitStatistics(view.plan.modules),
         meter=ActivationMeter() if args.mosaic_measure_activations else None,
-        report=StepReport(args.mosaic_report, view.rank) if args.mosaic_report else None,
+        report=StepReport(args.mosaic_report, view.plan, world) if args.mosaic_report else None,
+        periodic=_periodic_from_args(args, view.plan, world),
         dump=Dump(args.mosaic_dump_gradients, view.rank) if args.mosaic_dump_gradients else None,
+    )
+
+
+def _periodic_from_args(args: argparse.Namespace, plan: Plan, world: dist.ProcessGroup) -> PeriodicReport | None:
+    """Where there is a directory or a TensorBoard to report to."""
+    predicted = load_prediction(args.mosaic_predicted, lanes_of(plan)) if args.mosaic_predicted else None
+    if not args.mosaic_report and not args.tensorboard_dir:
+        return None
+    return PeriodicReport(
+        plan,
+        world,
+        interval=args.mosaic_report_interval,
+        directory=Path(args.mosaic_report) if args.mosaic_report else None,
+        predicted=predicted,
+        writer=get_tensorboard_writer,
     )
 
 

@@ -54,6 +54,14 @@ class Channels:
         """The channel between the module's stages."""
         return self._hidden[module]
 
+    @property
+    def sent_bytes(self) -> dict[str, float]:
+        """Module -> bytes of rows, and of gradients of rows, that have left it for other ranks since the start."""
+        found: dict[str, float] = dict.fromkeys(self.view.modules, 0.0)
+        for sender, rows in self._rows.items():
+            found[sender.module] = found.get(sender.module, 0.0) + rows.sent_bytes
+        return found
+
     def drain(self) -> None:
         """Wait until everything posted has left."""
         for rows in self._rows.values():

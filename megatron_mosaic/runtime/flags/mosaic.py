@@ -27,7 +27,17 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         choices=QUOTA_BACKENDS,
         help="what runs modules beside each other on one device; none: they take turns",
     )
-    group.add_argument("--mosaic-report", metavar="DIR", help="write losses.jsonl and timeline.json here")
+    group.add_argument(
+        "--mosaic-report", metavar="DIR", help="write losses, scalars of modules and timelines here, all ranks the same"
+    )
+    group.add_argument(
+        "--mosaic-report-interval",
+        type=_at_least_one,
+        default=100,
+        metavar="STEPS",
+        help="after so many steps, say what lanes took (default 100), also to --tensorboard-dir",
+    )
+    group.add_argument("--mosaic-predicted", metavar="FILE", help="what was predicted, to say it beside")
     group.add_argument(
         "--mosaic-dump-gradients",
         metavar="DIR",
@@ -48,6 +58,12 @@ def add_mosaic_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument("--mosaic-measure-activations", action="store_true", help="report saved activation bytes")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps, at least 1")
+    return int(text)
 
 
 def lr_mults_from_args(args: argparse.Namespace, modules: Collection[str]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from megatron_mosaic.runtime.flags.mosaic import add_mosaic_arguments
 from megatron_mosaic.runtime.flags.table import Verdict, arguments_by_dest
 from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_words
 
-GIVEN = {"mosaic_plan", "mosaic_schedule", "mosaic_report", "mosaic_dump_gradients"}  # by commands
+GIVEN = {"mosaic_plan", "mosaic_schedule", "mosaic_report", "mosaic_predicted", "mosaic_dump_gradients"}  # by commands
 
 
 def flags(*words: str) -> list[str]:
