@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.histogram import NO_HISTOGRAM, Histogram
 from megatron_mosaic.plan.tasks.task import TaskConfig, validate_tasks
 
 MODULE_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_NOT_IN_DIGEST = ("items_per_sample", "frozen", "trains_projector")
+_NOT_IN_DIGEST = ("items_per_sample", "items_histogram", "tokens_histogram", "frozen", "trains_projector")
 
 
 class Role(StrEnum):
@@ -29,7 +31,8 @@ class ModuleConfig:
     """Sizes of one module, a stack of transformer layers.
 
     `tokens_per_item` is the length of one item (an image's patches; for the backbone: a sample's sequence),
-    `items_per_sample` the mean number of items a sample brings (1 for the backbone).
+    `items_per_sample` the mean number of items a sample brings (1 for the backbone). Their histograms, where known, say
+    how both vary; one mean then is the histogram's, the other its mean rounded.
     """
 
     name: str
@@ -66,6 +69,8 @@ class ModuleConfig:
     num_full_attention_layers: int = 0  # of a module with a window: layers that attend to all the same
     frozen: bool = False  # no parameter is trained; gradients still flow through to trained modules before it
     trains_projector: bool = False  # of a frozen module: what makes its output rows is trained all the same
+    items_histogram: Histogram = NO_HISTOGRAM
+    tokens_histogram: Histogram = NO_HISTOGRAM
 
     def __post_init__(self) -> None:
         where = f"module {self.name!r}"
@@ -105,6 +110,7 @@ class ModuleConfig:
                 fix="change moe_top_k or num_experts",
             )
         self._validate_shape(where)
+        self._validate_histograms(where)
         if self.trains_projector and not (self.frozen and self.output_size):
             raise ConfigError(
                 f"{where}: trains_projector",
@@ -127,6 +133,37 @@ class ModuleConfig:
                 self.merge_tokens,
                 f"a divisor of tokens_per_item {self.tokens_per_item}",
                 self.merge_tokens >= 1 and self.tokens_per_item % self.merge_tokens == 0,
+            ),
+        ):
+            if not right:
+                raise ConfigError(f"{where}: {key}", got=got, expected=expected, fix=f"change {key}")
+
+    def _validate_histograms(self, where: str) -> None:
+        items, tokens = self.items_histogram, self.tokens_histogram
+        for key, got, expected, right in (
+            (
+                "items_per_sample",
+                f"a histogram over {items.values}",
+                "1 for the backbone: a sample is its item",
+                not items or self.role is not Role.backbone,
+            ),
+            (
+                "items_per_sample",
+                f"mean {self.items_per_sample} beside a histogram of mean {items.mean:g}",
+                "one mean",
+                not items or math.isclose(items.mean, self.items_per_sample, rel_tol=1e-6),
+            ),
+            (
+                "tokens_per_item",
+                f"a histogram over {tokens.values}",
+                f"multiples of merge_tokens {self.merge_tokens}, from 1 on",
+                all(value >= 1 and value % self.merge_tokens == 0 for value in tokens.values),
+            ),
+            (
+                "tokens_per_item",
+                f"{self.tokens_per_item} beside a histogram of mean {tokens.mean:g}",
+                "its mean, rounded",
+                not tokens or self.tokens_per_item == round_tokens(tokens, self.merge_tokens),
             ),
         ):
             if not right:
@@ -158,6 +195,11 @@ class ModuleConfig:
     @property
     def head_size(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_heads
+
+
+def round_tokens(tokens: Histogram, merge_tokens: int) -> int:
+    """The mean, to the nearest number of tokens that leave as whole rows."""
+    return max(1, round(tokens.mean / merge_tokens)) * merge_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.histogram import Histogram
 from megatron_mosaic.plan.tasks.task import LossKind, TaskConfig, TaskLoss, TaskModule, scale_tasks
-from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.plan.yaml_text import MAX_COUNT, Schema, describe_violation, parse_section
+from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload, round_tokens
+from megatron_mosaic.plan.yaml_text import (
+    FORM_NAME,
+    FORM_SECTION,
+    MAX_AMOUNT,
+    MAX_COUNT,
+    Schema,
+    describe_violation,
+    parse_section,
+)
 from megatron_mosaic.text_file import FileKind, read_text_file, show_path
 
 MODEL_FILE = FileKind(what="a model file like those in conf/model", error=ConfigError, fix="check the path")
@@ -21,6 +30,32 @@ Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 OptionalSize = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 # a mean; beyond either end it is a slip, and counts made of it would not fit in memory
 Items = Annotated[float, Field(ge=1e-6, le=1e4)]
+Weight = Annotated[float, Field(gt=0, le=MAX_AMOUNT)]
+
+
+def _with_items(counts: dict[int, float]) -> dict[int, float]:
+    if not any(counts):
+        raise ValueError("some samples must bring an item")
+    return counts
+
+
+def _form(value: Any) -> str:
+    return FORM_SECTION if isinstance(value, Mapping) else FORM_NAME
+
+
+# value -> how often it is seen in the data, in any unit
+ItemCounts = Annotated[
+    dict[Annotated[int, Field(ge=0, le=10_000)], Weight],
+    Field(min_length=1, max_length=1000),
+    AfterValidator(_with_items),
+]
+TokenCounts = Annotated[dict[Annotated[int, Field(ge=1, le=MAX_COUNT)], Weight], Field(min_length=1, max_length=1000)]
+ItemsOrCounts = Annotated[
+    Annotated[Items, Tag(FORM_NAME)] | Annotated[ItemCounts, Tag(FORM_SECTION)], Discriminator(_form)
+]
+TokensOrCounts = Annotated[
+    Annotated[Count, Tag(FORM_NAME)] | Annotated[TokenCounts, Tag(FORM_SECTION)], Discriminator(_form)
+]
 
 EdgeText = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*->[a-z][a-z0-9_]*$")]  # source->target
 
@@ -31,8 +66,8 @@ class ModuleSection(Schema):
     hidden_size: Count
     num_heads: Count
     ffn_hidden_size: Count
-    tokens_per_item: Count
-    items_per_sample: Items = 1.0
+    tokens_per_item: TokensOrCounts  # a number, or value -> weight: how often it is seen
+    items_per_sample: ItemsOrCounts = 1.0
     num_query_groups: OptionalSize = 0
     vocab_size: OptionalSize = 0
     input_size: OptionalSize = 0
@@ -92,10 +127,11 @@ class ModelSection(Schema):
 def make_workload(
     model: ModelSection, *, global_batch_size: int = 0, items_per_sample: Mapping[str, float] | None = None
 ) -> Workload:
-    """The workload of a model, with another batch size or mean number of items where given."""
+    """The workload of a model, with another batch size or mean number of items where given: a mean alone takes the
+    place of a histogram."""
     items = items_per_sample or {}
     modules = [
-        ModuleConfig(name=name, **(section.model_dump() | ({"items_per_sample": items[name]} if name in items else {})))
+        _make_module(name, section.model_dump() | ({"items_per_sample": items[name]} if name in items else {}))
         for name, section in model.modules.items()
     ]
     batch = global_batch_size or model.global_batch_size
@@ -106,6 +142,16 @@ def make_workload(
         global_batch_size=batch,
         tasks=scale_tasks(_make_tasks(model), model.global_batch_size, batch),
     )
+
+
+def _make_module(name: str, values: dict[str, Any]) -> ModuleConfig:
+    if isinstance(values["items_per_sample"], Mapping):
+        found = Histogram.of(values["items_per_sample"])
+        values |= {"items_per_sample": found.mean, "items_histogram": found}
+    if isinstance(values["tokens_per_item"], Mapping):
+        found = Histogram.of(values["tokens_per_item"])
+        values |= {"tokens_per_item": round_tokens(found, values["merge_tokens"]), "tokens_histogram": found}
+    return ModuleConfig(name=name, **values)
 
 
 def _make_tasks(model: ModelSection) -> list[TaskConfig]:
@@ -147,14 +193,22 @@ def load_workload_file(path: str | Path) -> Workload:
         raise ConfigError(**describe_violation(error, where=f"{where}: ", known="a key of a model file")) from error
 
 
+def _value_of(module: ModuleConfig, key: str) -> Any:
+    """What a file says at a key."""
+    histograms = {"items_per_sample": module.items_histogram, "tokens_per_item": module.tokens_histogram}
+    if histogram := histograms.get(key):
+        return dict(histogram.bins)
+    return module.role.value if key == "role" else getattr(module, key)
+
+
 def format_workload(workload: Workload) -> str:
     """YAML text; a file of it loads as this workload."""
     defaults = ModuleSection.model_fields
     modules = {
         module.name: {
-            key: (module.role.value if key == "role" else getattr(module, key))
+            key: _value_of(module, key)
             for key, field in defaults.items()
-            if field.is_required() or getattr(module, key) != field.default
+            if field.is_required() or _value_of(module, key) != field.default
         }
         for module in workload.modules
     }

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan.histogram import NO_HISTOGRAM
 
 if TYPE_CHECKING:
     from megatron_mosaic.plan.workload import Edge, ModuleConfig
@@ -46,11 +47,13 @@ class TaskModule:
     tokens_per_item: int = 0
 
     def of(self, module: ModuleConfig) -> ModuleConfig:
-        """The module with this task's items."""
+        """The module with this task's items. A number of its own takes the place of a histogram."""
         return replace(
             module,
             items_per_sample=self.items_per_sample or module.items_per_sample,
             tokens_per_item=self.tokens_per_item or module.tokens_per_item,
+            items_histogram=NO_HISTOGRAM if self.items_per_sample else module.items_histogram,
+            tokens_histogram=NO_HISTOGRAM if self.tokens_per_item else module.tokens_histogram,
         )
 
 
