@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     simulate = add("simulate", "the predicted timeline of a plan")
     simulate.add_argument("--trace", metavar="FILE", help="write Chrome-trace JSON, for Perfetto")
     simulate.add_argument("--html", metavar="FILE", help="write the timeline as one HTML page")
+    simulate.add_argument(
+        "--draws",
+        type=int,
+        default=256,
+        metavar="N",
+        help="batches to draw where the model has histograms of its data (default 256; 0: none)",
+    )
     calibrate = add("calibrate", "measure this machine and write its profile")
     calibrate.add_argument("--out", metavar="FILE", help="file to write (default: $MOSAIC_PROFILE, else the cache)")
     calibrate.add_argument(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from megatron_mosaic.cli.output import print_json, print_table, write_text
+from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
 from megatron_mosaic.cli.page import render_page
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cli.show import print_memory
 from megatron_mosaic.cost_model.efficiency.mfu import estimate_efficiency
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.cost_model.simulate import count_memory, simulate
+from megatron_mosaic.data_variance.draw import varies
+from megatron_mosaic.data_variance.variance import Variance, estimate_variance
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.schedules.plan_match import load_training_schedule
@@ -30,6 +32,9 @@ def main(arguments: argparse.Namespace) -> int:
     model = task.cost_model()
     simulation = simulate(plan, model, schedule)
     efficiency = estimate_efficiency(plan, simulation.step_s, model)
+    drawn = None
+    if arguments.draws and varies(task.workload):
+        drawn = estimate_variance(plan, model, schedule, num_batches=arguments.draws, progress=_say_drawn)
     timeline = simulation.timeline()
     if arguments.trace:
         step = TracedStep(title="predicted", timeline=timeline, memory=count_memory(simulation))
@@ -37,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.html:
         write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
     memory = simulation.memory()
-    fits = task.fits(simulation.peak_bytes)
+    fits = task.fits(max(simulation.peak_bytes, drawn.peak_bytes.worst if drawn else 0.0))
     if arguments.json:
         print_json(
             {
@@ -46,6 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "peak_bytes": simulation.peak_bytes,
                 "fits": fits,
                 **efficiency.as_dict(),
+                **({"drawn": drawn.as_dict()} if drawn else {}),
                 "by_module": timeline.seconds_by_module(),
                 "memory": {str(ranks): asdict(held) for ranks, held in memory.items()},
             }
@@ -61,8 +67,30 @@ def main(arguments: argparse.Namespace) -> int:
         [(module, format_seconds(seconds)) for module, seconds in timeline.seconds_by_module().items()],
     )
     print(efficiency)
+    if drawn:
+        _print_drawn(drawn)
     print_memory(f"{source.precision.name}, sharding: {source.setup.sharding}", memory)
     if not fits:
         limit_bytes = memory_limit_bytes(task.cluster, task.search.memory_frac)
         print(f"does not fit: {format_bytes(limit_bytes)} of a device may be filled (search.memory_frac)")
     return 0 if fits else 1
+
+
+def _say_drawn(done: int) -> None:
+    if done % 16 == 0:
+        print_progress(f"simulate: {done} batches drawn")
+
+
+def _print_drawn(drawn: Variance) -> None:
+    """How step and memory vary with the data."""
+    step, peak = drawn.step_s, drawn.peak_bytes
+    print_table(
+        f"over {drawn.num_batches} batches drawn from the model's histograms",
+        ("", "mean", "95 % stay within", "worst"),
+        [
+            ("step", *[format_seconds(each) for each in (step.mean, step.p95, step.worst)]),
+            ("peak of a rank", *[format_bytes(each) for each in (peak.mean, peak.p95, peak.worst)]),
+        ],
+    )
+    busiest = ", ".join(f"{name} {times:.2f}" for name, times in drawn.imbalance.items())
+    print(f"load of a unit's busiest replica, of the mean: {busiest}")

@@ -7,7 +7,7 @@ over all modules), `~optimizer`. On this machine a step begins with `~data`: eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost_model.clock.program import Program, fold, planned_program
@@ -148,7 +148,11 @@ def simulate_planned(price: StepPrice, num_microbatches: int = 0) -> Simulation:
 
 def simulate_program(price: StepPrice, program: Program) -> Simulation:
     """The step of a program whose costs are known. ScheduleError for a kind of action that has no price."""
-    job_s = [price.costs[lane].seconds(kind) for lane, kind in program.jobs]
+    return simulate_jobs(price, program, [price.costs[lane].seconds(kind) for lane, kind in program.jobs])
+
+
+def simulate_jobs(price: StepPrice, program: Program, job_s: Sequence[float]) -> Simulation:
+    """The step of a program whose jobs take so long."""
     lag_s = [0.0] + [price.transfer_s(since, to) for since, to in program.links[1:]]
     machine = price.machine_of(program.lane_of, price.work.replicas.share)
     start_s, end_s = ([price.data_s + at for at in times] for times in run_clock(program, job_s, lag_s, machine))

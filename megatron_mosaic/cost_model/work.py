@@ -126,6 +126,7 @@ class StepWork:
     world: Group
     num_samples: int
     gpus_per_node: int
+    slots_apart: bool = False  # dp slots of a lane differ in their work, so that none stands for another
 
     @cached_property
     def class_lanes(self) -> tuple[tuple[int, ...], ...]:
@@ -146,6 +147,7 @@ class StepWork:
             tuple(links),
             tuple((alike.ranks, lanes) for alike, lanes in zip(self.classes, self.class_lanes)),
             tuple(self._parted(links)),
+            apart=self.slots_apart,
         )
 
     def _parted(self, links: Iterable[Link]) -> Iterator[tuple[Link, Units]]:

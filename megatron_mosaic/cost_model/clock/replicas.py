@@ -105,22 +105,28 @@ def find_replicas(
     rank_classes: tuple[tuple[RankSet, tuple[int, ...]], ...],
     parted: tuple[tuple[Link, Units], ...],
     max_classes: int = MAX_CLASSES,
+    apart: bool = False,
 ) -> Replicas:
     """Slot classes of these lanes; `rank_classes`: ranks, and the lanes that they run; `parted`: links between a
-    backbone of one slot and a lane whose slots have parts of its units."""
+    backbone of one slot and a lane whose slots have parts of its units; `apart`: each slot is a class of its own, in
+    their order, because actions of one lane differ between them."""
     met = [sum(lane in each for _, each in rank_classes) for lane in range(len(lanes))]
-    if not parted and all(count == 1 or lane.count == 1 for count, lane in zip(met, lanes)):
+    if not apart and not parted and all(count == 1 or lane.count == 1 for count, lane in zip(met, lanes)):
         occupies = [[c for c, (_, each) in enumerate(rank_classes) if lane in each] for lane in range(len(lanes))]
         kinds = [RankKind(ranks=r, rank_class=c, slot_classes=each) for c, (r, each) in enumerate(rank_classes)]
         classes = SlotClasses.one_each(occupies)
         return Replicas(classes=classes, kinds=tuple(kinds), share=(1.0,) * len(lanes))
     slots_on = [[_slots_at(lanes[lane], ranks) for lane in each] for ranks, each in rank_classes]
     handed = {link: _hand_over(lanes, link, rank_classes, slots_on) for link in links}
+    parts = {link: lane for link, (lane, _) in parted}
+    if apart:
+        colours = [np.arange(lane.count) for lane in lanes]
+        return _number(colours, rank_classes, slots_on, handed, parts)
     by_part = [np.zeros(lane.count, dtype=np.int64) for lane in lanes]
     for _, (lane, lengths) in parted:
         by_part[lane] = _tell_parts_apart(lanes[lane].count, lengths)
     colours = _tell_apart(lanes, by_part, [*_all_pairs(rank_classes, slots_on, handed)], max_classes)
-    return _number(colours, rank_classes, slots_on, handed, {link: lane for link, (lane, _) in parted})
+    return _number(colours, rank_classes, slots_on, handed, parts)
 
 
 def _tell_parts_apart(count: int, lengths: Iterable[int]) -> Integers:
