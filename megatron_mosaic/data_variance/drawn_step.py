@@ -45,7 +45,7 @@ class StepsOfPlan:
     """Simulates drawn batches of one plan; prices are kept."""
 
     def __init__(self, plan: Plan, model: CostModel, schedule: Schedule | None = None) -> None:
-        """ProfileError for items of other lengths than those that were measured on this machine, ConfigError for tasks."""
+        """ProfileError for items of lengths that were not measured on this machine, ConfigError for tasks."""
         workload = model.workload
         _validate_measured(model)
         if workload.tasks:
