@@ -37,9 +37,10 @@ class CostModel:
 
     def price_work(self, work: StepWork) -> StepPrice:
         """Costs of all lanes."""
-        return StepPrice(work=work, source=self.source, costs=tuple(self._cost(lane.work) for lane in work.lanes))
+        return StepPrice(work=work, source=self.source, costs=tuple(self.stage_cost(lane.work) for lane in work.lanes))
 
-    def _cost(self, work: StageWork) -> StageCost:
+    def stage_cost(self, work: StageWork) -> StageCost:
+        """Of one lane, priced once."""
         if work not in self._costs:
             self._costs[work] = price_stage(work, self.source)
         return self._costs[work]

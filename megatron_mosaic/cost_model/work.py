@@ -193,11 +193,10 @@ def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepW
     lanes: list[Lane] = []
     for module in workload.modules:
         placed, name = plan.modules[module.name], module.name
-        lanes += _list_module(
+        lanes += list_lanes(
             module,
             placed,
-            # an item is not split
-            items=math.ceil(samples * graph.units[name] * module.items_per_sample / placed.layout.dp - 1e-9),
+            items=items_of_unit(module, samples * graph.units[name], placed.layout.dp),
             num_units=graph.num_units(name),
             kinds=_BOTH if name in graph.has_backward else _FORWARD,
             reaches_layers=workload.hidden_has_gradient(name),
@@ -215,8 +214,13 @@ def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepW
     )
 
 
+def items_of_unit(module: ModuleConfig, samples: int, dp: int) -> int:
+    """That the busiest dp slot takes of so many samples: an item is not split."""
+    return math.ceil(samples * module.items_per_sample / dp - 1e-9)
+
+
 @lru_cache(maxsize=65536)
-def _list_module(
+def list_lanes(
     module: ModuleConfig,
     placed: ModulePlan,
     *,
@@ -226,6 +230,7 @@ def _list_module(
     reaches_layers: bool,
     gpus_per_node: int,
 ) -> tuple[Lane, ...]:
+    """The lanes of one module: `items` that its busiest dp slot takes in a full unit, and so many units in a step."""
     lanes = []
     for stage in range(placed.layout.pp):
         ranks = placed.stage_ranks(stage)

@@ -173,6 +173,21 @@ def best_of(
 
     Lower bounds decide who is estimated, estimates decide who is simulated, the simulator decides.
     """
+    best: Candidate | None = None
+    for estimate_s, plan in estimated(plans, evaluator, below_s=below_s, most=most):
+        if estimate_s >= ESTIMATE_MARGIN * below_s:
+            break
+        step_s = evaluator.step_s(plan, below_s=below_s)
+        if step_s < below_s:
+            best, below_s = Candidate(plan=plan, step_s=step_s), step_s
+    return best
+
+
+def estimated(
+    plans: Iterable[Plan], evaluator: Evaluator, *, below_s: float = math.inf, most: float = MAX_ESTIMATES
+) -> list[tuple[float, Plan]]:
+    """(estimate, plan) of those that could be the fastest and beat `below_s` by their bounds, fastest first; the first
+    `most` by their bounds."""
     estimates: list[tuple[float, Plan]] = []
     rival_s = below_s
     for bound_s, plan in sorted(((evaluator.bound_s(plan), plan) for plan in plans), key=lambda pair: pair[0]):
@@ -181,11 +196,4 @@ def best_of(
             continue
         estimates.append((evaluator.estimate_s(plan), plan))
         rival_s = min(rival_s, ESTIMATE_MARGIN * estimates[-1][0])
-    best: Candidate | None = None
-    for estimate_s, plan in sorted(estimates, key=lambda pair: pair[0]):
-        if estimate_s >= ESTIMATE_MARGIN * below_s:
-            break
-        step_s = evaluator.step_s(plan, below_s=below_s)
-        if step_s < below_s:
-            best, below_s = Candidate(plan=plan, step_s=step_s), step_s
-    return best
+    return sorted(estimates, key=lambda pair: pair[0])

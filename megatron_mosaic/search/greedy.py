@@ -1,7 +1,8 @@
 """The search: start from the best sketches of each shape, then improve one thing at a time while it pays.
 
     phase 1  sketch      priced modules put together by arithmetic: the fastest of each shape that fit, and the leanest
-    phase 2  start       those under every schedule, simulated: the best of each shape; small clusters: every baseline
+    phase 2  start       those under every schedule, simulated: the best of each shape; small clusters: every baseline,
+                         and the best of modules on any ranks, overlaid
     phase 3  schedule    another one, with other units
     phase 4  layout      per module; of the backbone with the micro-batch
     phase 5  detail      virtual stages, sequence parallelism, recomputation
@@ -23,18 +24,22 @@ from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.errors import MosaicError, PlanError
-from megatron_mosaic.plan import Plan
+from megatron_mosaic.plan import ModulePlan, Plan
 from megatron_mosaic.plan.validate import MAX_ACTIONS
 from megatron_mosaic.search import moves
 from megatron_mosaic.search.baselines import BASELINES, best_baseline, homogeneous_plans
-from megatron_mosaic.search.evaluate import Candidate, Evaluator, Verdict, best_of
+from megatron_mosaic.search.evaluate import Candidate, Evaluator, Verdict, best_of, estimated
 from megatron_mosaic.search.sketches.compose import Composer, Sketch
 from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
 
 KEEP = 6  # sketches of each shape
 MAX_STARTS = 12  # estimates that the start of a shape may cost
-MAX_IMPROVED = 2  # starts that moves go on from
+OVERLAID_RANKS = 16  # clusters on which modules are put on any ranks
+OVERLAID = 60  # such plans: so many lead
+MAX_OVERLAID = 120  # estimates that the start of them may cost, without virtual stages, and with
+CHUNKED = 8  # of them get virtual stages
+MAX_IMPROVED = 3  # starts that moves go on from
 NEAR = 1.15  # starts that are slower by more than this than the best plan so far are not improved
 _MAY_PAY = 0.9  # plans that recompute are sketched where without limits of memory one would be as fast as this
 PHASES: tuple[tuple[str, moves.Moves], ...] = (
@@ -95,6 +100,10 @@ def _starts(
     """(family, its best plan); when time is over, those that there are, or else the first that is found."""
     sketches = list_sketches(space, evaluator, composer)
     found = False
+    if space.cluster.num_ranks <= OVERLAID_RANKS:
+        if best := _overlaid(space, evaluator):
+            found = True
+            yield "overlaid", best
     for shape in dict.fromkeys(sketch.shape for sketch in sketches):
         if found and is_over():
             return
@@ -114,6 +123,14 @@ def _starts(
         return
     if best := best_of([p for p in homogeneous_plans(space) if space.allows(p)], evaluator):
         yield "homogeneous", best
+
+
+def _overlaid(space: Space, evaluator: Evaluator) -> Candidate | None:
+    """The best of the leading plans of modules on any ranks, under every schedule, and with virtual stages."""
+    plans = [p for each in evaluator.composer(space).overlaid(OVERLAID) for p in under_schedules(each.plan, space)]
+    leading = [p for step_s, p in estimated(plans, evaluator, most=MAX_OVERLAID) if step_s < math.inf]
+    more = [other for each in leading[:CHUNKED] for other in chunked(each, space)]
+    return best_of(leading + more, evaluator, most=MAX_OVERLAID)
 
 
 def list_sketches(space: Space, evaluator: Evaluator, composer: Composer) -> list[Sketch]:
@@ -138,6 +155,20 @@ def under_schedules(plan: Plan, space: Space) -> list[Plan]:
         for choice in moves.quick_schedules(plan, space)
         for other in (replace(plan, schedule=choice), replace(plan, schedule=choice, modules=whole))
     ]
+    return [each for each in dict.fromkeys(plans) if space.allows(each)]
+
+
+def chunked(plan: Plan, space: Space) -> list[Plan]:
+    """The plan with virtual stages of one of its modules, and of all that can have some."""
+    found, most = list[Plan](), dict[str, ModulePlan]()
+    for module in space.workload.modules:
+        placed = plan.modules[module.name]
+        for layout in [x for x in space.chunked(module, placed.layout) if x.vpp > 1]:
+            most[module.name] = replace(placed, layout=layout)
+            found.append(replace(plan, modules={**plan.modules, module.name: most[module.name]}))
+    if len(most) > 1:
+        found.append(replace(plan, modules={**plan.modules, **most}))
+    plans = [replace(each, schedule=choice) for each in found for choice in moves.quick_schedules(each, space)]
     return [each for each in dict.fromkeys(plans) if space.allows(each)]
 
 

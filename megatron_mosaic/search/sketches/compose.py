@@ -24,6 +24,7 @@ from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.search.sketches.module_options import Floats, ModuleOptions, Row
+from megatron_mosaic.search.sketches.overlay import Overlaid, Overlay
 from megatron_mosaic.search.space import Space
 
 _FRONT = 6  # ways to lay out a module on one number of ranks that go on
@@ -109,6 +110,7 @@ class Composer:
         self.unlimited_s = math.inf
         self._fronts: dict[tuple[str, int, int], Mapping[int, list[Bundle]]] = {}
         self._found: dict[int, list[Sketch]] = {}
+        self._overlay = Overlay(space, model, self.options)
 
     def sketches(self, keep: int) -> list[Sketch]:
         """The `keep` fastest of each shape that fit, and of each the leanest (first where none fits); fastest first."""
@@ -129,6 +131,10 @@ class Composer:
         found = [s for shape in Shape for s in [each for each in leading if each.shape is shape][:keep]]
         found.sort(key=lambda s: s.step_s)
         return found + [sketch for sketch in lean.values() if sketch not in found]
+
+    def overlaid(self, keep: int) -> list[Overlaid]:
+        """Modules on any ranks: the `keep` leading plans by step, and by the busiest rank alone."""
+        return self._overlay.leading(self._samples(), keep)
 
     def _samples(self) -> list[int]:
         """Samples of one microbatch over all lanes of the backbone."""
