@@ -161,10 +161,14 @@ def simulate_jobs(price: StepPrice, program: Program, job_s: Sequence[float]) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEstimate:
-    """A step's seconds, and a simulation that is long enough to have met every rank's peak."""
+    """A simulation that is long enough to have met every rank's peak, and the seconds of what it leaves out."""
 
-    step_s: float
     simulation: Simulation
+    added_s: float = 0.0  # 0: it is the whole step
+
+    @property
+    def step_s(self) -> float:
+        return self.simulation.step_s + self.added_s
 
 
 def estimate_step(price: StepPrice) -> StepEstimate:
@@ -179,11 +183,10 @@ def estimate_step(price: StepPrice) -> StepEstimate:
     short = depth + 4 + (graph.num_microbatches - depth - 4) % period
     long = short + -(-8 // period) * period
     if graph.num_microbatches <= 2 * long:
-        simulation = simulate_planned(price)
-        return StepEstimate(step_s=simulation.step_s, simulation=simulation)
+        return StepEstimate(simulation=simulate_planned(price))
     before, simulation = (simulate_planned(price, count) for count in (short, long))
     added_s = (graph.num_microbatches - long) * (simulation.step_s - before.step_s) / (long - short)
-    return StepEstimate(step_s=simulation.step_s + added_s, simulation=simulation)
+    return StepEstimate(simulation=simulation, added_s=added_s)
 
 
 def memory_of_classes(work: StepWork, program: Program, memory: list[LaneMemory]) -> dict[RankSet, Memory]:
