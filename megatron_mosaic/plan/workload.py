@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from functools import lru_cache
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.histogram import NO_HISTOGRAM, Histogram
@@ -299,13 +300,7 @@ class Workload:
         Batch size, item statistics and freezing are left out: they change the best plan, not its legality. Sizes at
         their defaults are too, so that a size that is added later leaves old digests alone.
         """
-        defaults = {f.name: f.default for f in fields(ModuleConfig)}
-        modules = [
-            {k: v for k, v in asdict(m).items() if k not in _NOT_IN_DIGEST and v != defaults[k]} for m in self.modules
-        ]
-        flow: list[object] = [self.name, modules, [asdict(e) for e in self.edges]]
-        text = json.dumps(flow + [[task.as_digest for task in self.tasks]] * bool(self.tasks), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(self)
 
     @property
     def has_backward(self) -> frozenset[str]:
@@ -324,3 +319,15 @@ class Workload:
     def items_of(self, edge: Edge) -> str:
         """The module whose items the edge carries: the end that is not the backbone (else the source)."""
         return edge.target if self.by_name[edge.source].role is Role.backbone else edge.source
+
+
+@lru_cache(maxsize=64)
+def _digest(workload: Workload) -> str:
+    """Worked out once: a search asks for it with every plan."""
+    defaults = {f.name: f.default for f in fields(ModuleConfig)}
+    modules = [
+        {k: v for k, v in asdict(m).items() if k not in _NOT_IN_DIGEST and v != defaults[k]} for m in workload.modules
+    ]
+    flow: list[object] = [workload.name, modules, [asdict(e) for e in workload.edges]]
+    text = json.dumps(flow + [[task.as_digest for task in workload.tasks]] * bool(workload.tasks), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
