@@ -85,8 +85,9 @@ class Ours:
             channel.send(0, self._map.sends(sender, 0, 0), rows)
         got = None
         if self.holds(receiver):
-            arrivals = [(0, self._map.receives(receiver, 0, 0))]
-            got = channel.receive(arrivals, len(self._map.rows(receiver, 0)))
+            arrival = channel.begin(len(self._map.rows(receiver, 0)))
+            channel.expect(arrival, 0, self._map.receives(receiver, 0, 0))
+            got = channel.take(arrival)
         channel.drain()
         return got
 

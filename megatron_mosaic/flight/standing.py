@@ -63,14 +63,14 @@ def _waiting_call(frames: list[FrameType]) -> str:
 
 
 def _peers(frames: list[FrameType], waits_in: str) -> set[int]:
-    """The ranks that the innermost frames name: the sender, the members of the group, or the part that is awaited."""
+    """The ranks that the innermost frames name: the sender, the members of the group, or who sends the message."""
     distributed: Any = sys.modules.get("torch.distributed")
     for frame in frames[:6]:
         found = frame.f_locals
         if waits_in == "recv" and isinstance(found.get("src"), int):
             return {found["src"]}
         if waits_in == WAIT:
-            sender = getattr(found.get("part"), "rank", None)  # RowChannel.receive
+            sender = getattr(found.get("self"), "sender", None)  # Incoming.take
             return {sender} if isinstance(sender, int) else set()
         if "group" in found and distributed is not None and distributed.is_initialized():
             return set(distributed.get_process_group_ranks(found["group"]))

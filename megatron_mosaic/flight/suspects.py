@@ -38,7 +38,7 @@ class State:
 
     @property
     def sentence(self) -> str:
-        """What it does, after its words: `waits for rank 2 at receive (row_channel.py:84), for 7 s`."""
+        """What it does, after its words: `waits for rank 2 at take (incoming.py:84), for 7 s`."""
         pulse = self.line.pulse
         if pulse is None:
             return self.line.words

@@ -31,6 +31,7 @@ from megatron_mosaic.runtime.loss_sums import LossSums
 from megatron_mosaic.runtime.model import StageCall
 from megatron_mosaic.runtime.report import Observers
 from megatron_mosaic.schedules.actions import Action, Kind
+from megatron_mosaic.schedules.communication.transfers import Transfer
 
 LossFunction = Callable[[StageOutput], tuple[Tensor, float | Tensor, Mapping[str, Tensor]]]
 
@@ -121,6 +122,20 @@ class LaneRunner:
         if self._trains and not self._actions_left:
             self._tools.finished(self._module.name)
         return times
+
+    def expect(self, transfer: Transfer) -> None:
+        """Post the receives of what another lane's action makes for one of this module."""
+        (source, target), name = transfer, self._module.name
+        shard, is_forward = self._map.shard(name, target.unit), target.kind is Kind.F
+        if not shard.items:
+            return
+        if source.module != name:
+            ends = self._module.imports if is_forward else self._module.exports
+            (end,) = [end for end in ends if end.opposite.module == source.module]
+            self._exchange.expect_rows(end, target.unit, source.unit)
+        elif is_forward or self._workload.hidden_has_gradient(name):
+            origin = -1 if is_forward else +1
+            self._exchange.expect_hidden(name, target.unit, target.chunk, shard, origin=origin)
 
     def _forward(self, action: Action, clock: Clock) -> Times:
         name, unit, tools = self._module.name, action.unit, self._tools

@@ -63,7 +63,7 @@ class Step:
 
     def __init__(
         self,
-        program: Sequence[Action],
+        program: RankProgram,
         samples: Sequence[Samples],
         collate: Collate,
         of_plan: PlanMap,
@@ -71,7 +71,7 @@ class Step:
         tools: LaneTools,
         fingerprint: Fingerprint = no_fingerprint,
     ) -> None:
-        """`program`: this rank's actions, in order. `samples`: of each microbatch, the same on every rank."""
+        """`program`: this rank's part of the schedule. `samples`: of each microbatch, the same on every rank."""
         self.program, self._sums = program, tools.sums
         batches = Batches(samples, collate)
         metadata = [_read_metadata(tools.definition, batch, fingerprint) for batch in batches.of_microbatch]
@@ -80,7 +80,7 @@ class Step:
         self._lanes = {
             name: LaneRunner(
                 module,
-                [action for action in program if action.module == name],
+                [action for action in program.actions if action.module == name],
                 tools,
                 step_map,
                 self._exchange,
@@ -89,9 +89,18 @@ class Step:
             for name, module in of_plan.view.modules.items()
         }
 
+        self._expect_after(None)
+
     def perform(self, action: Action, clock: Clock) -> Times:
         """Run one action; returns when its own work began (inputs at hand) and ended."""
-        return self._lanes[action.module].perform(action, clock)
+        times = self._lanes[action.module].perform(action, clock)
+        self._expect_after(action)
+        return times
+
+    def _expect_after(self, action: Action | None) -> None:
+        """Post the receives that the schedule puts after this action (None: at the start)."""
+        for transfer in self.program.receives.get(action, ()):
+            self._lanes[transfer.target.module].expect(transfer)
 
     def finish(self) -> Tensor:
         """This rank's loss sums, once all its messages have left."""
@@ -99,7 +108,9 @@ class Step:
         assert not live, f"forwards without a backward: {live}"
         self._exchange.finish()
         totals = self._sums.zeros()
-        for action in self.program:  # in this order whichever lane was first, so that the sum is the same to the bit
+        for (
+            action
+        ) in self.program.actions:  # in this order whichever lane was first, so that the sum is the same to the bit
             losses = self._lanes[action.module].losses
             if action in losses:
                 totals += losses[action]
@@ -191,7 +202,7 @@ class StepRunner:
     ) -> Step:
         """Read the step's samples and find out who does what."""
         samples = [next(data_iterator) for _ in range(num_microbatches)]
-        return Step(program.actions, samples, self._collate, self._of_plan, self._channels, tools, self._fingerprint)
+        return Step(program, samples, self._collate, self._of_plan, self._channels, tools, self._fingerprint)
 
     @contextlib.contextmanager
     def _activate(self, module: str) -> Iterator[None]:

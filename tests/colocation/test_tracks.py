@@ -21,10 +21,11 @@ from megatron_mosaic.flight.line import DIRECTORY_VARIABLE, read_lines
 from megatron_mosaic.plan import Layout, Plan, ScheduleChoice
 from megatron_mosaic.plan.quota import Quota
 from megatron_mosaic.schedules import Action, Schedule, build_schedule
+from megatron_mosaic.schedules.communication.transfers import list_transfers
 from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.rank_classes import rank_classes
-from tests.cases import WORKLOAD, make_plan
+from tests.cases import WORKLOAD, make_plan, plans
 
 
 def beside(layouts: dict[str, tuple[str, Layout]], world_size: int, microbatches: int = 4, **quotas: float) -> Plan:
@@ -47,6 +48,24 @@ SCHEDULE = build_schedule(PLAN, WORKLOAD)
 
 def programs_of(plan: Plan, schedule: Schedule) -> dict[int, RankProgram]:
     return {rank: RankProgram.of(schedule, alike.lanes) for alike in rank_classes(plan) for rank in alike.ranks.ranks}
+
+
+@given(plans(world_size=4))
+def test_every_message_is_expected_once_and_before_it_is_needed(plan: Plan) -> None:
+    """By the track that needs it, and in the order in which its sender makes it."""
+    schedule = build_schedule(plan, WORKLOAD)
+    place = {action: number for number, action in enumerate(schedule.order)}
+    for program in programs_of(plan, schedule).values():
+        expected = [t for posts in program.receives.values() for t in posts]
+        own = {action.lane for action in program.actions}
+        assert sorted(expected) == sorted(t for t in list_transfers(schedule) if t.target.lane in own)
+        for action, posts in program.receives.items():
+            for transfer in posts:
+                assert action is None or program.track_of[action] == program.track_of[transfer.target]
+                assert action is None or place[action] <= place[transfer.source] < place[transfer.target]
+        for lane in own:
+            sources = [place[t.source] for t in expected if t.target.lane == lane]
+            assert sources == sorted(sources)
 
 
 def run_at_random(plan: Plan, schedule: Schedule, draw: random.Random) -> int:

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.dist
 
 
 def receive_rows(channel: RowChannel) -> torch.Tensor:
-    return channel.receive([("unit", [Part(rank=1, rows=slice(0, 2), num_rows=2)])], 2)
+    arrival = channel.begin(2)
+    channel.expect(arrival, "unit", [Part(rank=1, rows=slice(0, 2), num_rows=2)])
+    return channel.take(arrival)
 
 
 def wait_in_every_way() -> None:
@@ -30,7 +32,7 @@ def wait_in_every_way() -> None:
         WAIT: (
             lambda: receive_rows(channel),
             lambda: (channel.send("unit", [Part(rank=0, rows=slice(0, 2), num_rows=2)], tensor), channel.drain()),
-            "receive (row_channel.py",
+            "take (incoming.py",
         ),
     }
     for call, (wait, let_go, place) in ways.items():

@@ -69,7 +69,7 @@ def test_the_rank_that_asks_does_not_blame_itself() -> None:
 
 def test_what_the_report_says_of_each() -> None:
     states = {
-        0: waiting(0, 2, place="receive (row_channel.py:84)"),
+        0: waiting(0, 2, place="take (incoming.py:84)"),
         1: state(1, waits_in="all_reduce", peers=(0, 2), place="_reduce (mappings.py:35)"),
         2: state(2, silent_s=8.0),
         3: state(3, still_s=3.0, place="read (data.py:7)"),
@@ -77,7 +77,7 @@ def test_what_the_report_says_of_each() -> None:
     }
     words = "step 1 lane llm.0 action llm.0F0"
     assert render_states(states).splitlines() == [
-        f"  rank 0: {words}; waits in recv for rank 2 at receive (row_channel.py:84), for 9 s",
+        f"  rank 0: {words}; waits in recv for rank 2 at take (incoming.py:84), for 9 s",
         f"  rank 1: {words}; waits in all_reduce for ranks 0, 2 at _reduce (mappings.py:35)",
         f"  rank 2: {words}; no sign of life for 8 s",
         f"  rank 3: {words}; runs at read (data.py:7), for 3 s",

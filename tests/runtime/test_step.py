@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Channels
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links
@@ -25,7 +26,8 @@ from megatron_mosaic.runtime.lane_runner import LaneTools, unscaled
 from megatron_mosaic.runtime.loss_sums import LossSums
 from megatron_mosaic.runtime.report import Observers, UnitStatistics
 from megatron_mosaic.runtime.step import Batches, Step
-from megatron_mosaic.schedules.schedule import Action
+from megatron_mosaic.schedules import Action, Schedule
+from megatron_mosaic.schedules.lane_work import LaneWork
 from tests.cases import make_plan
 from tests.worlds import BACKBONE, WIDTH, module
 
@@ -40,8 +42,13 @@ TRAINING = "encoder.0F0 llm.0F0 encoder.0F1 llm.0B0 encoder.0B0 llm.0F1 llm.0B1 
 EVALUATION = "encoder.0F0 encoder.0F1 llm.0F0 llm.0F1"
 
 
-def program(text: str) -> list[Action]:
-    return [Action.parse(word) for word in text.split()]
+def program(text: str) -> RankProgram:
+    order = tuple(Action.parse(word) for word in text.split())
+    lanes = {f"{name}.0": tuple(action for action in order if action.module == name) for name in PLAN.modules}
+    work = LaneWork(
+        num_microbatches=2, edges=(("encoder", BACKBONE),), units=dict.fromkeys(PLAN.modules, 1), lanes=lanes
+    )
+    return RankProgram.of(Schedule(name="by hand", work=work, order=order), lanes)
 
 
 class OneRow:
@@ -116,8 +123,8 @@ def begin(channels: Channels, text: str, model: OneRow, told: list[str]) -> tupl
 
 
 def run(step: Step) -> torch.Tensor:
-    times = [step.perform(action, lambda: 0.0) for action in step.program]
-    assert times == [(0.0, 0.0)] * len(step.program)
+    times = [step.perform(action, lambda: 0.0) for action in step.program.actions]
+    assert times == [(0.0, 0.0)] * len(step.program.actions)
     return step.finish()
 
 
@@ -129,7 +136,7 @@ def test_a_training_step_is_autograd_on_the_same_sums(channels) -> None:
     assert totals.tolist() == [2.0, 9.0 * 5 * WIDTH, 9.0 * 5 * WIDTH, 2.0]
     assert float(model.weight.grad) == 2 * 3.0 * 5 * WIDTH
     assert [name for name in told if "done" in name] == ["llm is done", "encoder is done"]
-    assert told[-1] == "encoder is done" and len(told) == len(step.program) + 2
+    assert told[-1] == "encoder is done" and len(told) == len(step.program.actions) + 2
     assert tools.observers.units.measures()["empty_units_by_module"] == {"encoder": 0, BACKBONE: 0}
     assert tools.observers.units.measures()["imbalance_by_module"] == {"encoder": 1.0, BACKBONE: 1.0}
 
@@ -169,7 +176,7 @@ def test_an_evaluation_keeps_nothing_and_tells_nobody(channels) -> None:
 
 def test_a_forward_whose_backward_never_came_is_an_error(channels) -> None:
     step, _ = begin(channels, TRAINING, OneRow(), [])
-    for action in step.program[:-1]:
+    for action in step.program.actions[:-1]:
         step.perform(action, lambda: 0.0)
     with pytest.raises(AssertionError, match="'encoder': 1"):
         step.finish()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.hidden_channel import HiddenChannel
+from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
 from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place, RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
@@ -71,11 +72,16 @@ class Channels:
 
 
 class Exchange:
-    """Messages of one rank in one step. Sends never wait; receives do."""
+    """Messages of one rank in one step. Sends never wait; receives do.
+
+    What the schedule says may come is expected before an action asks for it (`expect_rows`, `expect_hidden`), the rest
+    when it asks. Messages with fingerprints always are: each is looked at before the next is received.
+    """
 
     def __init__(self, channels: Channels, step_map: StepMap) -> None:
         self._channels, self._map, self._modules = channels, step_map, channels.view.modules
         self._workload, self._dtype = channels.workload, channels.dtype
+        self._arrivals: dict[tuple[EdgeEnd, int], Arrival] = {}
 
     def finish(self) -> None:
         """Wait until everything posted has left."""
@@ -115,13 +121,27 @@ class Exchange:
             parts, marks = self._map.sends(end, unit, peer), self._map.marks_sent(end, unit, peer)
             self._channels.rows_from(end).send(end.in_order(unit, peer), parts, rows, marks)
 
+    def expect_rows(self, end: EdgeEnd, unit: int, peer: int) -> None:
+        """Rows (at the target) or gradients (at the source) of `unit` that come from the other end's `peer`: soon."""
+        if not self._map.is_marked:
+            if (end, unit) not in self._arrivals:
+                self._arrivals[end, unit] = self._nothing_yet(end, unit)
+            self._expect(self._arrivals[end, unit], end, unit, peer)
+
     def _receive(self, end: EdgeEnd, unit: int) -> Tensor:
-        arrivals = [
-            (end.in_order(unit, peer), self._map.receives(end, unit, peer)) for peer in self._map.peers(end, unit)
-        ]
-        peers = self._map.peers(end, unit) if self._map.is_marked else ()
-        marks = [self._map.marks_received(end, unit, peer) for peer in peers]
-        return self._channels.rows_from(end.opposite).receive(arrivals, len(self._map.rows(end, unit)), marks)
+        arrival = self._arrivals.pop((end, unit), None) or self._nothing_yet(end, unit)
+        for peer in self._map.peers(end, unit):
+            if end.in_order(unit, peer) not in arrival.expected:
+                self._expect(arrival, end, unit, peer)
+        return self._channels.rows_from(end.opposite).take(arrival)
+
+    def _nothing_yet(self, end: EdgeEnd, unit: int) -> Arrival:
+        return self._channels.rows_from(end.opposite).begin(len(self._map.rows(end, unit)))
+
+    def _expect(self, arrival: Arrival, end: EdgeEnd, unit: int, peer: int) -> None:
+        parts = self._map.receives(end, unit, peer)
+        marks = self._map.marks_received(end, unit, peer)
+        self._channels.rows_from(end.opposite).expect(arrival, end.in_order(unit, peer), parts, marks)
 
     def _place(self, end: EdgeEnd, unit: int) -> Place:
         held = self._map.rows(end, unit)
@@ -135,8 +155,19 @@ class Exchange:
         mark = self._map.hidden_mark(module, *arrives_at)
         self._channels.hidden(module).send(hidden, arrives_at, towards=towards, mark=mark)
 
+    def expect_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> None:
+        """Hidden states of this rank's shard (-1: from the stage before) or gradients of them (+1) come soon."""
+        if not self._map.is_marked:
+            self._expect_hidden(module, unit, chunk, shard, origin)
+
     def receive_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> Tensor:
         """[tokens, items, hidden_size] of this rank's shard, from the stage before (-1) or after (+1)."""
+        channel = self._channels.hidden(module)
+        if not channel.is_expected((unit, chunk), origin=origin):
+            self._expect_hidden(module, unit, chunk, shard, origin)
+        return channel.take((unit, chunk), origin=origin)
+
+    def _expect_hidden(self, module: str, unit: int, chunk: int, shard: Shard, origin: int) -> None:
         shape = (len(shard.tokens), len(shard.items), self._workload.by_name[module].hidden_size)
         mark = self._map.hidden_mark(module, unit, chunk)
-        return self._channels.hidden(module).receive(shape, (unit, chunk), origin=origin, mark=mark)
+        self._channels.hidden(module).expect(shape, (unit, chunk), origin=origin, mark=mark)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import receive_mark
+from megatron_mosaic.parallel_state_ext.boundaries.incoming import Incoming, take_mark
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 
@@ -31,6 +31,7 @@ class HiddenChannel:
             if not self._stays
         }
         self._outbox: list[tuple[dist.Work, Tensor]] = []
+        self._expected: dict[tuple[int, Place], Incoming] = {}  # by where it comes from
 
     def send(self, hidden: Tensor, place: Place, *, towards: int, mark: int | None = None) -> None:
         """Post hidden states to the next stage (+1), or their gradients to the one before (-1); never waits.
@@ -49,24 +50,33 @@ class HiddenChannel:
             self._outbox.append((dist.isend(header, dst=neighbour.rank, group=group), header))
         self._outbox.append((dist.isend(buffer, dst=neighbour.rank, group=group), buffer))
 
-    def receive(self, shape: tuple[int, int, int], place: Place, *, origin: int, mark: int | None = None) -> Tensor:
-        """[tokens, items, hidden_size] from the stage before (-1) or after (+1). Waits for them.
+    def expect(self, shape: tuple[int, int, int], place: Place, *, origin: int, mark: int | None = None) -> None:
+        """Post the receive of [tokens, items, hidden_size] from the stage before (-1) or after (+1), and go on.
 
-        BatchError where another fingerprint than `mark` comes.
+        `mark`: the fingerprint that goes before it, which is waited for. BatchError where another one comes.
         """
         if self._stays:
-            return self._kept.pop((-origin, place))
-        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return
         neighbour = self._neighbours[origin]
         group = self._groups[-origin, neighbour.wraps]
         if mark is not None:
-            receive_mark(mark, neighbour.rank, group, self._device)
-        dist.recv(buffer, src=neighbour.rank, group=group)
-        return buffer
+            take_mark(mark, neighbour.rank, group, self._device)
+        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._expected[origin, place] = Incoming.post(buffer, neighbour.rank, group)
+
+    def is_expected(self, place: Place, *, origin: int) -> bool:
+        return self._stays or (origin, place) in self._expected
+
+    def take(self, place: Place, *, origin: int) -> Tensor:
+        """What was expected there. Waits for it."""
+        if self._stays:
+            return self._kept.pop((-origin, place))
+        return self._expected.pop((origin, place)).take()
 
     def drain(self) -> None:
         """Wait until every posted message has left."""
         for work, _ in self._outbox:
             work.wait()
         self._outbox.clear()
-        assert not self._kept, f"hidden states nobody took: {list(self._kept)}"
+        left = [*self._kept, *self._expected]
+        assert not left, f"hidden states nobody took: {left}"

@@ -1,7 +1,8 @@
 """The hand-over of rows between two modules' layouts: forward, and backward as its exact adjoint.
 
-One `RowChannel` per direction. The producer's action posts its rows and goes on; the consumer's action waits for
-them. Rows that stay on their rank are handed over by reference, and never copied where a rank keeps all of them.
+One `RowChannel` per direction. The producer's action posts its rows and goes on; the consumer's rank expects them as
+soon as the schedule says that it may, and its action waits for them. Rows that stay on their rank are handed over by
+reference, and never copied where a rank keeps all of them.
 
     forward   source groups --StepMap.sends/receives--> target groups   a row once to every rank that reads it
     backward  target groups --the same, sides swapped-> source groups   its gradient once to every maker
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.fingerprints import require_same
+from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival, Incoming, take_mark
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
 from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 
@@ -52,7 +53,7 @@ class RowChannel:
     def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor, marks: Sequence[int] = ()) -> None:
         """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units.
 
-        `marks`: a fingerprint of each part, which then goes before it (and is asked for: see `receive`).
+        `marks`: a fingerprint of each part, which then goes before it (and is asked for: see `expect`).
 
         gloo calls a message delivered only when it is waited for: there, buffers are free again after `drain`.
         """
@@ -75,35 +76,39 @@ class RowChannel:
             self.sent_bytes += buffer.numel() * buffer.element_size()
             self._outbox.append((dist.isend(buffer, dst=part.rank, group=group), buffer, staged))
 
-    def receive(
-        self,
-        arrivals: Sequence[tuple[Hashable, Sequence[Part]]],
-        num_rows: int,
-        marks: Sequence[Sequence[int]] = (),
-    ) -> Tensor:
-        """All of this rank's rows of a unit, [num_rows, width]. Waits for them. `arrivals`: by key, what comes.
+    def begin(self, num_rows: int) -> Arrival:
+        """A unit's rows, of which nothing is expected yet."""
+        return Arrival(num_rows, lambda: torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device))
 
-        `marks`: for each arrival, the fingerprints of its parts. BatchError where another one comes.
+    def expect(self, arrival: Arrival, key: Hashable, parts: Sequence[Part], marks: Sequence[int] = ()) -> None:
+        """Post the receives of what comes under `key` to a unit, and go on. Its own rows are only noted.
+
+        `marks`: the fingerprints of the parts; each is waited for, and its part received only where it is the expected
+        one, because a message of another length would end the process. BatchError else.
         """
-        if len(arrivals) == 1 and len(arrivals[0][1]) == 1:
-            key, (part,) = arrivals[0]
-            if part.rank == self._rank and part.num_rows == num_rows:
+        arrival.expected.add(key)
+        for index, part in enumerate(parts):
+            if part.rank == self._rank:
+                arrival.kept.append((key, part))
+                continue
+            group = self._up if part.rank < self._rank else self._down
+            if marks:
+                take_mark(marks[index], part.rank, group, self._device)
+            staged = not isinstance(part.rows, slice)
+            buffer = self._take(part.num_rows) if staged else arrival.rows[part.rows]
+            arrival.messages.append((Incoming.post(buffer, part.rank, group), part, staged))
+
+    def take(self, arrival: Arrival) -> Tensor:
+        """All of a unit's rows, [num_rows, width]. Waits for them."""
+        if not arrival.messages and len(arrival.kept) == 1:
+            key, part = arrival.kept[0]
+            if part.num_rows == arrival.num_rows:
                 return self._take_kept(key)
-        rows = torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
-        waiting = []
-        for arrival, (key, parts) in enumerate(arrivals):
-            for index, part in enumerate(parts):
-                if part.rank == self._rank:
-                    rows[_index(part.rows, rows.device)] = self._take_kept(key)
-                    continue
-                group = self._up if part.rank < self._rank else self._down
-                if marks:
-                    receive_mark(marks[arrival][index], part.rank, group, self._device)
-                staged = not isinstance(part.rows, slice)
-                buffer = self._take(part.num_rows) if staged else rows[part.rows]
-                waiting.append((dist.irecv(buffer, src=part.rank, group=group), part, buffer, staged))
-        for work, part, buffer, staged in waiting:
-            work.wait()
+        rows = arrival.rows
+        for key, part in arrival.kept:
+            rows[_index(part.rows, rows.device)] = self._take_kept(key)
+        for message, part, staged in arrival.messages:
+            buffer = message.take()
             if staged:
                 rows[_index(part.rows, rows.device)] = buffer
                 self._give(buffer)
@@ -154,13 +159,6 @@ class RowChannel:
         """Take back what `_take` gave: never more buffers than messages were under way at once."""
         with self._lock:
             self._spare.append(buffer if buffer._base is None else buffer._base)
-
-
-def receive_mark(expected: int, sender: int, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Wait for the fingerprint that goes before a message. BatchError unless it is the expected one."""
-    header = torch.empty(1, dtype=torch.int64, device=device)
-    dist.recv(header, src=sender, group=group)
-    require_same(int(header), expected, sender, dist.get_rank())
 
 
 def _index(rows: Rows, device: torch.device) -> slice | Tensor:

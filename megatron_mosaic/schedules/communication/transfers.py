@@ -7,7 +7,7 @@
 Receives posted like this are safe even where a communication kernel blocks its rank until every transfer that the rank
 has posted is matched (NCCL's worst case; gloo never blocks): all ranks post by one order, so the first transfer in it
 that is not matched has nobody before it to wait for. Posted earlier (at the step's start) they wait for ranks that wait
-for them; posted later (by the action that needs them) senders do. Tests ask this of schedules; the runtime does not.
+for them; posted later (by the action that needs them) senders do. The runtime posts them here; tests ask the rest.
 """
 
 from __future__ import annotations

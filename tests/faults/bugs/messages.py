@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from megatron_mosaic.any2any import definition
 from megatron_mosaic.any2any.stages import BackboneStage
+from megatron_mosaic.colocation.program import RankProgram
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.hidden_channel import HiddenChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.runtime import model, train
+from megatron_mosaic.schedules import Kind
 from tests.faults.bugs.catalogue import Patch, bug
 
 
@@ -127,6 +129,19 @@ def _(patch: Patch) -> None:
         send(self, before if towards > 0 else hidden, *args, towards=towards, **kwargs)
 
     patch.setattr(HiddenChannel, "send", late)
+
+
+@bug("two hidden states expected in each other's place", "pipelines")
+def _(patch: Patch) -> None:
+    of = RankProgram.of
+
+    def swapped(*args: Any) -> RankProgram:
+        program = of(*args)
+        comes = [t for posts in program.receives.values() for t in posts if t.source.lane == "llm.0"]
+        forward = [transfer for transfer in comes if transfer.target.kind is Kind.F]
+        return replace(program, receives={None: tuple(reversed(forward[:2]))})
+
+    patch.setattr(RankProgram, "of", swapped)
 
 
 @bug("angles of other tokens", "context parallel")

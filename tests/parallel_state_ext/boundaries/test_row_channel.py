@@ -110,10 +110,10 @@ class Border:
         for unit in self.units(receiver):
             held = self.map.rows(receiver, unit)
             if held:
-                arrivals = [
-                    ((peer, unit), self.map.receives(receiver, unit, peer)) for peer in self.map.peers(receiver, unit)
-                ]
-                got[unit] = channel.receive(arrivals, len(held))
+                arrival = channel.begin(len(held))
+                for peer in self.map.peers(receiver, unit):
+                    channel.expect(arrival, (peer, unit), self.map.receives(receiver, unit, peer))
+                got[unit] = channel.take(arrival)
         channel.drain()
         return got
 
@@ -150,7 +150,9 @@ def keep_rows() -> None:
     channel, rows = make_channel(), torch.arange(12.0).view(3, 4)
     everything = (Part(dist.get_rank(), slice(0, 3), 3),)
     channel.send("unit 3", everything, rows)
-    assert channel.receive([("unit 3", everything)], 3).data_ptr() == rows.data_ptr(), "a copy where none is needed"
+    arrival = channel.begin(3)
+    channel.expect(arrival, "unit 3", everything)
+    assert channel.take(arrival).data_ptr() == rows.data_ptr(), "a copy where none is needed"
     channel.send("unit 4", everything, rows)
     with pytest.raises(AssertionError, match="unit 4"):
         channel.drain()
@@ -171,7 +173,9 @@ def use_buffers_again() -> None:
             channel.send(turn, (Part(1, picked, count),), rows + turn)
             channel.drain()
         else:
-            got = channel.receive([(turn, (Part(0, picked + 1, count),))], 16)
+            arrival = channel.begin(16)
+            channel.expect(arrival, turn, (Part(0, picked + 1, count),))
+            got = channel.take(arrival)
             torch.testing.assert_close(got[picked + 1], (rows + turn)[picked], rtol=0, atol=0)
     assert channel.staging_bytes == 8 * 2 * 4, "one buffer, of the largest message"
 
