@@ -42,7 +42,14 @@ def test_shipped_models_round_trip(model, tmp_path):
         (lambda data: data["tasks"]["pairs"].pop("loss"), r"tasks\.pairs\.loss"),
         (lambda data: data["tasks"].pop("pairs"), "6 samples"),
         (lambda data: data["tasks"]["pairs"].update(samples=3), r"9 samples \(caption 6, pairs 3\)"),
-        (lambda data: (data["tasks"].pop("caption"), data.update(global_batch_size=10), data["tasks"]["pairs"].update(samples=10)), "module llm"),
+        (
+            lambda data: (
+                data["tasks"].pop("caption"),
+                data.update(global_batch_size=10),
+                data["tasks"]["pairs"].update(samples=10),
+            ),
+            "module llm",
+        ),
         (lambda data: data["tasks"]["caption"].update(edges=["text->llm"]), "text->llm"),
         (lambda data: data["tasks"]["caption"].update(edges=[]), r"loss\.modules"),
         (lambda data: data["tasks"]["caption"]["loss"].update(modules=["vision"]), r"loss\.modules"),
@@ -84,7 +91,8 @@ def test_digest_follows_tasks_but_not_their_samples():
         tasks = [replace(task, **changes) if i == index else task for i, task in enumerate(TASKS.tasks)]
         return replace(TASKS, tasks=tuple(tasks))
 
-    assert replace(TASKS, global_batch_size=20, tasks=tuple(replace(t, samples=2 * t.samples) for t in TASKS.tasks)).digest == TASKS.digest  # fmt: skip
+    twice = tuple(replace(task, samples=2 * task.samples) for task in TASKS.tasks)
+    assert replace(TASKS, global_batch_size=20, tasks=twice).digest == TASKS.digest
     longer = (TaskModule(name="vision"), TaskModule(name="text", tokens_per_item=32))
     assert with_task(1, modules=longer).digest != TASKS.digest
     assert with_task(0, name="other").digest != TASKS.digest
