@@ -9,7 +9,16 @@ from megatron_mosaic.cost_model.effects.kernels import flops_per_s
 from megatron_mosaic.cost_model.efficiency.mfu import count_step_flops
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan
+from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.telemetry.prediction import Prediction
+
+_NOT_PRICED = ("swiglu", "quick_geglu", "group_query_attention", "kv_channels")
+
+
+def list_unpriced(line: CommandLine) -> tuple[str, ...]:
+    """Flags that change layers in a way that no workload says: the cost model knows nothing of them."""
+    changed = [dest for dest in _NOT_PRICED if line.typed.get(dest, line.defaults[dest]) != line.defaults[dest]]
+    return tuple(f"--{dest.replace('_', '-')}" for dest in changed)
 
 
 def build_prediction(plan: Plan, task: Task, simulation: Simulation) -> Prediction:

@@ -20,22 +20,25 @@ from megatron_mosaic.any2any.arguments import add_any2any_arguments, judge_words
 from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.cli.plan import search_plan
 from megatron_mosaic.cli.planned import Planned, apply_overrides
+from megatron_mosaic.cli.predicted import build_prediction, list_unpriced
 from megatron_mosaic.config import load_task
-from megatron_mosaic.errors import ConfigError, PlanError
-from megatron_mosaic.launch.slurm.job import PLAN_FILE, Job, save_job
+from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
+from megatron_mosaic.launch.slurm.job import PLAN_FILE, Job, prediction_file, save_job
 from megatron_mosaic.launch.slurm.submission import SCRIPT, Allocation, allocate, grace_s, sbatch_command, submit
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.cluster import GpuClusterSection
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 from megatron_mosaic.plan.workload_file import format_workload
-from megatron_mosaic.runtime.flags.command_line import read_command_line
+from megatron_mosaic.runtime.flags.command_line import CommandLine, read_command_line
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.runtime.flags.words import flags_of, split_words
+from megatron_mosaic.runtime.telemetry.prediction import format_prediction
 
 MODEL_FILE = "model.yaml"
 _REFERENCE, _REFERENCE_SCRIPT = "any2any-digits", "megatron_mosaic.any2any.pretrain"
 # By the job to its ranks: it tells them to save, and goes on from what they saved
-_GIVEN = ("mosaic_plan", "mosaic_report", "exit_signal", "exit_signal_handler", "load")
+_GIVEN = ("mosaic_plan", "mosaic_report", "mosaic_predicted", "exit_signal", "exit_signal_handler", "load")
 _SAVE_INTERVAL = 1000  # steps, where nobody says
 _OF_THE_PLAN = ("train.", "train=", "launcher.", "launcher=")  # words that no other plan depends on
 
@@ -43,13 +46,14 @@ _OF_THE_PLAN = ("train.", "train=", "launcher.", "launcher=")  # words that no o
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """What the ranks run. `num_steps`: in all; 0 where only the script knows. `model`: text of a model file they read,
-    or empty."""
+    or empty. `unpriced`: flags of which the cost model knows nothing."""
 
     script: tuple[str, ...]
     arguments: tuple[str, ...]
     num_steps: int
     checkpoints: str
     model: str
+    unpriced: tuple[str, ...]
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -69,8 +73,9 @@ def main(arguments: argparse.Namespace) -> int:
         planned.build_task(arguments.profile)
     training = _training(planned, directory)
     command = sbatch_command(section, allocation, _num_gpus(planned, allocation), directory)
-    job = _job(planned, allocation, training, directory, (overrides, arguments.profile))
-    _write(directory, planned, job, training.model, command)
+    predicted = _predict(planned, training, arguments.profile)
+    job = _job(planned, allocation, training, directory, (overrides, arguments.profile, bool(predicted)))
+    _write(directory, planned, job, (training.model, predicted), command)
     for note in planned.notes:
         print_note(note)
     job_id = None if arguments.dry_run else submit(command)
@@ -134,8 +139,10 @@ def _training(planned: Planned, directory: Path) -> Training:
     flags = flags_of(values | given, add_arguments)
     args = read_command_line(flags, add_arguments, {}).values
     words = ("-m", "megatron_mosaic.run", str(Path(script).resolve())) if script else ("-m", _REFERENCE_SCRIPT)
+    unpriced: tuple[str, ...] = ()
     if not script:
-        args = _judge(plan, values | given, model)
+        line = _judge(plan, values | given, model)
+        args, unpriced = line.values, list_unpriced(line)
         flags.append(f"--mosaic-report={directory / 'report'}")
     return Training(
         script=words,
@@ -143,6 +150,7 @@ def _training(planned: Planned, directory: Path) -> Training:
         num_steps=args.train_iters or (args.train_samples or 0) // plan.global_batch_size,
         checkpoints=checkpoints,
         model=model,
+        unpriced=unpriced,
     )
 
 
@@ -151,7 +159,7 @@ def _no_more(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _judge(plan: Plan, values: Mapping[str, Any], model: str) -> argparse.Namespace:
+def _judge(plan: Plan, values: Mapping[str, Any], model: str) -> CommandLine:
     """The reference model's arguments. ConfigError, PlanError for what its ranks would refuse."""
     with tempfile.TemporaryDirectory(prefix="mosaic-submit-") as scratch:
         if model:  # its file is not written yet
@@ -161,7 +169,22 @@ def _judge(plan: Plan, values: Mapping[str, Any], model: str) -> argparse.Namesp
         line = read_words(flags_of(values, add_any2any_arguments))
         for note in judge_words(line, plan, Purpose.train)[1]:
             print_note(note)
-    return line.values
+    return line
+
+
+def _predict(planned: Planned, training: Training, profile: str | None) -> str:
+    """Text of the file that says what is predicted; empty, with a note, where there is no prediction."""
+    if training.unpriced:
+        print_note(f"no prediction: the cost model knows nothing of {', '.join(training.unpriced)}")
+        return ""
+    try:
+        task = planned.build_task(profile)
+        validate_plan(planned.plan, task.workload, task.cluster)
+        simulation = simulate(planned.plan, task.cost_model())
+    except MosaicError as error:
+        print_note(f"no prediction: {error.where}: got {error.got}, expected {error.expected}")
+        return ""
+    return format_prediction(build_prediction(planned.plan, task, simulation))
 
 
 def _job(
@@ -169,9 +192,9 @@ def _job(
     allocation: Allocation,
     training: Training,
     directory: Path,
-    asked: tuple[Sequence[str], str | None],
+    asked: tuple[Sequence[str], str | None, bool],
 ) -> Job:
-    overrides, profile = asked
+    overrides, profile, is_predicted = asked
     words = ["--like", str(directory / PLAN_FILE)]
     words += [word for word in overrides if not word.lstrip("+").startswith(_OF_THE_PLAN)]
     words += ["--profile", str(Path(profile).resolve())] if profile else []
@@ -190,11 +213,13 @@ def _job(
         checkpoints=training.checkpoints,
         max_restarts=section.max_restarts,
         grace_s=grace_s(section),
+        is_predicted=is_predicted,
     )
 
 
-def _write(directory: Path, planned: Planned, job: Job, model: str, command: Sequence[str]) -> None:
-    """Plan, model, resolved configuration, arguments, version and batch script, all that the job needs."""
+def _write(directory: Path, planned: Planned, job: Job, texts: tuple[str, str], command: Sequence[str]) -> None:
+    """All that the job needs: plan, resolved configuration, arguments, version, batch script, and model and prediction,
+    which are `texts`, where these are not empty."""
     if (directory / PLAN_FILE).exists():
         raise ConfigError(
             "launcher.run_dir", got=str(directory), expected="a new directory", fix="choose another: it has a run"
@@ -203,8 +228,9 @@ def _write(directory: Path, planned: Planned, job: Job, model: str, command: Seq
         directory.mkdir(parents=True, exist_ok=True)
         save_plan(planned.plan, directory / PLAN_FILE)
         save_job(job, directory)
-        if model:
-            (directory / MODEL_FILE).write_text(model, encoding="utf-8")
+        for name, text in zip((MODEL_FILE, prediction_file(directory / PLAN_FILE).name), texts, strict=True):
+            if text:
+                (directory / name).write_text(text, encoding="utf-8")
         resolved = planned.sections.model_dump(mode="json")
         resolved["train"] = {key: value for key, value in resolved["train"].items() if value is not None}
         (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import IO, Any
 from megatron_mosaic.any2any.arguments import add_any2any_arguments, judge_words, read_words, refuse_given
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
-from megatron_mosaic.cli.predicted import build_prediction
+from megatron_mosaic.cli.predicted import build_prediction, list_unpriced
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, ProfileError
@@ -38,7 +38,6 @@ from megatron_mosaic.units import MS, format_seconds
 
 SCRIPT = "megatron_mosaic.any2any.pretrain"
 _GIVEN = ("mosaic_plan", "mosaic_report", "mosaic_predicted")  # to the ranks, by this command
-_NOT_PRICED = ("swiglu", "quick_geglu", "group_query_attention", "kv_channels")
 TRAINED_LOSS = "loss"  # the objective: all losses, weighted, over all loss tokens
 
 
@@ -145,12 +144,11 @@ def _validate_length(line: CommandLine) -> None:
 
 
 def _is_priced(line: CommandLine) -> bool:
-    """Whether the cost model knows the layers: what the command line changes of them is in no workload."""
-    changed = [dest for dest in _NOT_PRICED if line.typed.get(dest, line.defaults[dest]) != line.defaults[dest]]
-    if changed:
-        flags = ", ".join(f"--{dest.replace('_', '-')}" for dest in changed)
-        print_note(f"no prediction: the cost model knows nothing of {flags}")
-    return not changed
+    """Whether the cost model knows the layers."""
+    unpriced = list_unpriced(line)
+    if unpriced:
+        print_note(f"no prediction: the cost model knows nothing of {', '.join(unpriced)}")
+    return not unpriced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

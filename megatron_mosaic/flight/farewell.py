@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.flight.line import Flight
 from megatron_mosaic.flight.suspects import find_gone, read_states, render_states
-from megatron_mosaic.flight.verdict import fix_of_suspect
+from megatron_mosaic.flight.verdict import fix_of_suspect, name_files
 
 TERMINATED = 128 + signal.SIGTERM
 _PATIENCE_S = 1.0
@@ -66,7 +66,7 @@ class Farewell:
                     told_path(self._flight.directory).touch(exist_ok=False)
                     failure = RankFailure(
                         f"rank {gone.rank}, {states[gone.rank].line.words}",
-                        got=f"{gone.why}\n{render_states(states)}",
+                        got="\n".join(filter(None, (gone.why, render_states(states), name_files(self._flight)))),
                         expected="every rank to finish",
                         fix=fix_of_suspect(gone.rank),
                     )

@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import time
 import zlib
 from collections.abc import Iterator
@@ -61,10 +62,15 @@ class Line:
 
 
 class Flight:
-    """One rank's words, also in `last`. Without a directory no file is written."""
+    """One rank's words, also in `last`. Without a directory no file is written.
 
-    def __init__(self, rank: int, directory: str | None = None) -> None:
+    `stays_at`: where a reader finds the files of a job that failed, `HOST:DIRECTORY`; empty where a launcher of ours
+    reads and removes them.
+    """
+
+    def __init__(self, rank: int, directory: str | None = None, *, stays: bool = False) -> None:
         self.rank, self.directory = rank, directory or os.environ.get(DIRECTORY_VARIABLE)
+        self.stays_at = f"{platform.node()}:{self.directory}" if stays else ""
         self.last = "start-up"
         self._map = open_line(rank, self.directory) if self.directory else None
 

@@ -52,7 +52,8 @@ def begin_flight(rank: int) -> Flight:
         directory = os.environ[DIRECTORY_VARIABLE] = make_directory()
         for path in (line_path(directory, rank), verdict_path(directory, rank), told_path(directory)):
             path.unlink(missing_ok=True)  # of an earlier job with the same name
-        _begun = Begun(pid=os.getpid(), flight=Flight(rank, directory), heart=Heart(rank, directory), is_own=is_own)
+        flight = Flight(rank, directory, stays=is_own)
+        _begun = Begun(pid=os.getpid(), flight=flight, heart=Heart(rank, directory), is_own=is_own)
         if is_own:
             _stand_alone(_begun.flight)
     return _begun.flight

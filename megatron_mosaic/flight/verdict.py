@@ -91,19 +91,25 @@ def failure_of(flight: Flight, where: str, error: BaseException) -> RankFailure:
     """The error to raise for `error` on this rank: it names the rank at fault, and what all ranks of the host did."""
     verdict = judge(flight, error)
     got = f"{type(error).__name__}: {error}"
+    files = f"\n{name_files(flight)}" if flight.stays_at else ""
     if verdict.suspect is None:
         return RankFailure(
             f"rank {flight.rank}, {where}",
-            got=got,
+            got=f"{got}{files}",
             expected="the action to finish",
             fix="see the traceback above; if it says a connection closed, another rank failed first",
         )
     return RankFailure(
         f"rank {verdict.suspect}, {verdict.words}",
-        got=f"{verdict.why}; rank {flight.rank}, {where}, waited for it: {got}\n{verdict.report}",
+        got=f"{verdict.why}; rank {flight.rank}, {where}, waited for it: {got}\n{verdict.report}{files}",
         expected="every rank to come to what the others wait for",
         fix=fix_of_suspect(verdict.suspect),
     )
+
+
+def name_files(flight: Flight) -> str:
+    """Where to read what every rank of this host was doing; empty where nobody will find it."""
+    return f"flight files: {flight.stays_at}" if flight.stays_at else ""
 
 
 def fix_of_suspect(rank: int) -> str:

@@ -16,7 +16,8 @@ from typing import Never
 
 from megatron_mosaic.flight.parent import die_with_parent
 from megatron_mosaic.flight.process import begin_flight
-from megatron_mosaic.flight.verdict import judge, stamp
+from megatron_mosaic.flight.verdict import judge, name_files, stamp
+from megatron_mosaic.launch.slurm.cause import note_cause
 from megatron_mosaic.launch.slurm.ending import EXITS_VARIABLE, note_exit
 from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm
 
@@ -43,8 +44,12 @@ def main(words: Sequence[str]) -> Never:
         code = 1
         judge(flight, error)  # before peers can notice
         traceback.print_exc()
+    if code and flight.stays_at:
+        print(f"mosaic: rank {rank}: {name_files(flight)}", file=sys.stderr)
     if EXITS_VARIABLE in os.environ:
         note_exit(os.environ[EXITS_VARIABLE], rank, code)
+        if code:
+            note_cause(os.environ[EXITS_VARIABLE], flight)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,5 +1,6 @@
 """Whose failure it is, as a rank sees it that fails: its own, or of the rank it waited for."""
 
+import platform
 import subprocess
 import sys
 import time
@@ -148,6 +149,13 @@ def test_without_a_directory_a_failure_is_named_all_the_same(monkeypatch) -> Non
         raise OSError("full")
     with pytest.raises(ConfigError), naming(flight):
         raise ConfigError("x", got="y", expected="z", fix="w")
+
+
+def test_a_failure_says_where_its_flight_files_stay(tmp_path) -> None:
+    """Under srun or torchrun alone; a launcher of ours reads them, and removes them."""
+    where = f"{platform.node()}:{tmp_path}"
+    assert failure_of(Flight(0, str(tmp_path), stays=True), "here", ValueError("a")).got.endswith(where)
+    assert where not in failure_of(Flight(1, str(tmp_path)), "here", ValueError("a")).got
 
 
 def test_a_verdict_that_cannot_be_written_does_not_hide_the_failure(tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,13 +13,17 @@ import pytest
 from megatron_mosaic.cli.main import main
 from megatron_mosaic.config import compose_sections, load_workload
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.flight.line import Flight
+from megatron_mosaic.flight.verdict import stamp
 from megatron_mosaic.launch.slurm.batch import srun_command
+from megatron_mosaic.launch.slurm.cause import note_cause, read_cause
 from megatron_mosaic.launch.slurm.ending import EXITS_VARIABLE, Attempt, Ending, decide, exit_status, read_exits
 from megatron_mosaic.launch.slurm.job import Form, Job, load_job, plan_file, save_job
 from megatron_mosaic.launch.slurm.node import torchrun_words
 from megatron_mosaic.launch.slurm.submission import allocate, sbatch_command
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice
 from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.runtime.telemetry.prediction import load_prediction
 
 # All went well, at the last step
 DONE = Attempt(
@@ -43,6 +48,7 @@ JOB = Job(
     checkpoints="checkpoints",
     max_restarts=3,
     grace_s=150,
+    is_predicted=False,
 )
 DIGITS = load_workload(["model=any2any-digits"])
 
@@ -92,6 +98,32 @@ def test_a_rank_leaves_the_status_it_ended_with(tmp_path, code, left) -> None:
     assert read_exits(tmp_path / "exits") == left
 
 
+def test_a_rank_that_fails_leaves_its_words_and_where_its_flight_files_are(tmp_path) -> None:
+    """As under srun: no launcher of ours has given a directory."""
+    (tmp_path / "script.py").write_text("1 / 0\n")
+    (tmp_path / "exits").mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "MOSAIC_FLIGHT_DIR"}
+    environment |= {"RANK": "3", "TMPDIR": str(tmp_path), EXITS_VARIABLE: str(tmp_path / "exits")}
+    command = [sys.executable, "-m", "megatron_mosaic.launch.worker", str(tmp_path / "script.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    words, _, files = read_cause(tmp_path / "exits").rpartition("; flight files: ")
+    host, _, directory = files.partition(":")
+    assert (words, host) == ("rank 3, start-up", platform.node())
+    assert (Path(directory) / "rank-00003").exists() and Path(directory).is_relative_to(tmp_path)
+    assert f"mosaic: rank 3: flight files: {files}" in ended.stderr
+
+
+def test_who_failed_by_itself_is_named_before_who_followed(tmp_path) -> None:
+    flights = [Flight(rank, str(tmp_path)) for rank in (0, 1, 2)]
+    for flight, follows in ((flights[0], True), (flights[1], False)):
+        flight.note(f"step {flight.rank}")
+        stamp(flight, at_ns=1, follows=follows)
+    assert read_cause(tmp_path) == ""
+    for flight in flights:
+        note_cause(tmp_path, flight)
+    assert read_cause(tmp_path) == "rank 1, step 1"
+
+
 def test_a_job_comes_back_from_its_file(tmp_path) -> None:
     save_job(JOB, tmp_path)
     assert load_job(tmp_path) == JOB
@@ -116,6 +148,14 @@ def test_srun_gets_words_and_the_last_node_fewer_ranks() -> None:
     told = {"MASTER_ADDR": "a", "MASTER_PORT": "1", "SLURM_STEP_NUM_NODES": "3"}
     counts = [torchrun_words(words, told | {"SLURM_NODEID": str(node)})[2] for node in range(3)]
     assert counts == ["--nproc-per-node=8", "--nproc-per-node=8", "--nproc-per-node=1"]
+
+
+def test_ranks_are_told_what_was_predicted_of_their_plan() -> None:
+    command = srun_command(replace(JOB, is_predicted=True), 17, 3, "a/plan-3-nodes.yaml", {})
+    assert command[-4:] == ["--mosaic-plan", "a/plan-3-nodes.yaml"] + [
+        "--mosaic-predicted",
+        "a/plan-3-nodes.predicted.json",
+    ]
 
 
 def plan_of(world_size: int, **ranks: str) -> Plan:
@@ -160,8 +200,10 @@ def test_a_dry_run_writes_all_and_submits_nothing(tmp_path, capsys, monkeypatch)
     assert found <= set(result["command"])
     run = Path(result["run_dir"])
     assert {path.name for path in run.iterdir()} == {
-        *("plan.yaml", "job.json", "config.yaml", "version.txt", "submit.txt", "job.sbatch")
+        *("plan.yaml", "plan.predicted.json", "job.json", "config.yaml", "version.txt", "submit.txt", "job.sbatch")
     }
+    assert load_prediction(run / "plan.predicted.json", ["vision.0", "llm.0", "generator.0"]).step_s > 0
+    assert load_job(run).is_predicted
     assert "lr: 0.0003" in (run / "config.yaml").read_text() and "commit" in (run / "version.txt").read_text()
     assert main(words) == 2  # the directory has a run
     assert "a new directory" in capsys.readouterr().err

@@ -116,6 +116,7 @@ def test_a_crash_and_a_rank_that_says_so_end_the_job(slurm, tmp_path, status, en
     job = submit(slurm, write_plan(tmp_path, 2), run, f"launcher.script={script}", "train.train_iters=5")
     assert slurm.wait_for_end(job, run) == "FAILED", log_of(run)
     assert [start["ending"] for start in history(run)] == [ending], log_of(run)
+    assert history(run)[0]["cause"].startswith("rank 1, start-up; flight files: "), "under srun, too"
     assert f"ExitCode={status}:0" in slurm.run("scontrol", "show", "job", job)
 
 

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mosaic.errors import MosaicError
+from megatron_mosaic.launch.slurm.cause import read_cause
 from megatron_mosaic.launch.slurm.ending import EXITS_VARIABLE, Attempt, Ending, decide, exit_status, read_exits
 from megatron_mosaic.launch.slurm.environment import meeting_port
 from megatron_mosaic.launch.slurm.hosts import expand_hosts, find_address
-from megatron_mosaic.launch.slurm.job import Form, Job, add_history, load_job, plan_file
+from megatron_mosaic.launch.slurm.job import Form, Job, add_history, load_job, plan_file, prediction_file
 from megatron_mosaic.plan.plan_file import load_plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -62,6 +63,10 @@ class Batch:
         self._say(f"{ending} at step {attempt.saved_steps}; srun's status {status}, ranks' {attempt.exits or 'none'}")
         found = {"job_id": self._job_id, "restart": self._restarts, "nodes": len(self._hosts), "ranks": world_size}
         found |= {"plan": path.name, "from_step": before, "to_step": attempt.saved_steps, "ending": str(ending)}
+        cause = read_cause(self._exits)
+        if cause:
+            self._say(f"first failure: {cause}")
+            found["cause"] = cause
         add_history(self._directory, found)
         return self._requeue() if ending is Ending.requeue else exit_status(ending, attempt)
 
@@ -71,6 +76,7 @@ class Batch:
         if not path.exists():
             draft = path.with_suffix(".part")
             words = [*self._job.plan_words, self._job.size_word(len(self._hosts)), "--out", str(draft)]
+            words += ["--predicted", str(prediction_file(path))] if self._job.is_predicted else []
             self._say(f"mosaic plan {' '.join(words)}")
             subprocess.run([sys.executable, "-m", "megatron_mosaic.cli", "plan", *words], check=True)
             draft.rename(path)
@@ -136,6 +142,7 @@ class Batch:
 def srun_command(job: Job, world_size: int, num_nodes: int, plan: str, environment: Mapping[str, str]) -> list[str]:
     """The job step that runs the ranks, as a list of words: nothing of it meets a shell."""
     words = [*job.script, *job.arguments, "--mosaic-plan", plan]
+    words += ["--mosaic-predicted", str(prediction_file(Path(plan)))] if job.is_predicted else []
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={num_nodes}"]
     if "SLURM_CPUS_PER_TASK" in environment:  # srun takes it over from the job no longer
         command.append(f"--cpus-per-task={environment['SLURM_CPUS_PER_TASK']}")

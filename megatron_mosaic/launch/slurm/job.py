@@ -1,6 +1,6 @@
 """What a Slurm job of ours needs to know of itself at every start: job.json of its run directory, and its steps so far.
 
-RUN_DIR/job.json  plan.yaml  plan-2-nodes.yaml ...  history.jsonl  checkpoints/  report/
+RUN_DIR/job.json  plan.yaml  plan.predicted.json  plan-2-nodes.yaml ...  history.jsonl  checkpoints/  report/
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Job:
     `script`, `arguments`: what every rank runs, as Python is called, but for the plan. `size_key`: of an override that
     says how large the cluster is, in nodes or, where it ends in `ranks`, in ranks. `num_steps`: at which checkpoint
     training is complete; 0 where nobody knows. `grace_s`: how long ranks that are told to end may take to save.
+    `is_predicted`: every plan has a file beside it that says so, for the ranks to lay beside what they measure.
     """
 
     form: Form
@@ -46,6 +47,7 @@ class Job:
     checkpoints: str
     max_restarts: int
     grace_s: int
+    is_predicted: bool
 
     def size_word(self, num_nodes: int) -> str:
         """The override that makes a plan for so many nodes."""
@@ -63,6 +65,11 @@ class Job:
 def plan_file(num_nodes: int, job: Job) -> str:
     """Name of the plan for so many nodes."""
     return PLAN_FILE if num_nodes == job.num_nodes else f"plan-{num_nodes}-nodes.yaml"
+
+
+def prediction_file(plan: Path) -> Path:
+    """What was predicted of this plan, beside it."""
+    return plan.with_suffix(".predicted.json")
 
 
 def save_job(job: Job, directory: Path) -> None:
