@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_mosaic.plan import Layout, RankSet
 from megatron_mosaic.plan.tasks.task import LossKind, TaskConfig, TaskLoss, TaskModule
+from megatron_mosaic.plan.tasks.waves import Slice, WavePlan
 from megatron_mosaic.plan.workload import Workload
 from tests.cases import EDGES, LLM, VISION
 
@@ -29,4 +31,36 @@ TASKS = Workload(
     edges=(EDGES[0],),
     global_batch_size=10,
     tasks=(CAPTION, PAIRS),
+)
+
+
+def slice_of(task: str, module: str, ranks: str, *, layout: Layout | None = None) -> Slice:
+    """All layers of a module, by default in dp."""
+    found = RankSet.parse(ranks)
+    layers = TASKS.by_name[module].num_layers
+    return Slice(
+        task=task,
+        module=module,
+        first_layer=0,
+        num_layers=layers,
+        ranks=found,
+        layout=layout or Layout(dp=len(found)),
+    )
+
+
+def cut(each: Slice, first_layer: int, num_layers: int) -> Slice:
+    """Some of its layers."""
+    return replace(each, first_layer=first_layer, num_layers=num_layers)
+
+
+# The vision tower on ranks 0-1 for captions, and on rank 2 for pairs
+TWO_WAVES = WavePlan(
+    workload="two_tasks",
+    digest=TASKS.digest,
+    world_size=6,
+    global_batch_size=10,
+    waves=(
+        (slice_of("caption", "vision", "0-1"), slice_of("pairs", "vision", "2"), slice_of("pairs", "text", "3")),
+        (slice_of("caption", "llm", "0-1"),),
+    ),
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mosaic.cli.output import print_json, print_progress, print_table
+from megatron_mosaic.cli.waves import compare_waves
 from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.efficiency.mfu import estimate_efficiency
 from megatron_mosaic.cost_model.model import CostModel
@@ -36,6 +37,8 @@ def main(arguments: argparse.Namespace) -> int:
     """One row a system, then one a schedule (all modules on all ranks, the backbone a pipeline); the speedup is against
     the best homogeneous plan (null without one)."""
     task = load_task(arguments.overrides, profile_path=arguments.profile)
+    if task.workload.tasks:
+        return compare_waves(arguments, task)
     model = task.cost_model()
     result = find_plan(model, task.search)
     rows = [_row(name, plan, task, model) for name, plan in _find_plans(result).items()]

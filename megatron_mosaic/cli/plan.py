@@ -10,6 +10,7 @@ import yaml
 from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides
 from megatron_mosaic.cli.predicted import build_prediction
+from megatron_mosaic.cli.waves import plan_waves
 from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.efficiency.mfu import Efficiency, estimate_efficiency
 from megatron_mosaic.cost_model.simulate import Simulation
@@ -26,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         task = apply_overrides(load_plan(arguments.like), arguments.overrides).build_task(arguments.profile)
     else:
         task = load_task(arguments.overrides, profile_path=arguments.profile)
+    if task.workload.tasks:
+        return plan_waves(arguments, task)
     plan, result = search_plan(task)
     efficiency = estimate_efficiency(plan, result.simulation.step_s, task.cost_model())
     if arguments.out:

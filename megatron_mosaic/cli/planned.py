@@ -25,6 +25,7 @@ from megatron_mosaic.config import (
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.cluster import ClusterSection, LocalClusterSection
+from megatron_mosaic.plan.tasks.waves import WavePlan
 from megatron_mosaic.plan.training import TrainingSection, TrainingSetup
 from megatron_mosaic.plan.validate import list_empty_replicas
 from megatron_mosaic.plan.workload import Workload
@@ -33,13 +34,13 @@ _KEY = re.compile(r"[+~]*([^=@]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class _Planned[P: Plan | WavePlan]:
     """A plan as the command line leaves it, and the configuration it stands in.
 
     `notes`: what the command line changed. Where neither says a cluster, or how it is trained, the plan has none.
     """
 
-    plan: Plan
+    plan: P
     sections: Sections
     notes: tuple[str, ...]
 
@@ -72,8 +73,29 @@ class Planned:
         return build_task(self.sections, profile_path=profile_path)
 
 
+class Planned(_Planned[Plan]):
+    """A plan of modules."""
+
+
+class PlannedWaves(_Planned[WavePlan]):
+    """A plan in waves."""
+
+
 def apply_overrides(plan: Plan, overrides: Sequence[str]) -> Planned:
     """The plan with the overrides of the command line. PlanError, ConfigError for what does not compose."""
+    chosen, sections, notes = _apply(plan, overrides)
+    return Planned(
+        plan=chosen, sections=sections, notes=(*notes, *list_empty_replicas(chosen, build_workload(sections)))
+    )
+
+
+def apply_to_waves(plan: WavePlan, overrides: Sequence[str]) -> PlannedWaves:
+    """The same for a plan in waves."""
+    chosen, sections, notes = _apply(plan, overrides)
+    return PlannedWaves(plan=chosen, sections=sections, notes=notes)
+
+
+def _apply[P: Plan | WavePlan](plan: P, overrides: Sequence[str]) -> tuple[P, Sections, tuple[str, ...]]:
     keys = [_key_of(word) for word in overrides]
     if "model" not in keys:
         _require_option("workload", plan.workload, "model")
@@ -95,11 +117,10 @@ def apply_overrides(plan: Plan, overrides: Sequence[str]) -> Planned:
         cluster=name_cluster(sections.cluster) if known else "",
         training=sections.training if is_told else None,
     )
-    notes = (*_changes(plan, chosen, overrides), *list_empty_replicas(chosen, build_workload(sections)))
-    return Planned(plan=chosen, sections=sections, notes=notes)
+    return chosen, sections, tuple(_changes(plan, chosen, overrides))
 
 
-def print_notes(planned: Planned, profile_title: str = "") -> None:
+def print_notes(planned: Planned | PlannedWaves, profile_title: str = "") -> None:
     """On stderr, a line each: what the command line changed, and another profile than the plan was made with."""
     for note in planned.notes:
         print_note(note)
@@ -118,7 +139,7 @@ def _require_option(where: str, name: str, group: str) -> None:
         )
 
 
-def _changes(before: Plan, after: Plan, overrides: Sequence[str]) -> Iterator[str]:
+def _changes(before: Plan | WavePlan, after: Plan | WavePlan, overrides: Sequence[str]) -> Iterator[str]:
     """A sentence for each override that says something else than the plan."""
     old, new = _values_of(before), _values_of(after)
     for word in overrides:
@@ -127,7 +148,7 @@ def _changes(before: Plan, after: Plan, overrides: Sequence[str]) -> Iterator[st
             yield f"{word}: the plan says {_shorten(said)}"
 
 
-def _values_of(plan: Plan) -> dict[str, Any]:
+def _values_of(plan: Plan | WavePlan) -> dict[str, Any]:
     """What a plan says, by the keys of overrides."""
     said = plan.training
     training = {key: getattr(said, key) for key in TrainingSection.model_fields} if said else None

@@ -11,11 +11,13 @@ import yaml
 
 from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.cli.planned import apply_overrides
+from megatron_mosaic.cli.waves import show_waves
 from megatron_mosaic.cost_model.effects.memory import Memory, precision_of
 from megatron_mosaic.cost_model.simulate import estimate_memory
 from megatron_mosaic.parallel_state_ext.group_list import list_groups
 from megatron_mosaic.plan import Plan, RankSet, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan
+from megatron_mosaic.plan.tasks.wave_file import is_waves_file
 from megatron_mosaic.plan.training import Sharding, TrainingSection, TrainingSetup
 from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.schedules import build_schedule
@@ -31,6 +33,8 @@ _MOST_SPANS = 8  # of a set of ranks, in a table
 
 def main(arguments: argparse.Namespace) -> int:
     """Modules, rank map, schedule, memory of ranks."""
+    if is_waves_file(arguments.plan):
+        return show_waves(arguments)
     planned = apply_overrides(load_plan(arguments.plan), arguments.overrides)
     plan, workload, setup = planned.plan, planned.workload, planned.setup
     validate_plan(plan, workload, planned.cluster)

@@ -9,6 +9,7 @@ from megatron_mosaic.cli.output import print_json, print_progress, print_table, 
 from megatron_mosaic.cli.page import render_page
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
 from megatron_mosaic.cli.show import print_memory
+from megatron_mosaic.cli.waves import simulate_waves
 from megatron_mosaic.cost_model.efficiency.mfu import estimate_efficiency
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.cost_model.simulate import count_memory, simulate
@@ -16,6 +17,7 @@ from megatron_mosaic.data_variance.draw import varies
 from megatron_mosaic.data_variance.variance import Variance, estimate_variance
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
+from megatron_mosaic.plan.tasks.wave_file import is_waves_file
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.views.text import render_text
 from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
@@ -24,6 +26,8 @@ from megatron_mosaic.units import format_bytes, format_seconds
 
 def main(arguments: argparse.Namespace) -> int:
     """Simulate one step; write the trace and the page that are asked for. 1 if a rank needs more memory than it has."""
+    if is_waves_file(arguments.plan):
+        return simulate_waves(arguments)
     planned = apply_overrides(load_plan(arguments.plan), arguments.overrides)
     plan, task = planned.plan, planned.build_task(arguments.profile)
     validate_plan(plan, task.workload, task.cluster)

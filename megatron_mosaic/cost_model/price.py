@@ -159,10 +159,14 @@ class StepPrice:
 
 def exposed_gradients_s(costs: Sequence[StageCost], source: CostSource) -> float:
     """Of a rank with these lanes. Traffic hides behind the last backward of each; that of FSDP behind all work."""
-    setup = source.setup
-    total = sum(cost.gradients_s for cost in costs)
-    if not setup.gradient_overlap_frac:
-        return total
-    whole = setup.sharding is Sharding.parameters
+    whole = source.setup.sharding is Sharding.parameters
     over_s = sum(cost.busy_s if whole else cost.seconds(Kind.B) for cost in costs)
-    return max(_NEVER_HIDDEN_FRAC * total, total - setup.gradient_overlap_frac * over_s)
+    return exposed_s(sum(cost.gradients_s for cost in costs), over_s, source)
+
+
+def exposed_s(gradients_s: float, over_s: float, source: CostSource) -> float:
+    """Of so many seconds of gradients' traffic, those that this much work does not hide."""
+    overlap_frac = source.setup.gradient_overlap_frac
+    if not overlap_frac:
+        return gradients_s
+    return max(_NEVER_HIDDEN_FRAC * gradients_s, gradients_s - overlap_frac * over_s)

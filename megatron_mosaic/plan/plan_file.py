@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -25,6 +25,9 @@ from megatron_mosaic.plan.yaml_text import (
     parse_section,
 )
 from megatron_mosaic.text_file import FileKind, read_text_file, show_path
+
+if TYPE_CHECKING:
+    from megatron_mosaic.plan.tasks.waves import WavePlan
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = Path(__file__).parents[1] / "conf" / "plan.schema.json"
@@ -107,6 +110,13 @@ def load_plan(path: str | Path) -> Plan:
 def parse_plan(text: str, *, where: str = "plan") -> Plan:
     """The plan written in YAML text."""
     data = parse_section(text, PLAN_FILE, where=where)
+    if "waves" in data:
+        raise PlanError(
+            f"{where}: waves",
+            got="a plan in waves, for several tasks",
+            expected="a plan of modules: nothing can run waves yet",
+            fix="use `mosaic show` or `mosaic simulate`, which read both",
+        )
     try:
         checked = PlanFile.model_validate(data)
     except ValidationError as error:
@@ -135,20 +145,27 @@ def format_plan(plan: Plan) -> str:
         if module.sequence_parallel:
             entry["sequence_parallel"] = True
         modules[name] = entry
+    data, predicted = format_values(plan)
+    parameters = plan.schedule.parameters
+    data["schedule"] = {"name": plan.schedule.name, **parameters} if parameters else plan.schedule.name
+    data["modules"] = modules
+    return yaml.safe_dump(data | predicted, sort_keys=False, default_flow_style=None, width=120)
+
+
+def format_values(plan: Plan | WavePlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every kind of plan says, for YAML: the keys before its schedule, and those behind all."""
     data: dict[str, Any] = {"mosaic_plan": FORMAT_VERSION, "workload": plan.workload}
     if plan.digest:
         data["digest"] = plan.digest
-    data |= {key: getattr(plan, key) for key in ("world_size", "global_batch_size", "micro_batch_size")}
+    sizes = ("world_size", "global_batch_size", "micro_batch_size")
+    data |= {key: getattr(plan, key) for key in sizes if hasattr(plan, key)}
     if plan.cluster:
         data["cluster"] = _plain(plan.cluster)
     if plan.training is not None:
         data["training"] = {key: _plain(getattr(plan.training, key)) for key in TrainingSection.model_fields}
-    parameters = plan.schedule.parameters
-    data["schedule"] = {"name": plan.schedule.name, **parameters} if parameters else plan.schedule.name
-    data["modules"] = modules
-    if plan.predicted is not None:
-        data["predicted"] = {key: getattr(plan.predicted, key) for key in ("step_s", "peak_bytes", "cost_model")}
-    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+    if plan.predicted is None:
+        return data, {}
+    return data, {"predicted": {key: getattr(plan.predicted, key) for key in ("step_s", "peak_bytes", "cost_model")}}
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
@@ -188,7 +205,7 @@ def _to_plan(checked: PlanFile) -> Plan:
         world_size=checked.world_size,
         global_batch_size=checked.global_batch_size,
         micro_batch_size=checked.micro_batch_size,
-        cluster=_to_cluster(checked.cluster),
+        cluster=to_cluster(checked.cluster),
         training=TrainingSetup(**checked.training.model_dump()) if checked.training else None,
         schedule=_to_schedule(checked.schedule),
         modules=modules,
@@ -196,7 +213,8 @@ def _to_plan(checked: PlanFile) -> Plan:
     )
 
 
-def _to_cluster(checked: ClusterField | None) -> str | FrozenMap[str, Any]:
+def to_cluster(checked: ClusterField | None) -> str | FrozenMap[str, Any]:
+    """As a plan holds it."""
     if isinstance(checked, BaseModel):
         return FrozenMap(checked.model_dump(exclude_defaults=True) | {"kind": checked.kind})
     return checked or ""

@@ -78,11 +78,17 @@ def boundary_traffic(source: Lane, target: Lane, gpus_per_node: int) -> tuple[Tr
     return _traffic(*sides, gpus_per_node)
 
 
-_Placement = tuple[RankSet, Layout, bool]  # ranks of a stage, layout of its module, sequence parallelism
+@lru_cache(maxsize=4096)
+def list_messages(source: Placement, target: Placement) -> tuple[Integers, Integers, Floats]:
+    """Sender, receiver and share of all rows of every message from one stage to another."""
+    return _messages(_side(*source), _side(*target))
+
+
+Placement = tuple[RankSet, Layout, bool]  # ranks of a stage, layout of its module, sequence parallelism
 
 
 @lru_cache(maxsize=4096)
-def _traffic(source: _Placement, target: _Placement, gpus_per_node: int) -> tuple[Traffic, Traffic]:
+def _traffic(source: Placement, target: Placement, gpus_per_node: int) -> tuple[Traffic, Traffic]:
     sends, needs = _side(*source), _side(*target)
     sender, receiver, frac = _messages(sends, needs)
     crosses = sender // gpus_per_node != receiver // gpus_per_node
