@@ -12,13 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from megatron_mosaic.adapters.stock import apply_to_stock_script as apply_to_stock_script
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
 from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm
 from megatron_mosaic.parallel_state_ext.rebound import checkpoint_io, cpu
-from megatron_mosaic.parallel_state_ext.rebound.rebind import require_supported_megatron
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_uncaught, require_supported_megatron
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.runtime.arguments import PLAN_VARIABLE
@@ -44,6 +45,36 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def attach() -> None:
+    """Called by a Megatron with patches/ before it parses a script's arguments: run it under their --mosaic-plan.
+
+    What is wrong with plan or arguments ends the process with exit status 2, as `main` does.
+    """
+    rebind_uncaught(_end_with_message)
+    take_rank_from_slurm()
+    begin_early()
+    require_supported_megatron()
+    cpu.install()
+    checkpoint_io.install()
+    plan_path, sys.argv[1:] = _take_plan(sys.argv[1:])
+    plan = load_plan(plan_path)
+    os.environ[PLAN_VARIABLE] = str(plan_path)
+    if len(plan.modules) > 1:
+        from megatron_mosaic.adapters.script import attach as attach_to
+    else:
+        from megatron_mosaic.adapters.stock import attach as attach_to
+    attach_to(plan)
+
+
+def _end_with_message(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What becomes of an exception that nobody has caught."""
+    if isinstance(error, RankFailure) or not isinstance(error, MosaicError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(error, file=sys.__stderr__)  # torch.distributed collects what its hook's hook writes, and would lose it
+    raise SystemExit(2)
+
+
 def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
     """The script under the plan, in this process."""
     if len(plan.modules) > 1:
@@ -55,9 +86,7 @@ def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
 
 def _split_command_line(words: Sequence[str]) -> tuple[str, str, list[str]]:
     """(script, plan file, the script's arguments)."""
-    parser = argparse.ArgumentParser(prog="megatron_mosaic.run", add_help=False, allow_abbrev=False)
-    parser.add_argument("--mosaic-plan", default=os.environ.get(PLAN_VARIABLE))
-    known, rest = parser.parse_known_args(list(words))
+    plan_path, rest = _take_plan(words)
     if not rest or not Path(rest[0]).is_file():
         raise ConfigError(
             "megatron_mosaic.run",
@@ -65,6 +94,14 @@ def _split_command_line(words: Sequence[str]) -> tuple[str, str, list[str]]:
             expected="SCRIPT.py MEGATRON-ARGS --mosaic-plan PLAN",
             fix="give the path of a Megatron pretrain script first",
         )
+    return rest[0], plan_path, rest[1:]
+
+
+def _take_plan(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(plan file, the other words)."""
+    parser = argparse.ArgumentParser(prog="megatron_mosaic.run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--mosaic-plan", default=os.environ.get(PLAN_VARIABLE))
+    known, rest = parser.parse_known_args(list(words))
     if known.mosaic_plan is None:
         raise ConfigError(
             "--mosaic-plan", got="nothing", expected=f"a plan file, or ${PLAN_VARIABLE}", fix="add --mosaic-plan PLAN"
@@ -76,7 +113,7 @@ def _split_command_line(words: Sequence[str]) -> tuple[str, str, list[str]]:
             expected="command-line arguments: a YAML file would replace all of them",
             fix="write the YAML's values as arguments",
         )
-    return rest[0], known.mosaic_plan, rest[1:]
+    return known.mosaic_plan, rest
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron.core.transformer import MegatronModule, TransformerConfig
+
 from megatron_mosaic.adapters.recording import ModelRecord
 from megatron_mosaic.adapters.single_process import SingleProcess
 from megatron_mosaic.definition import Batch, ModelDefinition, StageOutput
@@ -26,14 +28,15 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """`kind`: the class. `parts`: its attributes that a provider may freeze. `module_of`: parameter's name in the whole
-    model -> the module that has it, whose stages have it as `model.NAME`. `config_of`: module -> the part of the whole
-    model that has its config."""
+    """`kind`: the class. `tops`: its parts. `list_parts`: of its constructor's arguments, the parts that a provider may
+    freeze, as dotted names. `module_of`: parameter's name in the whole model -> the module that has it, whose stages
+    have it as `model.NAME`. `config_of`: (whole model, module) -> the config of that module's layers."""
 
     kind: type
-    parts: tuple[str, ...]
+    tops: tuple[str, ...]
+    list_parts: Callable[[Mapping[str, Any]], Sequence[str]]
     build: Callable[
         [ModelRecord, Plan, argparse.Namespace, SingleProcess, Callable[..., Any]], tuple[ModelDefinition, Reader]
     ]
     module_of: Callable[[str], str]
-    config_of: Mapping[str, str]
+    config_of: Callable[[MegatronModule, str], TransformerConfig]

@@ -50,6 +50,19 @@ def script_defaults() -> dict[str, object]:
     return {**({} if HAVE_TE else WITHOUT_ENGINE), **(cpu.ARGUMENT_DEFAULTS if cpu.is_cpu() else {})}
 
 
+def refuse_flags(args: argparse.Namespace) -> None:
+    """ConfigError for flags of a script that would change its batches or its layers' communication."""
+    for flag in ("use_packed_sequence", "decoder_tp_comm_overlap"):
+        if getattr(args, flag, False):
+            name = f"--{flag.replace('_', '-')}"
+            raise ConfigError(
+                name,
+                got="set",
+                expected="left out: not supported under a plan of several modules",
+                fix=f"leave {name} out",
+            )
+
+
 def put_plan_into_arguments(plan: Plan) -> None:
     """Replace Megatron's `add_megatron_arguments` and `validate_args` for a script under a plan of several modules."""
     parsers: list[argparse.ArgumentParser] = []

@@ -21,6 +21,7 @@ from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.rebound.rebind import rebound_construction
 
 Provider = Callable[..., Any]
+ListParts = Callable[[Mapping[str, Any]], Sequence[str]]  # of a constructor's arguments: dotted names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class _UnknownModel(Exception):
     """Leaves a provider that begins to build what no adapter knows."""
 
 
-def record_model(provider: Provider, kinds: Mapping[type, Sequence[str]]) -> ModelRecord:
+def record_model(provider: Provider, kinds: Mapping[type, ListParts]) -> ModelRecord:
     """What the provider builds. `kinds`: classes that are known, and which of their parts may be frozen.
 
     ConfigError for any other class, found before a parameter is made. Needs a world.
@@ -49,10 +50,11 @@ def record_model(provider: Provider, kinds: Mapping[type, Sequence[str]]) -> Mod
         def record(self: MegatronModule, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            records.append((kind, {key: value for key, value in bound.arguments.items() if key != "self"}))
+            arguments = {key: value for key, value in bound.arguments.items() if key != "self"}
+            records.append((kind, arguments))
             nn.Module.__init__(self)
-            for part in kinds[kind]:
-                self.add_module(part, nn.Linear(1, 1))  # for the provider to freeze
+            for part in kinds[kind](arguments):
+                _add_part(self, part)
 
         return record
 
@@ -75,8 +77,19 @@ def record_model(provider: Provider, kinds: Mapping[type, Sequence[str]]) -> Mod
     if len(records) != 1 or type(model) not in kinds:
         raise unknown_model(type(model).__name__, known)
     ((kind, arguments),) = records
-    frozen = {part: not any(p.requires_grad for p in getattr(model, part).parameters()) for part in kinds[kind]}
+    parts = kinds[kind](arguments)
+    frozen = {part: not any(p.requires_grad for p in model.get_submodule(part).parameters()) for part in parts}
     return ModelRecord(kind=kind, arguments=arguments, frozen=frozen)
+
+
+def _add_part(model: nn.Module, part: str) -> None:
+    """Something in the place of a part, for the provider to freeze, in lists and mappings as upstream has them."""
+    *path, last = part.split(".")
+    for name, child in zip(path, [*path[1:], last]):
+        if name not in dict(model.named_children()):
+            model.add_module(name, nn.ModuleList() if child.isdigit() else nn.ModuleDict())
+        model = model.get_submodule(name)
+    model.add_module(last, nn.Linear(1, 1))
 
 
 def unknown_model(name: str, known: str) -> ConfigError:

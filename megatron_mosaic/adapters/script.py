@@ -1,6 +1,6 @@
 """A Megatron pretrain script, unmodified, whose model a plan of several modules lays out.
 
-    run_script  rebinds Megatron's argument functions and `pretrain`, then runs the script
+    attach      rebinds Megatron's argument functions and `pretrain`; run_script then runs the script
     pretrain    record what model_provider builds -> adapter by its class -> Runtime -> Megatron's own pretrain()
 
 All that can be refused is refused before a process group exists.
@@ -19,8 +19,9 @@ from typing import Any
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.adapters.arguments import BACKBONE, SEEN_BY_SCRIPT, put_plan_into_arguments
-from megatron_mosaic.adapters.blocks import ScriptData
+from megatron_mosaic.adapters.batches.blocks import ScriptData
 from megatron_mosaic.adapters.llava.definition import LLAVA
+from megatron_mosaic.adapters.mimo.definition import MIMO
 from megatron_mosaic.adapters.recording import ModelRecord, record_model, unknown_model
 from megatron_mosaic.adapters.single_process import SingleProcess, world_of_one
 from megatron_mosaic.parallel_state_ext.rebound.rebind import install_vision_norm, rebind_pretrain
@@ -28,7 +29,7 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.layers.norms import TorchNorm
 from megatron_mosaic.runtime.train import MosaicModelConfig, Runtime
 
-ADAPTERS = {adapter.kind: adapter for adapter in (LLAVA,)}
+ADAPTERS = {adapter.kind: adapter for adapter in (LLAVA, MIMO)}
 
 _DRAWN_BY_NAME = (
     "> mosaic: matrices are drawn by name, N(0, --init-method-std) from a stream of (seed, module, parameter), so that "
@@ -38,6 +39,12 @@ _DRAWN_BY_NAME = (
 
 def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
     """Run the script under the plan. MosaicError if script, arguments and plan do not fit."""
+    attach(plan)
+    run_main(script, arguments)
+
+
+def attach(plan: Plan) -> None:
+    """Let the next script of this process run under the plan."""
     install_vision_norm(TorchNorm)
     put_plan_into_arguments(plan)
 
@@ -57,7 +64,6 @@ def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
         _pretrain(plan, stock_pretrain, cfg_container, model_type, *callbacks)
 
     stock_pretrain = rebind_pretrain(pretrain)
-    run_main(script, arguments)
 
 
 def run_main(script: str, arguments: Sequence[str]) -> None:
@@ -98,4 +104,4 @@ def record_script_model(
         name = type(cfg_container.model).__name__.removesuffix("Config") or "unknown"
         raise unknown_model(name, ", ".join(kind.__name__ for kind in ADAPTERS))
     with world_of_one(), SingleProcess(args, **getattr(args, SEEN_BY_SCRIPT, {}))():
-        return record_model(model_provider, {kind: adapter.parts for kind, adapter in ADAPTERS.items()})
+        return record_model(model_provider, {kind: adapter.list_parts for kind, adapter in ADAPTERS.items()})

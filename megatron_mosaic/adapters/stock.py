@@ -42,12 +42,17 @@ _STOCK_ARGUMENTS = {
 
 def run_script(script: str, arguments: Sequence[str], plan: Plan) -> None:
     """Run the script, laid out by Megatron as the plan says."""
+    attach(plan)
+    run_main(script, arguments)
+
+
+def attach(plan: Plan) -> None:
+    """Let the next script of this process be laid out as the plan says."""
     install_vision_norm(TorchNorm)
     ((_, module),) = plan.modules.items()
     install_local_layers(mark=split_over_tp, attention=ContextParallelAttention if module.layout.cp > 1 else None)
     _put_plan_into_arguments(plan)
     _let_provider_see_own_format()
-    run_main(script, arguments)
 
 
 def _let_provider_see_own_format() -> None:
@@ -134,6 +139,13 @@ def apply_to_stock_script(args: argparse.Namespace, plan: Plan) -> None:
             fix="leave the argument out, or change the plan",
         )
     args.sequence_parallel = module.sequence_parallel
+    if getattr(args, "num_experts", None) and args.add_bias_linear and not HAVE_TE:
+        raise ConfigError(
+            "--num-experts",
+            got="experts with biases, without Transformer Engine",
+            expected="experts without: the backward of megatron-core's own does not run with them",
+            fix="add --disable-bias-linear",
+        )
     apply_training(args, plan.training, typed_of(args, {}), STOCK_SCRIPT)
     args.micro_batch_size, args.global_batch_size = plan.micro_batch_size, plan.global_batch_size
     if module.layout.ep > 1:

@@ -49,7 +49,7 @@ def _check_script(arguments: argparse.Namespace, plan: Plan) -> int:
         raise ConfigError(given, got="with --script", expected="the script's own model", fix=f"leave {given} out")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import_runtime()
-    from megatron_mosaic.parity.script_check import check_script
+    from megatron_mosaic.parity.scripts.check import check_script
 
     print_progress(f"check: {plan.world_size} ranks, then a single process, {arguments.steps} steps ...")
     parity = check_script(
@@ -83,15 +83,24 @@ def _print_parity(parity: Parity, plan: Plan) -> None:
                 name,
                 f"{parity.grad_rel_err_by_module[name]:.1e}",
                 f"{parity.parameter_rel_err_by_module[name]:.1e}",
-                format_bytes(parity.peak_activation_bytes_by_module[name]),
-                str(parity.empty_units_by_module[name]),
-                f"{parity.imbalance_by_module[name]:.2f} ({parity.imbalance_by_owner[name]:.2f})",
+                *_measures(parity, name),
             )
             for name in plan.modules
         ],
     )
     for sentence in parity.sentences:
         print(sentence)
+
+
+def _measures(parity: Parity, name: str) -> tuple[str, str, str]:
+    """Peak activations, units without items, imbalance of a module; nobody measures where Megatron lays it out."""
+    if name not in parity.peak_activation_bytes_by_module:
+        return ("not measured",) * 3
+    return (
+        format_bytes(parity.peak_activation_bytes_by_module[name]),
+        str(parity.empty_units_by_module[name]),
+        f"{parity.imbalance_by_module[name]:.2f} ({parity.imbalance_by_owner[name]:.2f})",
+    )
 
 
 def _workload_args(arguments: argparse.Namespace, plan: Plan) -> list[str]:

@@ -59,10 +59,10 @@ def check_plan(
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
         ours = words_of_ranks(plan, steps, megatron_args, directory)
         ours += ["--mosaic-schedule", schedule] if schedule else []
-        _run(plan.world_size, directory, ours, pretrain.train)
+        run_ranks(plan.world_size, directory, ours, pretrain.train)
         reference = words_of_reference(plan, steps, megatron_args)
         for measure_rounding in (False, True):  # takes six times as long, and few checks need it
-            _run(1, directory, reference, reference_run.main, directory, measure_rounding, env={PLAN_VARIABLE: ""})
+            run_ranks(1, directory, reference, reference_run.main, directory, measure_rounding, env={PLAN_VARIABLE: ""})
             parity = compare.compare(plan, steps, Path(directory))
             if parity.grad_rel_err_max <= TOLERANCE:
                 break
@@ -109,7 +109,7 @@ def _steady_words(megatron_args: Sequence[str], steps: int) -> list[str]:
     return [word for pair in (*words, ("--train-iters", str(steps)), ("--log-interval", "1000")) for word in pair]
 
 
-def _run(
+def run_ranks(
     world_size: int,
     directory: str,
     words: Sequence[str],
@@ -117,7 +117,7 @@ def _run(
     *args: object,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """`main(*args)` of a script on every rank. What a rank refuses is refused here; RankFailure if one fails."""
+    """`main(*args)` of a script on every forked rank. What a rank refuses is refused here; RankFailure if one fails."""
     try:
         run_forked(world_size, with_command_line, words, _keeping_refusal, directory, main, *args, env=env)
     except RankFailure:

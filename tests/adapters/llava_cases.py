@@ -6,6 +6,7 @@ Stock mock images are all zero, which hides every error of routing: here each is
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mosaic.parity.script_check import check_script
+from megatron_mosaic.parity.scripts.check import check_script
 from megatron_mosaic.parity.verdict import Parity
 
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
@@ -106,3 +107,24 @@ def write_plan(
 def check(plan: str, *words: str, steps: int = 2) -> Parity:
     """The script under the plan beside the script on one process."""
     return check_script(plan, SCRIPT, steps=steps, megatron_args=[*ARGUMENTS, *words])
+
+
+def keep_printed(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Keep the lines that the last rank of each run logs, for `read_printed`; to be called before a check."""
+    from megatron.training import training
+
+    stock = training.print_rank_last
+
+    def printing(line: str) -> None:
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            with (directory / f"printed-{os.environ['WORLD_SIZE']}").open("a") as file:
+                file.write(f"{line}\n")
+        stock(line)
+
+    monkeypatch.setattr(training, "print_rank_last", printing)
+
+
+def read_printed(directory: Path, world_size: int) -> list[tuple[float, float]]:
+    """(lm loss, grad norm) of every step, as the run of so many ranks printed them."""
+    text = (directory / f"printed-{world_size}").read_text()
+    return [(float(a), float(b)) for a, b in re.findall(r"lm loss: (\S+) \|.* grad norm: (\S+) \|", text)]

@@ -15,7 +15,9 @@ from tests.adapters.llava_cases import (
     any_number_of_images,
     check,
     draw_images,
+    keep_printed,
     needs_checkout,
+    read_printed,
     write_plan,
 )
 
@@ -133,9 +135,16 @@ def test_computes_what_one_process_computes(plan, tmp_path, monkeypatch):
 @needs_checkout
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "words"), CASES)
-def test_every_plan_computes_what_one_process_computes(plan, words, tmp_path, monkeypatch):
+def test_every_plan_computes_and_prints_what_one_process_does(plan, words, tmp_path, monkeypatch):
     draw_images(monkeypatch)
-    require_same(check(plan_of(plan, tmp_path), *WORDS[words]))
+    keep_printed(monkeypatch, tmp_path)
+    require_same(check(plan_of(plan, tmp_path), *WORDS[words], "--log-interval", "1"))
+    world_size = PLANS[plan]["world_size"]
+    ours, expected = read_printed(tmp_path, world_size), read_printed(tmp_path, 1)
+    assert len(expected) == 2 and all(norm > 0.05 for _, norm in expected)
+    for (loss, norm), (expected_loss, expected_norm) in zip(ours, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
+        assert norm == pytest.approx(expected_norm, abs=0.001 + 1e-9)
 
 
 @needs_checkout
@@ -153,7 +162,7 @@ def test_images_of_another_sample_are_found(tmp_path, monkeypatch):
     from megatron_mosaic.parallel_state_ext.boundaries.items import Links
 
     draw_images(monkeypatch)
-    stock = definition.batches.list_links
+    stock = definition.tokens.list_links
 
     def swapped(batch, images):
         links = stock(batch, images)
@@ -161,7 +170,7 @@ def test_images_of_another_sample_are_found(tmp_path, monkeypatch):
             links.source_items[::-1].copy(), links.source_starts, links.target_items, links.target_starts, links.rows
         )
 
-    monkeypatch.setattr(definition.batches, "list_links", swapped)
+    monkeypatch.setattr(definition.tokens, "list_links", swapped)
     parity = check(plan_of("disjoint", tmp_path))
     assert parity.loss_rel_err > 1e-5
     assert not parity.ok
@@ -173,6 +182,7 @@ def test_images_of_another_sample_are_found(tmp_path, monkeypatch):
     [
         (("--dataloader-type", "cyclic"), "--dataloader-type"),
         (("--tensor-model-parallel-size", "2"), "--tensor-model-parallel-size"),
+        (("--use-packed-sequence",), "--use-packed-sequence"),
     ],
 )
 def test_what_the_plan_contradicts_is_refused(words, where, tmp_path, monkeypatch):

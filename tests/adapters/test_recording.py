@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from megatron_mosaic.adapters.llava.batch import LOSS_MASK, ImageRows, list_items, list_links, place_tokens
-from megatron_mosaic.adapters.llava.stages import LLM, VISION
+from megatron_mosaic.adapters.batches.tokens import ItemRows, list_items, list_links
+from megatron_mosaic.adapters.llava.batch import VISION, ImageTokens, place_tokens
 from megatron_mosaic.adapters.recording import LossFunction, record_model
 from megatron_mosaic.adapters.single_process import SingleProcess, world_of_one
+from megatron_mosaic.adapters.stages import LLM, LOSS_MASK
 from megatron_mosaic.errors import ConfigError
 
 HOLE = object()
@@ -80,7 +81,7 @@ def test_a_model_is_taken_down_and_not_built():
         return model
 
     with world_of_one(), SingleProcess(Namespace())():
-        record = record_model(provider, {Known: ("tower", "rest")})
+        record = record_model(provider, {Known: lambda arguments: ("tower", "rest")})
     assert record.arguments == {"config": CONFIG, "size": 3}
     assert record.frozen == {"tower": True, "rest": False}
     assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
@@ -88,7 +89,7 @@ def test_a_model_is_taken_down_and_not_built():
 
 def test_a_model_that_no_adapter_knows_is_refused_before_it_is_built():
     with world_of_one(), SingleProcess(Namespace())(), pytest.raises(ConfigError, match="Other"):
-        record_model(lambda **_: Other(CONFIG), {Known: ()})
+        record_model(lambda **_: Other(CONFIG), {Known: lambda arguments: ()})
 
 
 def test_what_a_script_sees_is_put_back():
@@ -110,7 +111,7 @@ def token_rows(draw: st.DrawFn) -> torch.Tensor:
 @given(token_rows(), st.integers(1, 4), st.integers(3, 40))
 def test_images_stand_where_their_tokens_stood(ids, rows, max_length):
     """The oracle: every token written out, an image as many times as it has rows, cut off at the longest sequence."""
-    images = ImageRows(rows=rows, tokens=rows, dropped=0, merged=False, image_token=IMAGE, max_length=max_length)
+    images = ItemRows(module=VISION, rows=rows, tokens=rows)
     count = int((ids == IMAGE).sum())
     call = {
         "input_ids": ids,
@@ -120,7 +121,7 @@ def test_images_stand_where_their_tokens_stood(ids, rows, max_length):
         "images": torch.zeros(count, 3, 2, 2),
         "num_image_tiles": None,
     }
-    batch = place_tokens(call, images)
+    batch = place_tokens(call, ImageTokens(images=images, image_token=IMAGE, max_length=max_length))
     expected, number = [], 0
     for sample in ids.tolist():
         written: list[tuple[str, int]] = []
@@ -133,19 +134,19 @@ def test_images_stand_where_their_tokens_stood(ids, rows, max_length):
         expected.append(written[:max_length])
     for i, written in enumerate(expected):
         found = [
-            ("text", int(batch["ids"][i, p])) if batch["is_text"][i, p] else ("row", int(batch["rows"][i, p]))
+            ("text", int(batch["ids"][i, p])) if batch["is_text"][i, p] else ("row", int(batch["rows.vision"][i, p]))
             for p in range(len(written))
         ]
         assert found == written
-        assert not batch["is_text"][i, len(written) :].any() and (batch["rows"][i, len(written) :] == -1).all()
-        assert not batch[LOSS_MASK][i][batch["rows"][i] >= 0].any()
-    items, links = list_items(batch, images), list_links(batch, images)
+        assert not batch["is_text"][i, len(written) :].any() and (batch["rows.vision"][i, len(written) :] == -1).all()
+        assert not batch[LOSS_MASK][i][batch["rows.vision"][i] >= 0].any()
+    items, links = list_items(batch, [images]), list_links(batch, images)
     assert items[LLM].tokens.tolist() == [len(written) for written in expected]
     assert len(items[VISION]) == count
-    placed = np.full(batch["rows"].shape, -1)
+    placed = np.full(batch["rows.vision"].shape, -1)
     for item, start, sample, place, size in zip(
         links.source_items, links.source_starts, links.target_items, links.target_starts, links.rows, strict=True
     ):
         placed[sample, place : place + size] = item * rows + start + np.arange(size)
         assert items[VISION].samples[item] == sample
-    assert (placed == batch["rows"].numpy()).all()
+    assert (placed == batch["rows.vision"].numpy()).all()

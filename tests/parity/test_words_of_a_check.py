@@ -91,4 +91,4 @@ def test_what_a_rank_refuses_is_wrong_input_and_no_failure(tmp_path, monkeypatch
         raise RuntimeError("not the input's fault")
 
     with pytest.raises(RankFailure, match="not the input's fault"):
-        check._run(1, str(tmp_path), [], fail)
+        check.run_ranks(1, str(tmp_path), [], fail)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 
 from megatron_mosaic.adapters.adapter import Adapter
-from megatron_mosaic.adapters.llava import batch as batches
-from megatron_mosaic.adapters.llava.batch import ImageRows, LlavaReader
-from megatron_mosaic.adapters.llava.stages import LLM, VISION, LanguageStage, VisionStage
+from megatron_mosaic.adapters.arguments import refuse_flags
+from megatron_mosaic.adapters.batches import tokens
+from megatron_mosaic.adapters.batches.reader import ScriptReader
+from megatron_mosaic.adapters.batches.tokens import ItemRows
+from megatron_mosaic.adapters.language import (
+    build_language,
+    require_language_layout,
+    sizes_of,
+    sizes_of_language,
+    with_groups,
+)
+from megatron_mosaic.adapters.llava.batch import VISION, ImageTokens, place_call
 from megatron_mosaic.adapters.recording import ModelRecord
 from megatron_mosaic.adapters.single_process import SingleProcess
+from megatron_mosaic.adapters.stages import LLM, LanguageStage, Tower, VisionStage
 from megatron_mosaic.definition import Batch
 from megatron_mosaic.errors import ConfigError, PlanError
-from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard, padded_length
+from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard
 from megatron_mosaic.plan import ModulePlan, Plan, validate_plan
-from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
-from megatron_mosaic.runtime.layers.specs import layers_of, relayout, stages_of
+from megatron_mosaic.plan.workload import Edge, Role, Workload
+from megatron_mosaic.runtime.layers.specs import layers_of, relayout, relayout_projection, stages_of
 
 WORKLOAD = "llava"
 TOWER, PROJECTION, LANGUAGE = PARTS = ("vision_model", "vision_projection", "language_model")
@@ -50,10 +59,10 @@ class Llava:
     def __init__(self, record: ModelRecord, plan: Plan) -> None:
         self._arguments, self._frozen = record.arguments, record.frozen
         _require_known(record.arguments)
-        self.images = _image_rows(record.arguments)
-        self.workload = _workload(record, self.images, plan)
+        self.tokens = _image_tokens(record.arguments)
+        self.workload = _workload(record, self.tokens, plan)
         validate_plan(plan, self.workload)
-        _require_layouts(record.arguments, plan, self.images)
+        _require_layouts(record.arguments, plan, self.tokens.images)
 
     def build_stage(
         self, module: str, placed: ModulePlan, stage: int, pg_collection: ProcessGroupCollection, chunk: int = 0
@@ -65,22 +74,21 @@ class Llava:
         return build(placed, groups, chunk, *ends)
 
     def list_items(self, batch: Batch) -> dict[str, Items]:
-        return batches.list_items(batch, self.images)
+        return tokens.list_items(batch, [self.tokens.images])
 
     def list_links(self, edge: Edge, batch: Batch) -> Links:
-        return batches.list_links(batch, self.images)
+        return tokens.list_links(batch, self.tokens.images)
 
     def select_inputs(self, module: str, batch: Batch, shard: Shard) -> dict[str, Any]:
-        return batches.select_inputs(module, batch, shard, self.images)
+        return tokens.select_inputs(module, batch, shard, [self.tokens.images])
 
     def _build_vision(
         self, placed: ModulePlan, groups: ProcessGroupCollection, chunk: int, is_first: bool, is_last: bool
     ) -> VisionStage:
         given = dict(self._arguments)
         config = relayout(given["vision_transformer_config"], placed, VISION)
-        ends = replace(placed.layout, pp=1, vpp=1, dp=placed.layout.dp * placed.layout.pp)
-        projection = relayout(given["vision_projection_config"], replace(placed, layout=ends), VISION)
-        model = LLaVAModel(
+        projection = relayout_projection(given["vision_projection_config"], placed, VISION)
+        model: MegatronModule = LLaVAModel(
             **given
             | {
                 "vision_transformer_config": config,
@@ -97,37 +105,33 @@ class Llava:
             }
         )
         self._freeze(model)
-        stage = VisionStage(config, model, is_first=is_first, is_last=is_last, num_dropped=self.images.dropped)
-        return _with_groups(stage, groups)
+        if not is_last:
+            model.vision_projection = None
+        images = self.tokens.images
+        tower = Tower(encoder=TOWER, projection=PROJECTION, num_dropped=images.dropped, merged=images.merged)
+        return with_groups(VisionStage(config, model, tower, is_first=is_first, is_last=is_last), groups)
 
     def _build_language(
         self, placed: ModulePlan, groups: ProcessGroupCollection, chunk: int, is_first: bool, is_last: bool
     ) -> LanguageStage:
         given = self._arguments
-        config = relayout(given["language_transformer_config"], placed, LLM)
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=layers_of(given["language_transformer_layer_spec"], config, chunk, groups.pp.rank()),
-            vocab_size=given["language_vocab_size"],
-            max_sequence_length=given["language_max_sequence_length"],
-            parallel_output=given["parallel_output"],
-            position_embedding_type=given["language_position_embedding_type"],
-            rotary_percent=given["language_rotary_percent"],
-            rotary_base=given["language_rotary_base"],
-            rope_scaling=given["language_rope_scaling"],
-            rope_scaling_factor=given["language_rope_scaling_factor"],
-            share_embeddings_and_output_weights=given["share_embeddings_and_output_weights"],
-            scatter_embedding_sequence_parallel=False,
-            pre_process=is_first,
-            post_process=is_last,
-            pg_collection=groups,
-            vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
-        )
-        if self._frozen[LANGUAGE]:
-            model.requires_grad_(False)
-        return _with_groups(LanguageStage(config, model, is_first=is_first, is_last=is_last), groups)
+        language = {
+            "config": given["language_transformer_config"],
+            "transformer_layer_spec": given["language_transformer_layer_spec"],
+            "vocab_size": given["language_vocab_size"],
+            "max_sequence_length": given["language_max_sequence_length"],
+            "parallel_output": given["parallel_output"],
+            "position_embedding_type": given["language_position_embedding_type"],
+            "rotary_percent": given["language_rotary_percent"],
+            "rotary_base": given["language_rotary_base"],
+            "rope_scaling": given["language_rope_scaling"],
+            "rope_scaling_factor": given["language_rope_scaling_factor"],
+            "share_embeddings_and_output_weights": given["share_embeddings_and_output_weights"],
+        }
+        frozen = self._frozen[LANGUAGE]
+        return build_language(language, placed, groups, chunk, is_first=is_first, is_last=is_last, frozen=frozen)
 
-    def _freeze(self, model: LLaVAModel) -> None:
+    def _freeze(self, model: MegatronModule) -> None:
         for part in (TOWER, PROJECTION):
             if self._frozen[part]:
                 getattr(model, part).requires_grad_(False)
@@ -135,19 +139,12 @@ class Llava:
 
 def build(
     record: ModelRecord, plan: Plan, args: argparse.Namespace, alone: SingleProcess, forward_step: Callable[..., Any]
-) -> tuple[Llava, LlavaReader]:
+) -> tuple[Llava, ScriptReader]:
     """Definition and reader of one script. ConfigError or PlanError for what would not be exact."""
-    for flag in ("use_packed_sequence", "decoder_tp_comm_overlap"):
-        if getattr(args, flag, False):
-            name = f"--{flag.replace('_', '-')}"
-            raise ConfigError(
-                name,
-                got="set",
-                expected="left out: not supported under a plan of several modules",
-                fix=f"leave {name} out",
-            )
+    refuse_flags(args)
     definition = Llava(record, plan)
-    return definition, LlavaReader(definition.images, alone, forward_step)
+    place = partial(place_call, tokens=definition.tokens)
+    return definition, ScriptReader(alone, forward_step, LLaVAModel.forward, place, [definition.tokens.images])
 
 
 def module_of(name: str) -> str:
@@ -157,10 +154,11 @@ def module_of(name: str) -> str:
 
 LLAVA = Adapter(
     kind=LLaVAModel,
-    parts=PARTS,
+    tops=PARTS,
+    list_parts=lambda _: PARTS,
     build=build,
     module_of=module_of,
-    config_of={VISION: TOWER, LLM: LANGUAGE},
+    config_of=lambda model, module: model.get_submodule(TOWER if module == VISION else LANGUAGE).config,
 )
 
 
@@ -187,7 +185,7 @@ def _require_known(given: Mapping[str, Any]) -> None:
         raise ConfigError("LLaVAModel: language_model_type", got=language, expected="a GPT", fix="choose a GPT")
 
 
-def _require_layouts(given: Mapping[str, Any], plan: Plan, images: ImageRows) -> None:
+def _require_layouts(given: Mapping[str, Any], plan: Plan, images: ItemRows) -> None:
     """PlanError for layouts that fit the sizes and cannot be built."""
     if VISION in plan.modules:
         vision = plan.modules[VISION]
@@ -199,18 +197,11 @@ def _require_layouts(given: Mapping[str, Any], plan: Plan, images: ImageRows) ->
                 expected="cp 1 without sequence parallelism: pixel shuffling merges tokens that other ranks would have",
                 fix="use tp, pp or dp",
             )
-    llm = plan.modules[LLM]
-    relayout(given["language_transformer_config"], llm, LLM)
-    if given["share_embeddings_and_output_weights"] and llm.layout.pp > 1:
-        raise PlanError(
-            f"modules.{LLM}.layout.pp",
-            got=llm.layout.pp,
-            expected="1: the script ties embeddings and output weights, which stand on two stages",
-            fix="set pp: 1, or untie them",
-        )
+    tied = given["share_embeddings_and_output_weights"]
+    require_language_layout(given["language_transformer_config"], plan, tied=tied)
 
 
-def _image_rows(given: Mapping[str, Any]) -> ImageRows:
+def _image_tokens(given: Mapping[str, Any]) -> ImageTokens:
     kind, shuffled = given["vision_transformer_config"].vision_model_type, given["pixel_shuffle"]
     num_class = 0 if kind == "siglip" else 1
 
@@ -219,67 +210,37 @@ def _image_rows(given: Mapping[str, Any]) -> ImageRows:
         return int(get_num_image_embeddings(*sizes, kind, drop, num_class, shuffle))
 
     dropped = given["drop_vision_class_token"]
-    tokens = count(False, False)
-    return ImageRows(
+    images = ItemRows(
+        module=VISION,
         rows=count(dropped, shuffled),
-        tokens=tokens,
+        tokens=count(False, False),
         dropped=num_class if dropped else 0,
         merged=shuffled,
-        image_token=given["image_token_index"],
-        max_length=given["language_max_sequence_length"],
     )
+    longest = given["language_max_sequence_length"]
+    return ImageTokens(images=images, image_token=given["image_token_index"], max_length=longest)
 
 
-def _workload(record: ModelRecord, images: ImageRows, plan: Plan) -> Workload:
+def _workload(record: ModelRecord, image_tokens: ImageTokens, plan: Plan) -> Workload:
     given, frozen = record.arguments, record.frozen
     language, tower = given["language_transformer_config"], given["vision_transformer_config"]
-
-    def tokens(module: str, count: int) -> int:
-        return int(padded_length(plan.modules[module], count)) if module in plan.modules else count
-
-    projector_alone = frozen[TOWER] and not frozen[PROJECTION]
-    vision = _sizes(
+    vision = sizes_of(
         VISION,
         Role.encoder,
         tower,
-        tokens_per_item=tokens(VISION, images.tokens),
+        plan,
+        image_tokens.images.tokens,
         output_size=language.hidden_size,
         frozen=frozen[TOWER],
-        trains_projector=projector_alone,
+        trains_projector=frozen[TOWER] and not frozen[PROJECTION],
     )
-    llm = _sizes(
-        LLM,
-        Role.backbone,
+    llm = sizes_of_language(
         language,
-        tokens_per_item=tokens(LLM, images.max_length),
-        causal=True,
+        plan,
+        max_length=image_tokens.max_length,
         vocab_size=given["language_vocab_size"],
-        untied_output=not given["share_embeddings_and_output_weights"],
+        tied=given["share_embeddings_and_output_weights"],
         frozen=frozen[LANGUAGE],
     )
-    edge = Edge(source=VISION, target=LLM, rows_per_item=images.rows, width=language.hidden_size)
+    edge = Edge(source=VISION, target=LLM, rows_per_item=image_tokens.images.rows, width=language.hidden_size)
     return Workload(name=WORKLOAD, modules=(vision, llm), edges=(edge,))
-
-
-def _sizes(name: str, role: Role, config: TransformerConfig, **more: Any) -> ModuleConfig:
-    return ModuleConfig(
-        name=name,
-        role=role,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_query_groups=config.num_query_groups or 0,
-        kv_channels=config.kv_channels,
-        gated=config.gated_linear_unit,
-        **more,
-    )
-
-
-def _with_groups[M: MegatronModule](stage: M, groups: ProcessGroupCollection) -> M:
-    """The stage; parts without a tp group of their own would ask parallel_state for it when a checkpoint is written."""
-    part: MegatronModule
-    for part in (p for p in stage.modules() if isinstance(p, MegatronModule)):
-        if getattr(part, "tp_group", None) is None:
-            part.tp_group = groups.tp
-    return stage

@@ -192,10 +192,21 @@ def rebind_vocabulary_padding() -> None:
     stock = rebind(name, padded, must_accept=("orig_vocab_size", "args"))
 
 
-def rebind_pretrain(pretrain: Callable[..., Any]) -> Callable[..., Any]:
-    """Let scripts that are run from now on call this in place of Megatron's `pretrain`. Returns Megatron's."""
-    import megatron.training  # noqa: F401
+def rebind_uncaught(hook: Callable[..., None]) -> None:
+    """Let exceptions that nobody catches end this process by this hook."""
+    rebind("sys.excepthook", hook)
 
+
+def rebind_pretrain(pretrain: Callable[..., Any]) -> Callable[..., Any]:
+    """Let scripts that are run from now on call this in place of Megatron's `pretrain`. Returns Megatron's.
+
+    A Megatron with patches/ takes it as a plugin, also of a script that has bound its `pretrain` already.
+    """
+    from megatron.training import training
+
+    if hasattr(training, "PRETRAIN_PLUGINS"):
+        training.PRETRAIN_PLUGINS.append(pretrain)
+        return training.pretrain  # type: ignore[no-any-return]
     wanted = ("cfg_container", "train_valid_test_dataset_provider", "forward_step_func", "model_provider")
     stock: Callable[..., Any] = rebind("megatron.training.training.pretrain", pretrain, must_accept=wanted)
     rebind("megatron.training.pretrain", pretrain)
@@ -218,22 +229,28 @@ def install_vision_norm(norm: type) -> None:
     """Let CLIP be built without Transformer Engine, where upstream falls back to a norm that takes no `config`."""
     import torch
     from megatron.core.models.vision import clip_vit_model as clip
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    if clip.NORM_IMPL is torch.nn.LayerNorm:
+    found = clip.NORM_IMPL
+    if found in (torch.nn.LayerNorm, WrappedTorchNorm):  # the second with patches/
         rebind("megatron.core.models.vision.clip_vit_model.NORM_IMPL", norm)
         init = clip.CLIPViTModel.__init__
-        init.__defaults__ = tuple(norm if value is torch.nn.LayerNorm else value for value in init.__defaults__)
+        init.__defaults__ = tuple(norm if value is found else value for value in init.__defaults__)
 
 
-def watch_steps(before_step: Callable[[], None], after_step: Callable[[dict[str, Any]], None]) -> None:
-    """Of Megatron's own loop: call the first when gradients are ready, the second with a training step's losses."""
+def watch_steps(
+    take: Callable[[Any], None], before_step: Callable[[Any], None], after_step: Callable[[dict[str, Any]], None]
+) -> None:
+    """Of Megatron's own loop: call the first with the model's chunks before an optimizer is built for them, the second
+    with the optimizer when gradients are ready, the third with a training step's losses."""
 
-    def build(*args: Any, **kwargs: Any) -> Any:
-        optimizer = stock_build(*args, **kwargs)
+    def build(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        take(model_chunks)
+        optimizer = stock_build(config, model_chunks, *args, **kwargs)
         stock_step = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            before_step()
+            before_step(optimizer)
             return stock_step(*args, **kwargs)
 
         optimizer.step = step

@@ -48,7 +48,9 @@ def stages_of(groups: ProcessGroupCollection, placed: ModulePlan, chunk: int) ->
     return ProcessGroupCollection(**(vars(groups) | {"pp": ranges}))
 
 
-def relayout(config: TransformerConfig, placed: ModulePlan, module: str) -> TransformerConfig:
+def relayout(
+    config: TransformerConfig, placed: ModulePlan, module: str, num_heads: int | None = None
+) -> TransformerConfig:
     """A config of one process with this layout's degrees and recomputation. PlanError if Megatron refuses them."""
     layout, full = placed.layout, placed.recompute is Recompute.full
     inside = full or placed.recompute is Recompute.selective  # `whole` is the runtime's matter
@@ -68,7 +70,10 @@ def relayout(config: TransformerConfig, placed: ModulePlan, module: str) -> Tran
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": 1 if full else None,
         "recompute_modules": ["core_attn"],
+        "calculate_per_token_loss": True,  # or gradient buffers would divide by the module's own dp
     }
+    if num_heads is not None:
+        changes |= {"num_attention_heads": num_heads, "num_query_groups": num_heads}
     try:
         own = replace(config, **changes)  # type: ignore[arg-type]
     except (AssertionError, ValueError) as error:
@@ -81,6 +86,12 @@ def relayout(config: TransformerConfig, placed: ModulePlan, module: str) -> Tran
     known = {field.name for field in fields(config)}
     vars(own).update({key: value for key, value in vars(config).items() if key not in known})  # what a script has added
     return own
+
+
+def relayout_projection(config: TransformerConfig, placed: ModulePlan, module: str) -> TransformerConfig:
+    """`relayout` for layers that stand on the last stage alone and have no heads, whatever their config says."""
+    last = replace(placed.layout, pp=1, vpp=1, dp=placed.layout.dp * placed.layout.pp)
+    return relayout(config, replace(placed, layout=last), module, num_heads=placed.layout.tp)
 
 
 def layers_of(

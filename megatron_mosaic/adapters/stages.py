@@ -1,19 +1,20 @@
-"""The stages of a LLaVAModel. Hidden states are [tokens, items, hidden_size].
+"""Stages of multimodal models, of upstream's own parts. Hidden states are [tokens, items, hidden_size].
 
     VisionStage    images -> tower -> projection -> rows for the llm
     LanguageStage  text, with rows in the places that upstream gives them -> a GPT -> the loss of every token
 
-Upstream's own modules do the work: its LLaVAModel builds and holds the tower, its GPTModel the decoder. What is ours is
-which tokens of them a rank has.
+Upstream's own modules do the work: its CLIPViTModel is the tower, its GPTModel the decoder. What is ours is which
+tokens of them a rank has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.multimodal.llava_model import LLaVAModel, pixel_shuffle
+from megatron.core.models.multimodal.llava_model import pixel_shuffle
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from megatron_mosaic.definition import StageInputs, StageOutput
 from megatron_mosaic.runtime.layers.norms import split_over_tp
 
-VISION, LLM = "vision", "llm"
+LLM = "llm"
 LOSS_MASK = "loss_mask"
 
 
@@ -34,44 +35,53 @@ class Parts(MegatronModule):
             self.add_module(name, part)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tower:
+    """Where an image encoder's parts stand in a model, as dotted names: `encoder`, a CLIPViTModel, and `projection` of
+    its rows, empty if there is none. `num_dropped`: class tokens that the llm does not see; where rows are `merged`,
+    they are dropped before."""
+
+    encoder: str
+    projection: str
+    num_dropped: int = 0
+    merged: bool = False
+
+
 class VisionStage(MegatronModule):
     """Images in, hidden states between stages, rows of the projection out."""
 
     def __init__(
-        self, config: TransformerConfig, model: LLaVAModel, *, is_first: bool, is_last: bool, num_dropped: int
+        self, config: TransformerConfig, model: nn.Module, tower: Tower, *, is_first: bool, is_last: bool
     ) -> None:
-        """`num_dropped`: class tokens that the llm does not see; they are dropped here where tokens are merged."""
         super().__init__(config)
-        tower: nn.Module = model.vision_model
+        encoder: nn.Module = model.get_submodule(tower.encoder)
         if not is_first:
-            _leave_layers(tower)
-        if not is_last:
-            model.vision_projection = None
-            if getattr(tower, "ln_post", None) is not None:
-                tower.ln_post = None
+            _leave_layers(encoder)
+        if not is_last and getattr(encoder, "ln_post", None) is not None:
+            encoder.ln_post = None
         if config.context_parallel_size > 1 or config.sequence_parallel:
-            for name, part in tower.named_children():
+            for name, part in encoder.named_children():
                 if name != "decoder":
                     split_over_tp(part, config)
             parameter: nn.Parameter
-            for parameter in tower.parameters(recurse=False):  # the class token
+            for parameter in encoder.parameters(recurse=False):  # the class token
                 parameter.sequence_parallel = config.sequence_parallel
         self.model = model
-        self.is_first, self.is_last, self._num_dropped = is_first, is_last, num_dropped
+        self.is_first, self.is_last, self._tower = is_first, is_last, tower
 
     def forward(self, inputs: StageInputs) -> StageOutput:
         hidden = self._embed_and_run(inputs) if self.is_first else self._run(inputs)
         if not self.is_last:
             return StageOutput(hidden=hidden)
-        if self.model._pixel_shuffle:
-            merged = pixel_shuffle(hidden[self._num_dropped :].transpose(0, 1))
+        if self._tower.merged:
+            merged = pixel_shuffle(hidden[self._tower.num_dropped :].transpose(0, 1))
             hidden = merged.transpose(0, 1).contiguous()
-        rows = self.model.vision_projection(hidden)
+        rows = self.model.get_submodule(self._tower.projection)(hidden) if self._tower.projection else hidden
         return StageOutput(exports={LLM: rows[inputs.exports_at[LLM]]})
 
     def _embed_and_run(self, inputs: StageInputs) -> Tensor:
         """Upstream's whole forward; before its layers, this rank's tokens are taken."""
-        tower, shard = self.model.vision_model, inputs.shard
+        encoder, shard = self.model.get_submodule(self._tower.encoder), inputs.shard
 
         def take_own(_: nn.Module, given: tuple[Tensor, object]) -> tuple[Tensor, Tensor | None]:
             embedded, _ = given
@@ -80,16 +90,16 @@ class VisionStage(MegatronModule):
 
         is_split = len(shard.tokens) != shard.length or "padding" in inputs.tensors
         if not is_split:
-            found: Tensor = tower(inputs.tensors["images"])
+            found: Tensor = encoder(inputs.tensors["images"])
         else:
-            with tower.decoder.register_forward_pre_hook(take_own):
-                found = tower(inputs.tensors["images"])
+            with encoder.get_submodule("decoder").register_forward_pre_hook(take_own):
+                found = encoder(inputs.tensors["images"])
         return found.transpose(0, 1).contiguous()
 
     def _run(self, inputs: StageInputs) -> Tensor:
-        tower = self.model.vision_model
-        hidden: Tensor = tower.decoder(inputs.hidden, inputs.tensors.get("padding"))
-        norm = getattr(tower, "ln_post", None)
+        encoder = self.model.get_submodule(self._tower.encoder)
+        hidden: Tensor = encoder.get_submodule("decoder")(inputs.hidden, inputs.tensors.get("padding"))
+        norm = getattr(encoder, "ln_post", None)
         return hidden if norm is None else norm(hidden)
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.parity.check import _run as run_ranks
-from megatron_mosaic.parity.check import in_fp32
+from megatron_mosaic.parity.check import in_fp32, run_ranks
 from megatron_mosaic.parity.verdict import Parity
 from megatron_mosaic.plan.plan_file import load_plan, save_plan
 
@@ -20,6 +19,7 @@ _STEADY = (
     *("--lr-decay-style", "constant", "--adam-eps", "1e-3", "--eval-iters", "0", "--eval-interval", "1000000"),
     *("--distributed-timeout-minutes", "2", "--log-interval", "1000"),
 )
+_DIVIDE_ONCE = "--calculate-per-token-loss"  # as the reference does; Megatron's default depends on the layout
 _NO_NAN_CHECK = "--no-check-for-nan-in-loss-and-grad"  # a NaN is a finding of the check, not the end of it
 
 
@@ -36,14 +36,7 @@ def check_script(plan_path: str, script: str, *, steps: int = 3, megatron_args: 
             expected="left out: a check is without dropout, which draws anew for every layout",
             fix=f"leave {given[0]} out of the check",
         )
-    if len(plan.modules) == 1:
-        raise ConfigError(
-            "check --script",
-            got="a plan of one module, which Megatron lays out itself",
-            expected="a plan of several modules",
-            fix="compare the losses of two runs: -m megatron_mosaic.run SCRIPT --mosaic-plan PLAN",
-        )
-    from megatron_mosaic.adapters import script as adapted  # noqa: F401  forked ranks inherit it
+    from megatron_mosaic.adapters import stock  # noqa: F401  forked ranks inherit it
     from megatron_mosaic.parallel_state_ext.rebound import cpu
     from megatron_mosaic.parity import compare
     from megatron_mosaic.runtime.arguments import prepare_ranks
@@ -54,8 +47,11 @@ def check_script(plan_path: str, script: str, *, steps: int = 3, megatron_args: 
     with tempfile.TemporaryDirectory(prefix="mosaic-check-") as directory:
         path = Path(directory) / "plan.yaml"
         save_plan(plan, path)
-        own = ["--mosaic-report", directory, "--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
-        run_ranks(plan.world_size, directory, [], _under_plan, script, [*words, *own], str(path))
+        if len(plan.modules) > 1:
+            own = ["--mosaic-report", directory, "--mosaic-dump-gradients", directory, "--mosaic-measure-activations"]
+            run_ranks(plan.world_size, directory, [], _under_plan, script, [*words, *own], str(path))
+        else:
+            run_ranks(plan.world_size, directory, [], _laid_out, script, [*words, _DIVIDE_ONCE], str(path), directory)
         run_ranks(1, directory, [], _alone, script, words, str(path), directory)
         return compare.compare(plan, steps, Path(directory))
 
@@ -67,7 +63,13 @@ def _under_plan(script: str, words: Sequence[str], plan_path: str) -> int:
     return 0
 
 
-def _alone(script: str, words: Sequence[str], plan_path: str, directory: str) -> int:
-    from megatron_mosaic.parity import script_reference
+def _laid_out(script: str, words: Sequence[str], plan_path: str, directory: str) -> int:
+    from megatron_mosaic.parity.scripts import laid_out
 
-    return script_reference.main(script, words, load_plan(plan_path), directory)
+    return laid_out.main(script, words, load_plan(plan_path), directory)
+
+
+def _alone(script: str, words: Sequence[str], plan_path: str, directory: str) -> int:
+    from megatron_mosaic.parity.scripts import alone
+
+    return alone.main(script, words, load_plan(plan_path), directory)

@@ -1,0 +1,1 @@
+"""Does a Megatron script under a plan compute what it computes on one process?"""
