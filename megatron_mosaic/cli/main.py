@@ -31,6 +31,7 @@ COMMANDS = {
     "validate": "megatron_mosaic.cli.validate",
     "report": "megatron_mosaic.cli.report",
     "import": "megatron_mosaic.cli.import_model",
+    "convert": "megatron_mosaic.cli.convert",
 }
 
 
@@ -97,6 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     importing = add("import", "a model file from a Hugging Face config.json or a list of Megatron arguments")
     importing.add_argument("source", metavar="SOURCE", help="hf:DIR/config.json or megatron:ARGS.txt")
     importing.add_argument("--out", metavar="MODEL.yaml", help="file to write; without it, the model is printed")
+    converting = add("convert", "weights of a stock script's checkpoint for plans of several modules, and back")
+    converting.add_argument(
+        "source", metavar="SOURCE", help="directory of --save: format torch, or a plan's torch_dist"
+    )
+    converting.add_argument("target", metavar="TARGET", help="directory for --load, in the other format")
     for command in (show, simulate, check, train, report):
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, show, simulate, calibrate, submit, report):
