@@ -3,17 +3,16 @@
     module time   pre / layer / post of every module, over items, tp and threads  (forward, backward)
     collectives   all_reduce, all_gather, reduce_scatter, p2p over bytes and ranks
     optimizer     one Megatron optimizer step over parameters
-    overhead      what an action of a real single-rank `pretrain()` run costs beyond its module code
+    crowding      by how much ranks that compute at once slow each other down
+    overheads     what actions, samples and steps of a real single-rank `pretrain()` run cost beyond all that
 
-A group of more ranks than cores slows itself down while it is measured; the cost model takes that factor out.
+A group of several ranks slows itself down while it is measured; the cost model takes that factor out.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -32,13 +31,21 @@ from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.calibrate.collectives import measure_collectives
+from megatron_mosaic.calibrate.crowding import measure_crowding
 from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
 from megatron_mosaic.calibrate.one_rank import one_rank_plan
+from megatron_mosaic.calibrate.overheads import fit_overheads
+from megatron_mosaic.cost_model.hardware.catalogue import local_cluster
 from megatron_mosaic.cost_model.hardware.profile import FORMAT_VERSION, Profile
+from megatron_mosaic.cost_model.model import CostModel
+from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.launch.forked import run_forked, with_command_line
+from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.plan_file import save_plan
+from megatron_mosaic.plan.workload import Workload
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.telemetry.step_report import TIMELINE_FILE
+from megatron_mosaic.schedules.timeline import Span
 
 
 def calibrate(
@@ -52,9 +59,9 @@ def calibrate(
         command = [*megatron_args, "--global-batch-size", str(4 * num_ranks), "--micro-batch-size", "4"]
         run_forked(num_ranks, _measure_rank, command, directory, cores)
         data = json.loads((Path(directory) / "measured.json").read_text())
-        progress("overhead of an action")
-        action_s = _measure_overhead(workload.name, [m.name for m in workload.modules], megatron_args, directory)
-    return Profile.model_validate(
+        progress("overheads of a step")
+        spans = _run_one_rank(workload, megatron_args, directory)
+    profile = Profile.model_validate(
         {
             "mosaic_profile": FORMAT_VERSION,
             "provenance": {
@@ -68,9 +75,12 @@ def calibrate(
             "modules": data["modules"],
             "collectives": data["collectives"],
             "optimizer": data["optimizer"],
-            "overheads": {"action_s": action_s, "sample_s": data["sample_s"]},
+            "crowding": data["crowding"],
         }
     )
+    model = CostModel(workload, local_cluster(profile, 1), profile)
+    overheads = fit_overheads(simulate(_one_rank(workload), model), spans)
+    return profile.model_copy(update={"overheads": overheads})
 
 
 def _measure_rank(command: list[str], directory: str, cores: int) -> None:
@@ -82,10 +92,6 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
     dist.init_process_group("gloo", world_size=args.world_size, rank=args.rank, timeout=timedelta(minutes=2))
     definition = Any2Any.from_args(args, pretrain.workload_from_args(args))
     samples = pretrain.make_datasets(args, definition.workload)((256, 1, 1))[0]
-    loads = [0.0]
-    if dist.get_rank() == 0:  # alone: the cost model slows it down by the ranks that load beside it
-        loads = list(_repeat(lambda: definition.list_items(collate([samples[i] for i in range(32)]))))
-    dist.barrier()
     batch = collate([samples[i] for i in range(4 * max(ITEMS))])
     modules: dict[str, dict[int, dict[int, list[dict[str, Any]]]]] = {}
     optimizer: dict[int, float] = {}
@@ -97,13 +103,14 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
             if tp == 1:
                 optimizer.update(bench.measure_optimizer())
             bench.close()
+    crowding = measure_crowding(definition.workload.backbone)
     collectives = measure_collectives(Path(directory) / "messages-timed")
     if dist.get_rank() == 0:
         measured = {
             "machine": _measure_machine(cores),
             "modules": modules,
             "collectives": collectives,
-            "sample_s": statistics.median(loads) / 32,
+            "crowding": crowding,
             "optimizer": [{"params": params, "seconds": seconds} for params, seconds in sorted(optimizer.items())],
         }
         (Path(directory) / "measured.json").write_text(json.dumps(measured))
@@ -139,17 +146,19 @@ def _repeat(work: Callable[[], object], times: int = REPEATS) -> Iterator[float]
         yield time.perf_counter() - started
 
 
-def _measure_overhead(workload: str, modules: Sequence[str], megatron_args: Sequence[str], directory: str) -> float:
-    """Seconds between two actions of a rank that waits for nobody, in a real run with every module on one rank."""
+def _one_rank(workload: Workload) -> Plan:
+    modules = [module.name for module in workload.modules]
+    return one_rank_plan(workload.name, modules, global_batch_size=16, micro_batch_size=4)
+
+
+def _run_one_rank(workload: Workload, megatron_args: Sequence[str], directory: str) -> list[Span]:
+    """The median step of a real run with every module on one rank, which waits for nobody."""
     path = f"{directory}/one-rank.yaml"
-    save_plan(one_rank_plan(workload, modules, global_batch_size=16, micro_batch_size=4), path)
-    command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "8"]
+    save_plan(_one_rank(workload), path)
+    command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "24"]
     command += ["--eval-iters", "0", "--log-interval", "1000"]
     run_forked(1, with_command_line, command, pretrain.main)
-    spans = json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]
-    spans = sorted(span[2:4] for span in spans if not span[1].startswith("~"))
-    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
-    return max(0.0, statistics.median(gaps))
+    return [Span(*span) for span in json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]]
 
 
 def _cpu_model() -> str:

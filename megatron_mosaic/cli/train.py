@@ -31,7 +31,7 @@ from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_wo
 from megatron_mosaic.runtime.telemetry.prediction import PREDICTED_FILE, Prediction, format_prediction
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
-from megatron_mosaic.schedules.timeline import Timeline, diff
+from megatron_mosaic.schedules.timeline import Timeline, diff, diff_kinds
 from megatron_mosaic.schedules.views.text import render_text
 from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from megatron_mosaic.units import MS, format_seconds
@@ -214,6 +214,14 @@ def _result(
             "by_module": predicted.seconds_by_module(),
         }
         result["error_frac"] = predicted.end_s / timeline.end_s - 1
+        result["residual_by_kind"] = {
+            each.kind: {
+                "predicted_s": each.predicted_s,
+                "measured_s": each.measured_s,
+                "residual_s": each.residual_s,
+            }
+            for each in diff_kinds(predicted, timeline)
+        }
     return result
 
 
@@ -252,4 +260,12 @@ def print_timelines(measured: Timeline, predicted: Timeline | None) -> None:
         f"prediction error of the step: {predicted.end_s / measured.end_s - 1:+.0%}",
         ("lane (mean over its ranks)", "predicted ms", "measured ms"),
         [(d.lane, f"{d.predicted_s / MS:.1f}", f"{d.measured_s / MS:.1f}") for d in diff(predicted, measured)],
+    )
+    print_table(
+        "where it is lost: what a rank does in a step, on average",
+        ("kind of action", "predicted ms", "measured ms", "residual ms"),
+        [
+            (d.kind, f"{d.predicted_s / MS:.1f}", f"{d.measured_s / MS:.1f}", f"{d.residual_s / MS:+.1f}")
+            for d in diff_kinds(predicted, measured)
+        ],
     )

@@ -116,6 +116,11 @@ class StepPrice:
         return slow * self.work.num_samples * self.source.overheads.sample_s
 
     @cached_property
+    def loop_s(self) -> float:
+        """What every rank's loop does behind its last action beyond gradients and optimizer, all at once."""
+        return self.machine.crowding(self.work.world.size) * self.source.overheads.step_s
+
+    @cached_property
     def consensus_s(self) -> float:
         """A small all-reduce over the world: once for the token count, once for norm and skip decision."""
         return self.source.consensus_s(self.work.world)
@@ -134,7 +139,7 @@ class StepPrice:
         for i, sources in enumerate(self.work.sources):
             before.append(max([before[s] + self.costs[s].seconds(Kind.F) for s in sources], default=0.0))
             bounds.append(before[i] + busy_s[i] + tail_of[i])
-        tail_s = self.consensus_s + max(self.optimizer_s) + self.source.overheads.step_s
+        tail_s = self.consensus_s + max(self.optimizer_s) + self.loop_s
         return self.data_s + max(bounds) + tail_s
 
     def _busiest_track_s(self, lanes: Sequence[int], busy_s: Sequence[float]) -> float:

@@ -54,7 +54,7 @@ class Simulation:
 
     @property
     def step_s(self) -> float:
-        return self.optimizer_start_s + max(self.price.optimizer_s) + self.price.source.overheads.step_s
+        return self.optimizer_start_s + max(self.price.optimizer_s) + self.price.loop_s
 
     @property
     def class_peak_bytes(self) -> tuple[float, ...]:
@@ -89,7 +89,7 @@ class Simulation:
         class_end_s, optimizer_start_s = self.class_end_s, self.optimizer_start_s
         for kind in replicas.kinds:
             rank, i = kind.ranks.first, kind.rank_class
-            optimizer_end_s = optimizer_start_s + price.optimizer_s[i] + price.source.overheads.step_s
+            optimizer_end_s = optimizer_start_s + price.optimizer_s[i] + price.loop_s
             if price.data_s:
                 spans.append(Span(rank, "~data", 0.0, price.data_s, "~data"))
             spans.append(Span(rank, "~grads", class_end_s[i], class_end_s[i] + price.gradients_s[i], "~grads"))

@@ -6,7 +6,7 @@ StageWork --CostSource--> ActionCost, seconds of collectives and of the tail, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_mosaic.cost_model.clock.machine import Machine, OwnDevices, SharedCores
@@ -126,8 +126,12 @@ class MeasuredCosts:
         self.setup, self.precision, self.overheads = MEASURED, precision_of(MEASURED), profile.overheads
         self.name = profile.title
         self.comm = MeasuredComm(fitted)
-        self._cores = cluster.shared_cores
-        self._compute = MeasuredCompute(fitted, cluster.gpu.num_sms)
+        self._all_cores = SharedCores(
+            cores=cluster.shared_cores,
+            threads=(),
+            slow_downs=tuple((point.ranks, point.slow_down) for point in profile.crowding),
+        )
+        self._compute = MeasuredCompute(fitted, cluster.gpu.num_sms, self._all_cores)
         self._optimizer = fitted.optimizer()
 
     def action_cost(self, work: StageWork, kind: Kind) -> ActionCost:
@@ -140,7 +144,7 @@ class MeasuredCosts:
 
     def machine(self, threads: Sequence[int]) -> SharedCores:
         """`CostSource.machine`."""
-        return SharedCores(cores=self._cores, threads=tuple(threads))
+        return replace(self._all_cores, threads=tuple(threads))
 
     def optimizer_s(self, num_parameters: float) -> float:
         """`CostSource.optimizer_s`."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import RankSet
+from megatron_mosaic.schedules.actions import Action
 
+IDLE = "~idle"  # what a rank waits, and what lies between its spans
 _MOST_SPANS = 4  # of ranks, in the name of a row
 
 
@@ -117,6 +119,18 @@ class Timeline:
         """Module -> seconds of its spans, mean over the ranks that run it."""
         return self._mean_seconds(lambda span: span.lane.partition(".")[0])
 
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Kind of action (F, B, ...), `~data` and the like, and `~idle`: what a rank does on average, from the step's
+        start to its end. Kinds add up to the step where no two spans of a rank run at once."""
+        busy, found = self.busy_s_by_rank(), dict[str, float]()
+        num_ranks = sum(map(self.num_ranks, busy))
+        for span in self.spans:
+            kind = span.label if span.label.startswith("~") else Action.parse(span.label).kind.value
+            seconds = self.num_ranks(span.rank) * (span.end_s - span.start_s)
+            found[kind] = found.get(kind, 0.0) + seconds / num_ranks
+        idle_s = sum(self.num_ranks(rank) * (self.end_s - seconds) for rank, seconds in busy.items())
+        return found | {IDLE: idle_s / num_ranks} if busy else found
+
     def _mean_seconds(self, key: Callable[[Span], str]) -> dict[str, float]:
         total: dict[str, float] = {}
         ranks: dict[str, set[int]] = {}
@@ -125,6 +139,20 @@ class Timeline:
             total[name] = total.get(name, 0.0) + self.num_ranks(span.rank) * (span.end_s - span.start_s)
             ranks.setdefault(name, set()).add(span.rank)
         return {name: seconds / sum(map(self.num_ranks, ranks[name])) for name, seconds in total.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindDifference:
+    """Seconds that a rank on average spends on a kind of action in a step, predicted and measured."""
+
+    kind: str
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def residual_s(self) -> float:
+        """What the prediction lacks; below zero: what it has too much."""
+        return self.measured_s - self.predicted_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,4 +171,13 @@ def diff(predicted: Timeline, measured: Timeline) -> tuple[LaneDifference, ...]:
     return tuple(
         LaneDifference(lane=lane, predicted_s=ours.get(lane, 0.0), measured_s=theirs.get(lane, 0.0))
         for lane in sorted({*ours, *theirs})
+    )
+
+
+def diff_kinds(predicted: Timeline, measured: Timeline) -> tuple[KindDifference, ...]:
+    """Kind by kind; residuals add up to that of the step, where ranks are those of the measured step."""
+    ours, theirs = predicted.seconds_by_kind(), measured.seconds_by_kind()
+    return tuple(
+        KindDifference(kind=kind, predicted_s=ours.get(kind, 0.0), measured_s=theirs.get(kind, 0.0))
+        for kind in sorted({*ours, *theirs})
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.cost_model.clock.machine import OwnDevices
+from megatron_mosaic.cost_model.clock.machine import OwnDevices, SharedCores
 from megatron_mosaic.cost_model.clock.program import fold
 from megatron_mosaic.cost_model.clock.replicas import MAX_CLASSES, SlotClasses
 from megatron_mosaic.cost_model.clock.run import run_clock, run_events
@@ -49,6 +49,34 @@ def test_one_pass_gives_the_times_of_the_events(plan, units):
     starts, ends = run_events(simulation.program, job_s, lag_s, OwnDevices())
     assert simulation.start_s == pytest.approx(starts, rel=1e-9, abs=1e-12)
     assert simulation.end_s == pytest.approx(ends, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=20)
+@given(plans(world_size=4), st.integers(1, 4), st.floats(1, 3), st.floats(1, 3))
+def test_equal_rates_give_the_times_of_the_events(plan, cores, two, more):
+    simulation = simulate(plan, _local_model(cores))
+    job_s, lag_s = times_of(simulation)
+    threads = tuple([cost.threads for cost in simulation.price.costs])
+    of_slots = tuple(threads[lane] for lane in simulation.program.lane_of)
+    machine = SharedCores(cores=cores, threads=of_slots, slow_downs=((2, two), (4, two * more)))
+    starts, ends = run_events(simulation.program, job_s, lag_s, machine)
+    found = run_clock(simulation.program, job_s, lag_s, machine)
+    assert found[0] == pytest.approx(starts, rel=1e-9, abs=1e-11)
+    assert found[1] == pytest.approx(ends, rel=1e-9, abs=1e-11)
+
+
+def test_threads_slow_each_other_down_as_measured():
+    plain = SharedCores(cores=2, threads=())
+    assert [plain.crowding(n) for n in (1, 2, 3, 8)] == [1, 1, 1.5, 4]
+    measured = SharedCores(cores=2, threads=(), slow_downs=((2, 1.2), (4, 2.6)))
+    # between 2 and 4 on a straight line; beyond, as many more turns; alone, nobody is in the way
+    assert [measured.crowding(n) for n in (1, 2, 3, 4, 8)] == pytest.approx([1, 1.2, 1.9, 2.6, 5.2])
+    # what was measured with fewer ranks than cores goes on in turns from there
+    few = SharedCores(cores=4, threads=(), slow_downs=((2, 1.1),))
+    assert [few.crowding(n) for n in (2, 4, 8)] == pytest.approx([1.1, 1.1, 2.2])
+    # turns are never fewer than threads over cores
+    lucky = SharedCores(cores=1, threads=(), slow_downs=((2, 1.5),))
+    assert lucky.crowding(2) == 2
 
 
 @settings(max_examples=30)

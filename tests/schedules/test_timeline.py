@@ -7,7 +7,7 @@ import pytest
 from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import RankSet
-from megatron_mosaic.schedules.timeline import Span, Timeline, diff
+from megatron_mosaic.schedules.timeline import Span, Timeline, diff, diff_kinds
 from megatron_mosaic.schedules.views.text import render_text
 from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
 from tests.goldens import assert_golden
@@ -113,3 +113,18 @@ def test_diff():
     rows = {row.lane: (row.predicted_s, row.measured_s) for row in diff(TIMELINE, slower)}
     assert rows["llm.0"] == pytest.approx((0.6, 1.2))
     assert rows["~grads"] == pytest.approx((0.1, 0.0))
+
+
+def test_kinds_add_up_to_the_step():
+    """Two ranks, one of which stands for three: by hand, (1 + 3 x 2) / 4 and so on."""
+    spans = [Span(0, "llm.0", 0.0, 1.0, "llm.0F0"), Span(0, "llm.0", 3.0, 4.0, "llm.0B0")]
+    spans += [Span(1, "llm.1", 1.0, 3.0, "llm.1v1F0"), Span(1, "~grads", 3.0, 3.5, "~grads")]
+    timeline = Timeline(tuple(spans), {1: RankSet.parse("1-3")})
+    kinds = timeline.seconds_by_kind()
+    assert kinds == pytest.approx({"F": 7 / 4, "B": 1 / 4, "~grads": 1.5 / 4, "~idle": (2 + 3 * 1.5) / 4})
+    assert sum(kinds.values()) == pytest.approx(timeline.end_s)
+    longer = Timeline((*spans[:3], Span(1, "~grads", 3.0, 6.0, "~grads")), {1: RankSet.parse("1-3")})
+    residuals = {each.kind: each.residual_s for each in diff_kinds(timeline, longer)}
+    assert sum(residuals.values()) == pytest.approx(2.0)
+    assert residuals["~grads"] == pytest.approx(3 * 2.5 / 4)
+    assert residuals["F"] == 0

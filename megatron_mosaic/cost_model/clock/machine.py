@@ -40,20 +40,33 @@ class OwnDevices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedCores:
-    """Processor sharing: with t threads at work on c cores each action runs at rate min(1, c / t)."""
+    """Processor sharing: with t threads at work on c cores each action runs at rate min(1, c / t), or slower by what
+    was measured that many threads cost one another beyond their turns.
+
+    `slow_downs`: (threads at work, factor by which each is slower), ascending; straight lines between, and on from the
+    last one in proportion to the threads.
+    """
 
     cores: int
     threads: tuple[int, ...]  # of an action, on all slots of a class together
+    slow_downs: tuple[tuple[int, float], ...] = ()
 
     def rate(self, at_work: int) -> float:
         """Of every action, with so many threads at work."""
-        return min(1.0, self.cores / at_work) if at_work else 1.0
+        turns = max(1.0, at_work / self.cores)
+        below = (1, 1.0)
+        for threads, factor in self.slow_downs:
+            if at_work <= threads:
+                share = (at_work - below[0]) / max(1, threads - below[0])
+                return 1 / max(turns, below[1] + share * (factor - below[1]))
+            below = (threads, factor)
+        return 1 / max(turns, below[1] * max(1.0, at_work / max(below[0], self.cores)))
 
     def rates(self, slots: Sequence[int]) -> Sequence[float]:
         return [self.rate(sum(map(self.threads.__getitem__, slots)))] * len(slots)
 
     def crowding(self, num_ranks: int) -> float:
-        return max(1.0, num_ranks / self.cores)
+        return 1 / self.rate(num_ranks)
 
     def least_s(self, busy_s: Sequence[float]) -> float:
         return sum(seconds * threads for seconds, threads in zip(busy_s, self.threads)) / self.cores

@@ -191,9 +191,11 @@ def _run_equal_rates(program: Program, job_s: Sequence[float], lag_s: Sequence[f
     under_way = [(0.0, row) for row, waits in enumerate(count) if not waits]  # heap of (arrival, row)
     at_work: list[tuple[float, int]] = []  # heap of (done at that much work, row)
     now = work = 0.0
-    busy, cores = 0, machine.cores
+    busy, rate_of = 0, list[float]()  # by threads at work, as far as it was asked for
     while at_work or under_way:
-        rate = cores / busy if busy > cores else 1.0
+        while busy >= len(rate_of):
+            rate_of.append(machine.rate(len(rate_of)))
+        rate = rate_of[busy]
         done_s = now + (at_work[0][0] - work) / rate if at_work else inf
         if under_way and under_way[0][0] <= done_s:
             then, row = heappop(under_way)

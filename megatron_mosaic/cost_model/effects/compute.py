@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_mosaic.cost_model.clock.machine import Machine
 from megatron_mosaic.cost_model.effects.kernels import (
     Gemm,
     Work,
@@ -135,12 +136,12 @@ def _is_layer(kernels: Work) -> bool:
 class MeasuredCompute:
     """Fitted lines of a profile. Communication inside the tp group is in them.
 
-    A tp group that was measured with more threads than cores was slowed down by itself; that factor is taken out,
-    because the simulator puts the slow-down of shared cores in.
+    The threads of a tp group slowed each other down while it was measured; that factor is taken out, because the
+    simulator puts the slow-down of shared cores in.
     """
 
-    def __init__(self, fitted: FittedProfile, cores_per_rank: int) -> None:
-        self.fitted, self.cores_per_rank = fitted, cores_per_rank
+    def __init__(self, fitted: FittedProfile, cores_per_rank: int, cores: Machine) -> None:
+        self.fitted, self.cores_per_rank, self._cores = fitted, cores_per_rank, cores
 
     def threads(self, share: float) -> int:
         """Cores that a rank computes on with this share."""
@@ -149,7 +150,7 @@ class MeasuredCompute:
     def estimate(self, work: StageWork, kind: Kind) -> float:
         """Seconds of a unit."""
         threads, again = self.threads(work.share), work.recompute
-        alone = min(1.0, self.fitted.profile.machine.cores / (work.layout.tp * threads))
+        alone = 1.0 / self._cores.crowding(work.layout.tp * threads)
         passes = [(kind, work.parts(kind))]
         if of_kind({Kind.F: False, Kind.B: again is not Recompute.none}, kind):
             # nothing finer was measured than a layer

@@ -8,6 +8,7 @@ digest: 0123456789ab
 modules: {vision: {1: {2: [{part: layer, items: 4, forward_s: 1.0e-3, backward_s: 2.0e-3}, ...]}}}    # tp, threads
 collectives: {all_reduce: {2: [{bytes: 4096, seconds: 1.0e-4}, ...]}}                                 # ranks
 optimizer: [{params: 100000, seconds: 1.0e-3}, ...]
+crowding: [{ranks: 2, slow_down: 1.3}, ...]
 overheads: {action_s: 0.0, step_s: 0.0, sample_s: 0.0}
 """
 
@@ -111,15 +112,27 @@ class OptimizerPoint(Schema):
     seconds: PositiveSeconds
 
 
+class CrowdPoint(Schema):
+    """By which factor one rank's computing takes longer while so many ranks compute, a thread each: for a turn on the
+    cores, and for caches and execution units that they share."""
+
+    ranks: Degree
+    slow_down: Annotated[float, Field(ge=1, le=MAX_COUNT)]
+
+
 class Overheads(Schema):
-    """Seconds beyond the modules' own: of each action, of each step, and of loading each sample of the global batch
-    (on every rank). Zero: not seen in the measurement."""
+    """Seconds beyond the modules' own: of each action, of each step behind its last action, and of loading each sample
+    of the global batch (on every rank). Zero: not seen in the measurement."""
 
     action_s: Seconds = 0.0
     step_s: Seconds = 0.0
     sample_s: Seconds = 0.0
 
 
+CrowdPoints = Annotated[
+    tuple[CrowdPoint, ...],
+    AfterValidator(_ascending(lambda p: p.ranks, "ranks")),
+]
 ModulePoints = Annotated[
     tuple[ModulePoint, ...],
     Field(min_length=1),
@@ -144,6 +157,7 @@ class Profile(Schema):
     modules: Mapping[str, Mapping[Degree, Mapping[Degree, ModulePoints]]]  # name -> tp -> threads -> points
     collectives: Mapping[Operation, Mapping[Degree, CollectivePoints]]  # operation -> ranks -> points
     optimizer: OptimizerPoints
+    crowding: CrowdPoints = ()  # none: ranks share cores, and nothing else
     overheads: Overheads = Overheads()
 
     @property

@@ -58,6 +58,8 @@ def test_round_trip(tmp_path):
         (lambda d: d["collectives"]["p2p"][2].reverse(), "collectives.p2p.2"),
         (lambda d: d["collectives"]["p2p"][2].pop(), "collectives.p2p.2"),
         (lambda d: d["optimizer"].clear(), "optimizer"),
+        (lambda d: d.update(crowding=[{"ranks": 2, "slow_down": 0.5}]), "crowding.0.slow_down"),
+        (lambda d: d.update(crowding=[{"ranks": n, "slow_down": 2.0} for n in (4, 2)]), "crowding"),
     ],
 )
 def test_load_refuses(change, where, tmp_path):
