@@ -25,3 +25,4 @@ __all__ = [
     "save_plan",
     "validate_plan",
 ]
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it here

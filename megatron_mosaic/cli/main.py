@@ -6,16 +6,20 @@ import argparse
 import contextlib
 import importlib
 import json
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Never
 
+from megatron_mosaic import __version__
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 
 DONE, NO, WRONG_INPUT = 0, 1, 2
+RUNS_ON = ("torch", "megatron-core")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 # Subcommand -> module with `main(arguments) -> exit status`, imported when asked for: some of them import torch.
@@ -32,6 +36,7 @@ COMMANDS = {
     "report": "megatron_mosaic.cli.report",
     "import": "megatron_mosaic.cli.import_model",
     "convert": "megatron_mosaic.cli.convert",
+    "completion": "megatron_mosaic.cli.completion",
 }
 
 
@@ -44,9 +49,25 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+class _Version(argparse.Action):
+    """Prints versions and leaves. Nothing is imported for it, so that it answers where torch is broken or missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> Never:
+        print(f"mosaic {__version__} (Python {platform.python_version()}, {', '.join(map(_name_version, RUNS_ON))})")
+        parser.exit()
+
+
+def _name_version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands. Overrides are plain words: model=NAME cluster=NAME group.key=value."""
     parser = _Parser(prog="mosaic", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of mosaic and what it runs on")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -103,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="directory of --save: format torch, or a plan's torch_dist"
     )
     converting.add_argument("target", metavar="TARGET", help="directory for --load, in the other format")
+    completion = commands.add_parser("completion", help="print a script that makes bash complete words")
+    completion.add_argument("shell", choices=("bash",), help='eval "$(mosaic completion bash)"')
     for command in (show, simulate, check, train, report):
         command.add_argument("plan", metavar="PLAN", help="plan file")
     for command in (plan, compare, show, simulate, calibrate, submit, report):
@@ -156,14 +179,34 @@ def _run(words: Sequence[str]) -> int:
         arguments = parse_arguments(words)
         return _command(arguments.command)(arguments)
     except MosaicError as error:
-        print(f"mosaic: {error}", file=sys.stderr)
-        if "--json" in words:
-            print(json.dumps(error.as_dict()))
-        is_answer = isinstance(error, RankFailure) or getattr(error, "is_answer", False)
-        return NO if is_answer else WRONG_INPUT
+        return _refuse(error, words)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "megatron_mosaic"):
+            raise
+        return _refuse(_missing(package), words)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, e.g. `mosaic show | head`
         return DONE
+
+
+def _refuse(error: MosaicError, words: Sequence[str]) -> int:
+    """Print the error; the exit status that it stands for."""
+    print(f"mosaic: {error}", file=sys.stderr)
+    if "--json" in words:
+        print(json.dumps(error.as_dict()))
+    is_answer = isinstance(error, RankFailure) or getattr(error, "is_answer", False)
+    return NO if is_answer else WRONG_INPUT
+
+
+def _missing(package: str) -> ConfigError:
+    """For an environment that has the planner's dependencies alone, or not all of them."""
+    return ConfigError(
+        "mosaic: the environment",
+        got=f"no package {package}",
+        expected="what this command imports: plan, show, simulate, compare, report, import and validate need no torch",
+        fix="pip install megatron-mosaic without --no-deps",
+    )
 
 
 @contextlib.contextmanager
