@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "examples/README.md")
+PAGES = (*(ROOT / name for name in OUTSIDE), *sorted((ROOT / "docs").glob("*.md")))
 
 # Mark -> when such a block is run.
 MARKS = {
