@@ -1,4 +1,4 @@
-"""Puts the real output of the quickstart and the parity table between their markers in docs/.
+"""Puts the real output of the quickstart and the parity table between their markers in docs/, and draws the step.
 
 bash scripts/quickstart.sh > outputs/quickstart.txt && bash scripts/parity_table.sh > outputs/parity.md
 .venv/bin/python scripts/refresh_docs.py outputs/quickstart.txt outputs/parity.md
@@ -7,6 +7,8 @@ bash scripts/quickstart.sh > outputs/quickstart.txt && bash scripts/parity_table
 import re
 import sys
 from pathlib import Path
+
+import draw_step
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -24,6 +26,7 @@ def main(quickstart: str, parity: str) -> None:
     shown = Path(quickstart).read_text(encoding="utf-8")
     shown = "\n".join(line.rstrip() for line in shown[shown.index("== calibrate") :].splitlines())
     put("getting-started.md", "quickstart-output", f"```text\n{shown}\n```")
+    draw_step.write()
     put("parity.md", "parity-table", Path(parity).read_text(encoding="utf-8").strip())
 
 
