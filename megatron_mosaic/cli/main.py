@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = add("show", "modules, rank map, schedule and memory of a plan")
     simulate = add("simulate", "the predicted timeline of a plan")
     simulate.add_argument("--trace", metavar="FILE", help="write Chrome-trace JSON, for Perfetto")
-    simulate.add_argument("--html", metavar="FILE", help="write the timeline as one HTML page")
+    simulate.add_argument("--html", metavar="FILE", help="write the page of `mosaic report --no-search`")
     simulate.add_argument(
         "--draws",
         type=int,

@@ -72,7 +72,9 @@ def describe_plan_page(plan: Plan, task: Task, simulation: Simulation, run: Meas
     sections: dict[str, Any] = {
         "facts": facts,
         "rank_map": describe_rank_map(plan, simulation, backbone),
-        "gantt": describe_gantt(predicted, measured, plan.tracks(backbone)),
+        "gantt": describe_gantt(
+            predicted, measured, plan.tracks(backbone), [each.ranks for each in simulation.price.work.classes]
+        ),
         "memory": describe_memory(simulation, limit, task.cluster.gpu.memory_bytes),
     }
     return sections | ({"run": describe_run(run, predicted)} if run else {})

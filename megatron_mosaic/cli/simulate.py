@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 
 from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
-from megatron_mosaic.cli.page import render_page
 from megatron_mosaic.cli.planned import apply_overrides, print_notes
+from megatron_mosaic.cli.report import describe_plan_page
 from megatron_mosaic.cli.show import print_memory
 from megatron_mosaic.cli.waves import simulate_waves
 from megatron_mosaic.cost_model.efficiency.mfu import estimate_efficiency
@@ -18,6 +18,7 @@ from megatron_mosaic.data_variance.variance import Variance, estimate_variance
 from megatron_mosaic.plan import validate_plan
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.plan.tasks.wave_file import is_waves_file
+from megatron_mosaic.report_page.page import render_page
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.views.text import render_text
 from megatron_mosaic.schedules.views.trace import TracedStep, to_chrome_trace
@@ -44,7 +45,9 @@ def main(arguments: argparse.Namespace) -> int:
         step = TracedStep(title="predicted", timeline=timeline, memory=count_memory(simulation))
         write_text(arguments.trace, to_chrome_trace([step], simulation.program.schedule))
     if arguments.html:
-        write_text(arguments.html, render_page(f"{plan.workload}, predicted", timeline))
+        write_text(
+            arguments.html, render_page(f"{plan.workload}, predicted", describe_plan_page(plan, task, simulation, None))
+        )
     memory = simulation.memory()
     fits = task.fits(max(simulation.peak_bytes, drawn.peak_bytes.worst if drawn else 0.0))
     if arguments.json:

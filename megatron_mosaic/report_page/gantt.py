@@ -18,9 +18,12 @@ MAX_CLASSES = 200  # that are drawn
 Row = dict[str, Any]
 
 
-def describe_gantt(predicted: Timeline, measured: Timeline | None, tracks: Mapping[str, int]) -> dict[str, Any]:
+def describe_gantt(
+    predicted: Timeline, measured: Timeline | None, tracks: Mapping[str, int], alike: Sequence[RankSet]
+) -> dict[str, Any]:
     """`classes`: name, number of ranks, predicted rows, and by measured rank its rows, the busiest rank first.
 
+    `alike`: ranks of the same lanes, whose classes differ by when they wait and stand together: `group` is its number.
     `tracks`: module -> its track, if not 0. `left_out`: classes that are not drawn, because there are too many.
     """
     end_s = max(predicted.end_s, measured.end_s if measured else 0.0)
@@ -41,6 +44,7 @@ def describe_gantt(predicted: Timeline, measured: Timeline | None, tracks: Mappi
             {
                 "name": predicted.name_ranks(rank),
                 "ranks": predicted.num_ranks(rank),
+                "group": next((number for number, ranks in enumerate(alike) if rank in ranks), len(alike)),
                 "predicted": [writer.row(lane, spans) for lane, spans in rows.get(rank, ())] if rank in wanted else [],
                 "measured": [{"rank": each, "rows": found[each]} for each in found],
             }
@@ -54,6 +58,7 @@ def describe_gantt(predicted: Timeline, measured: Timeline | None, tracks: Mappi
         "bubbles": bubbles,
         "labels": list(writer.labels),
         "classes": classes,
+        "groups": [str(ranks) for ranks in alike] + ["others"],
         "left_out": len(rows) - len(wanted),
     }
 

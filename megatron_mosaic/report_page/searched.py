@@ -28,7 +28,7 @@ def describe_search(result: SearchResult, plan: Plan, outcome: Outcome, limit_by
             simulation = evaluator.simulate(each)
             met[each] = Outcome(step_s=simulation.step_s, peak_bytes=simulation.peak_bytes)
     plans = list(met)
-    front = pareto_front([met[each] for each in plans])
+    front = pareto_front([met[each] for each in plans], limit_bytes)
     kept = _thin_out(plans, {*front, *(number for number, each in enumerate(plans) if each in named)})
     place = {number: at for at, number in enumerate(kept)}
     at = {each: place[number] for number, each in enumerate(plans) if number in place}
@@ -45,9 +45,10 @@ def describe_search(result: SearchResult, plan: Plan, outcome: Outcome, limit_by
     }
 
 
-def pareto_front(outcomes: Sequence[Outcome]) -> list[int]:
-    """Numbers of those that no other beats in both seconds and bytes, by bytes; of equals, the first."""
-    order = sorted(range(len(outcomes)), key=lambda i: (outcomes[i].peak_bytes, outcomes[i].step_s, i))
+def pareto_front(outcomes: Sequence[Outcome], limit_bytes: float) -> list[int]:
+    """Of those that fit, the numbers of those that none beats in seconds and bytes, by bytes; of equals, the first."""
+    fitting = [number for number, outcome in enumerate(outcomes) if outcome.peak_bytes <= limit_bytes]
+    order = sorted(fitting, key=lambda i: (outcomes[i].peak_bytes, outcomes[i].step_s, i))
     front: list[int] = []
     for number in order:
         if not front or outcomes[number].step_s < outcomes[front[-1]].step_s:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,11 +141,11 @@ def test_simulate(capsys, plan, profile, tmp_path):
     assert set(result["by_module"]) >= {"vision", "llm", "generator"}
     assert 0 < result["bubble_frac"] < 1
     assert {e["ph"] for e in json.loads(trace.read_text())["traceEvents"]} == {*"MXCsf"}
-    text = page.read_text()
-    spans, bubbles = text.count("<title>") - 1, text.count('class="bubble"')
+    drawn = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    rows = [row for each in drawn["gantt"]["classes"] for row in each["predicted"]]
+    spans = sum(len(row["spans"]) // 3 for row in rows)
     assert spans == 2 * (2 * 4 * 2 + 2)  # two kinds of ranks: two lanes with F and B of four units, and two tails
-    assert 0 < bubbles == text.count("<rect") - spans
-    assert "http" not in text
+    assert drawn.keys() == {"title", "facts", "rank_map", "gantt", "memory"}
     status, out, _ = run(capsys, "simulate", plan)
     assert status == 0
     assert "ranks 0-1 vision.0" in out

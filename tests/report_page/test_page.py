@@ -20,6 +20,7 @@ from megatron_mosaic.search.evaluate import Outcome
 
 MAX_BYTES = 2_000_000
 CHROMIUM = shutil.which("chromium")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
 
 def write_plan(directory: Path, nodes: int) -> Path:
@@ -98,9 +99,10 @@ def test_plans_of_the_search_are_points_and_this_one_is_among_them(tmp_path):
     assert "nested" in search["points"][search["plan"]][2]
 
 
-def test_of_equal_plans_the_first_is_on_the_front():
+@pytest.mark.parametrize(("limit_bytes", "front"), [(9.0, [0, 1]), (1.5, [0]), (0.5, [])])
+def test_of_equal_plans_the_first_is_on_the_front_and_none_that_does_not_fit(limit_bytes, front):
     pairs = [(2.0, 1.0), (1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (1.0, 2.0)]
-    assert pareto_front([Outcome(step_s=s, peak_bytes=b) for s, b in pairs]) == [0, 1]
+    assert pareto_front([Outcome(step_s=s, peak_bytes=b) for s, b in pairs], limit_bytes) == front
 
 
 def test_no_name_ends_the_script():
@@ -108,14 +110,53 @@ def test_no_name_ends_the_script():
     assert json.loads(encode({"name": "</script>"})) == {"name": "</script>"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def browse(page: Path, script: str = "") -> str:
+    """The page's document as a browser has it once it is drawn and `script` has run."""
+    if script:
+        page.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@needs_browser
 def test_a_browser_draws_every_section(tmp_path):
     write_run(tmp_path, write_plan(tmp_path, 1))
     out, data = report(tmp_path, 1, "--run", str(tmp_path), "search.max_tp=2", "search.time_budget_s=3")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", out.as_uri()]
-    drawn = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    drawn = browse(out)
     assert "could not be drawn" not in drawn.split("<script")[0]
     sections = re.search(r'data-drawn="([^"]*)"', drawn)[1].split()
     assert {*sections} == data.keys() - {"title", "facts"} == {"rank_map", "gantt", "run", "memory", "search"}
     assert drawn.count("<canvas") >= 1 and drawn.count("<svg") >= 4, "the timeline, and the pictures"
+    shown = drawn.split("<script")[0]
+    assert "Of measured ranks the busiest" in shown and ">0 us<" not in shown and ">0 B<" not in shown
+    assert "measured" not in browse(report(tmp_path, 1, "--no-search")[0]).split("<script")[0], "nothing was measured"
+
+
+CLICK = """
+const canvas = document.querySelector("div.scroll canvas"), box = canvas.getBoundingClientRect();
+document.body.dataset.before = document.body.dataset.bands;
+canvas.dispatchEvent(new MouseEvent("click", { clientX: box.left + 40, clientY: box.top + 10 }));
+"""
+
+
+@needs_browser
+def test_ranks_of_the_same_lanes_are_one_band_until_it_is_clicked(tmp_path):
+    out, data = report(tmp_path, 1, "--no-search")
+    classes, groups = data["gantt"]["classes"], data["gantt"]["groups"]
+    assert len({each["group"] for each in classes}) == len(data["rank_map"]["classes"]) == len(groups) - 1
+    split = [each | {"name": f"ranks {i}"} for i, each in enumerate([classes[0]] * 5)] + classes[1:]
+    text = out.read_text()
+    start = text.index('"classes":', text.index('"gantt":'))
+    before = json.dumps(classes, separators=(",", ":"), ensure_ascii=False)
+    assert before in text[start:], "the page's own words"
+    out.write_text(text.replace(before, json.dumps(split)))
+    drawn = browse(out, CLICK)
+    bands, opened = (int(re.search(rf'data-{name}="(\d+)"', drawn)[1]) for name in ("before", "bands"))
+    assert (bands, opened) == (len(classes), len(classes) + 4)
+
+
+@needs_browser
+def test_small_cells_have_one_colour_for_each_combination(tmp_path):
+    shown = browse(report(tmp_path, 1280, "--no-search")[0]).split("<script")[0]
+    assert "vision + llm" in shown and "A colour for each combination" in shown

@@ -1,4 +1,5 @@
-// Predicted over measured, a band for each class of alike ranks, a row for each track. Drawn for the part in view.
+// Predicted over measured, a band for each group of ranks with the same lanes, a row for each track. Ranks of a group may
+// wait at other times: a click opens its classes, and all of their measured ranks. Drawn for the part in view.
 const NAMES = 230; // pixels for names
 const ROW = 15;
 const GANTT_WIDTH = 1260;
@@ -9,11 +10,11 @@ function drawGantt(gantt) {
     make("button", { onclick: () => view.zoom(0.5) }, "zoom in"),
     make("button", { onclick: () => view.zoom(2) }, "zoom out"),
     make("button", { onclick: () => view.show(0, view.ticks) }, "whole step"),
-    "or drag to move, Ctrl and wheel to zoom; click a band for all of its measured ranks");
+    `or drag to move, Ctrl and wheel to zoom${view.opens ? `; click a band for ${view.opens}` : ""}`);
   const steps = Object.entries(gantt.steps).map(([name, value]) => `${name} step ${seconds(value)}, bubbles ${(100 * gantt.bubbles[name]).toFixed(0)} %`);
   const shown = gantt.left_out ? ` ${gantt.left_out} more classes of ranks are left out to keep the page small.` : "";
-  const text = `${steps.join("; ")}. Forwards are dark, backwards lighter; on a red ground nothing runs. ` +
-    `Of measured ranks the busiest of each class is drawn.${shown}`;
+  const measured = gantt.steps.measured ? " Of measured ranks the busiest of each class is drawn." : "";
+  const text = `${steps.join("; ")}. Forwards are dark, backwards lighter; on a red ground nothing runs.${measured}${shown}`;
   const tails = Object.keys(TAIL).filter((lane) => gantt.classes.some((each) => each.predicted.some((row) => row.lane === lane)));
   const entries = [...MODULES.map((m) => [colourOf(m.name), m.name]), ...tails.map((lane) => [TAIL[lane], lane]), ["#f7e4e0", "bubble"]];
   section(gantt.steps.measured ? "Timeline, predicted over measured" : "Timeline, predicted", text, legend(entries), tools, view.axis, make("div", { class: "scroll" }, view.node));
@@ -26,33 +27,59 @@ class GanttView {
     this.ticks = Math.round(gantt.end_s / gantt.tick_s);
     const asked = /^#step=([\d.]+)-([\d.]+)$/.exec(window.location.hash); // parts of the step, 0 to 1
     [this.from, this.to] = asked ? [asked[1] * this.ticks, asked[2] * this.ticks] : [0, this.ticks];
-    this.open = new Set();
+    this.open = new Set(); // numbers of groups
+    this.members = new Map(); // group -> numbers of its classes
+    gantt.classes.forEach((each, number) => this.members.set(each.group, [...(this.members.get(each.group) || []), number]));
+    this.opens = this.describeOpening();
+    this.held = null;
+    window.addEventListener("mouseup", () => { this.held = null; });
     [this.axis, this.axisContext] = makeCanvas(GANTT_WIDTH, 18, "seconds of the step");
     this.node = make("div", {});
+  }
+
+  // What a click shows that is not drawn now; "" where it would show nothing.
+  describeOpening() {
+    const said = [];
+    if ([...this.members.values()].some((numbers) => numbers.length > 1)) said.push("the classes in it");
+    if (this.gantt.classes.some((each) => each.measured.length > 1)) said.push("all of its measured ranks");
+    return said.join(" and ");
   }
 
   // Bands with the rows of what is open, and a canvas of their height.
   layOut() {
     this.rows = [];
-    this.gantt.classes.forEach((each, number) => {
-      const title = `${each.name}${each.ranks > 1 && !each.name.includes("(") ? ` (${each.ranks})` : ""}`;
-      this.addRows(number, title, "predicted", each.predicted);
-      const ranks = this.open.has(number) ? each.measured : each.measured.slice(0, 1);
-      ranks.forEach((one, i) => this.addRows(number, i || !each.predicted.length ? "" : null, `measured, rank ${one.rank}`, one.rows));
-      if (this.rows.length) this.rows[this.rows.length - 1].last = true;
-    });
+    for (const [group, numbers] of [...this.members].sort(([a], [b]) => a - b)) {
+      const open = this.open.has(group);
+      for (const number of open ? numbers : [this.standsFor(numbers)]) {
+        const each = this.gantt.classes[number];
+        const title = numbers.length > 1 && !open ? this.nameGroup(group, numbers) : `${each.name}${each.ranks > 1 && !each.name.includes("(") ? ` (${each.ranks})` : ""}`;
+        this.addRows(number, title, "predicted", each.predicted);
+        const ranks = open ? each.measured : each.measured.slice(0, 1);
+        ranks.forEach((one, i) => this.addRows(number, i || !each.predicted.length ? "" : null, `measured, rank ${one.rank}`, one.rows));
+        if (this.rows.length) this.rows[this.rows.length - 1].last = true;
+      }
+    }
     let top = 4;
     for (const row of this.rows) {
       row.top = top;
       top += ROW + (row.last ? 6 : 0);
     }
-    const label = `timeline of ${this.gantt.classes.length} classes of ranks`;
+    const label = `timeline of ${this.gantt.classes.length} classes of ranks in ${this.members.size} groups`;
     const [node, context] = makeCanvas(GANTT_WIDTH, top + 2, label);
     this.context = context;
     this.height = top + 2;
     this.listen(node);
     this.node.replaceChildren(node);
     this.paint();
+  }
+
+  // The class of a closed group that is drawn: one with measured ranks, else the first.
+  standsFor(numbers) {
+    return numbers.find((number) => this.gantt.classes[number].measured.length) ?? numbers[0];
+  }
+
+  nameGroup(group, numbers) {
+    return `ranks ${shorten(this.gantt.groups[group], 14)}: ${numbers.length} classes`;
   }
 
   // One row for each track: lanes of one track take turns.
@@ -80,10 +107,10 @@ class GanttView {
   }
 
   listen(node) {
-    let held = null, moved = false;
-    node.addEventListener("mousedown", (event) => { held = { x: event.clientX, from: this.from, to: this.to }; moved = false; });
-    window.addEventListener("mouseup", () => { held = null; });
+    let moved = false;
+    node.addEventListener("mousedown", (event) => { this.held = { x: event.clientX, from: this.from, to: this.to }; moved = false; });
     node.addEventListener("mousemove", (event) => {
+      const { held } = this;
       if (!held) return;
       const by = ((held.x - event.clientX) / (GANTT_WIDTH - NAMES)) * (held.to - held.from);
       moved = moved || Math.abs(event.clientX - held.x) > 3;
@@ -97,7 +124,8 @@ class GanttView {
     node.addEventListener("click", (event) => {
       const row = this.rowAt(event.clientY - node.getBoundingClientRect().top);
       if (moved || !row) return;
-      if (!this.open.delete(row.number)) this.open.add(row.number);
+      const { group } = this.gantt.classes[row.number];
+      if (!this.open.delete(group)) this.open.add(group);
       this.layOut();
     });
     addTip(node, (x, y) => this.describe(x, y));
@@ -137,6 +165,7 @@ class GanttView {
     }
     this.paintAxis(scale);
     document.body.dataset.spans = drawn; // in view
+    document.body.dataset.bands = new Set(this.rows.map((row) => row.number)).size;
   }
 
   endOf(row) {

@@ -1,5 +1,8 @@
-// Nodes and their GPUs; a stripe for each module of a GPU, filled as far as its share of the SMs.
+// Nodes and their GPUs; a stripe for each module of a GPU, filled as far as its share of the SMs. Where stripes would be
+// too thin to see, one colour for each combination of modules.
 const CELLS = [64, 48, 36, 28, 22, 18, 14, 11, 9, 7, 6, 5, 4];
+const STRIPES = 11; // pixels of a cell, at least, for stripes
+const NUMBERED = 36; // and for its rank's number
 const MAP_WIDTH = 1240;
 const MAP_HEIGHT = 620;
 
@@ -12,13 +15,14 @@ function drawRankMap(map) {
   if (place.named) {
     context.fillStyle = "#66707c";
     context.font = "11px system-ui, sans-serif";
-    for (let at = 0; at * map.per_node < map.num_ranks; at++) context.fillText(`node ${at}`, ...corner(place, at, 0, -4));
+    for (let at = 0; at * map.per_node < map.num_ranks; at++) context.fillText(nameNode(map, place, at), ...corner(place, at, 0, -4));
   }
   addTip(node, (x, y) => describeRank(map, rankAt(place, map, x, y), owner));
-  const colours = map.modules.map((module) => [colourOf(module.name), module.name]);
+  const striped = place.cell >= STRIPES;
+  const colours = striped ? map.modules.map((module) => [colourOf(module.name), module.name]) : combinationsOf(map).map((names, i) => [combinationColour(map, names, i), names.join(" + ")]);
   const idle = owner.includes(-1) ? [["#e9ecef", "runs nothing"]] : [];
-  const text = `${map.num_ranks} GPUs, ${map.per_node} a node. A stripe for each module; later pipeline stages are lighter; ` +
-    `a stripe is filled as far as the module's share of the SMs. Point at a GPU for its lanes.`;
+  const cells = striped ? "A stripe for each module, filled as far as the module's share of the SMs" : "A colour for each combination of modules";
+  const text = `${map.num_ranks} GPUs, ${map.per_node} a node. ${cells}; later pipeline stages are lighter. Point at a GPU for its lanes.`;
   section("Rank map", text, legend([...colours, ...idle]), node, table(
     ["module", "ranks", "layout", "share", "unit", "track", "recompute"],
     map.modules.map((m) => ({ cells: [m.name, shorten(m.ranks, 40), m.layout, String(m.share), String(m.unit), String(m.track), m.recompute] })),
@@ -44,12 +48,55 @@ function corner(place, node, within, up = 0) {
   return [left + (within % place.wide) * place.cell, above + Math.floor(within / place.wide) * place.cell + up];
 }
 
+function nameNode(map, place, at) {
+  const first = at * map.per_node, last = Math.min(map.num_ranks, first + map.per_node) - 1;
+  return place.cell >= NUMBERED || last === first ? `node ${at}` : `node ${at}: ${first}-${last}`;
+}
+
+function namesOf(map, lanes) {
+  return [...new Set(lanes.map(([module]) => map.modules[module].name))];
+}
+
+// Which modules share a GPU somewhere, each set once.
+function combinationsOf(map) {
+  const found = new Map(map.classes.map(({ lanes }) => namesOf(map, lanes)).map((names) => [names.join(), names]));
+  return [...found.values()];
+}
+
+// That of the module where it is alone; where several are, one of the palette that no module has.
+function combinationColour(map, names, number) {
+  return names.length === 1 ? colourOf(names[0]) : PALETTE[(map.modules.length + number) % PALETTE.length];
+}
+
+// Lighter for later stages of the module with the most of them.
+function solidOf(map, lanes) {
+  const names = namesOf(map, lanes), number = combinationsOf(map).findIndex((each) => each.join() === names.join());
+  const [module, stage] = lanes.reduce((most, lane) => (map.modules[lane[0]].stages > map.modules[most[0]].stages ? lane : most));
+  const { stages } = map.modules[module];
+  return mix(combinationColour(map, names, number), stages > 1 ? (0.6 * stage) / (stages - 1) : 0);
+}
+
 function drawRank(context, place, map, rank, number) {
   const [x, y] = corner(place, Math.floor(rank / map.per_node), rank % map.per_node);
   const size = place.cell - (place.cell > 6 ? 1 : 0.5);
   const lanes = number < 0 ? [] : map.classes[number].lanes;
   context.fillStyle = "#e9ecef";
   context.fillRect(x, y, size, size);
+  if (place.cell < STRIPES) {
+    if (lanes.length) context.fillStyle = map.classes[number].solid ??= solidOf(map, lanes);
+    context.fillRect(x, y, size, size);
+    return;
+  }
+  drawStripes(context, map, lanes, [x, y, size]);
+  if (place.cell >= NUMBERED) {
+    const top = lanes.length ? map.modules[lanes[0][0]] : null;
+    context.fillStyle = top && top.share > 0.7 ? inkOn(shadeOf(top.name, lanes[0][1])) : "#1d2530";
+    context.font = "11px system-ui, sans-serif";
+    context.fillText(String(rank), x + 3, y + 11);
+  }
+}
+
+function drawStripes(context, map, lanes, [x, y, size]) {
   lanes.forEach(([module, stage], i) => {
     const { name, share } = map.modules[module], width = size / lanes.length;
     context.fillStyle = mix(colourOf(name), 0.82);
@@ -57,16 +104,11 @@ function drawRank(context, place, map, rank, number) {
     context.fillStyle = shadeOf(name, stage);
     context.fillRect(x + i * width, y + size * (1 - share), width, size * share);
     if (width >= 14 && size >= 34 && map.modules[module].stages > 1) {
-      context.fillStyle = "#fff";
+      context.fillStyle = inkOn(shadeOf(name, stage));
       context.font = "10px system-ui, sans-serif";
       context.fillText(String(stage), x + i * width + width / 2 - 3, y + size - 4);
     }
   });
-  if (place.cell >= 22) {
-    context.fillStyle = lanes.length ? "#fff" : "#66707c";
-    context.font = `${place.cell >= 36 ? 11 : 9}px system-ui, sans-serif`;
-    context.fillText(String(rank), x + 3, y + 11);
-  }
 }
 
 function rankAt(place, map, x, y) {

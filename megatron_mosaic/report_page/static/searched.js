@@ -16,12 +16,18 @@ function drawSearch(search) {
   line(search.front, { stroke: "#228833", "stroke-width": 1.6 });
   search.front.forEach((number) => dot(number, "circle", { r: 3.4, fill: "#228833" }, "on the Pareto front"));
   line(search.path.map((step) => step.point), { stroke: "#4477aa", "stroke-dasharray": "4 3" });
-  search.path.forEach((step, i) => dot(step.point, "circle", { r: 4.4, fill: "#fff", stroke: "#4477aa", "stroke-width": 2 }, `step ${i + 1} of the search: ${step.reason}`));
+  search.path.forEach((step, i) => {
+    dot(step.point, "circle", { r: 7, fill: "#fff", stroke: "#4477aa", "stroke-width": 1.5 }, `step ${i + 1} of the search: ${step.reason}`);
+    const [x, y] = [scales.x(points[step.point][0]), scales.y(points[step.point][1])];
+    picture.append(draw("text", { x, y: y + 3.5, "text-anchor": "middle", "pointer-events": "none" }, i + 1));
+  });
   const found = Object.entries(search.baselines).filter(([, number]) => number !== null);
   const letter = Object.fromEntries(Object.keys(search.baselines).map((name, i) => [name, String.fromCharCode(65 + i)]));
   for (const [name, number] of found) {
     dot(number, "diamond", { fill: "#ee6677" }, `${name}: ${search.sources[name]}`);
-    picture.append(draw("text", { x: scales.x(points[number][0]) + 8, y: scales.y(points[number][1]) + 4 }, letter[name]));
+  }
+  for (const { x, y, letters } of labelsOf(found.map(([name, number]) => [scales.x(points[number][0]), scales.y(points[number][1]), letter[name]]))) {
+    picture.append(draw("text", { x: x + 9, y: y + 4 }, letters));
   }
   dot(search.plan, "star", { fill: "#aa3377" }, "the plan of this page");
   const rows = Object.entries(search.baselines).map(([name, number]) => ({ cells: [`${letter[name]}  ${name}`, ...(number === null ? ["no plan fits", "", ""] : [seconds(points[number][1]), bytes(points[number][0]), `${(points[number][1] / own[1]).toFixed(2)}×`])] }));
@@ -29,10 +35,21 @@ function drawSearch(search) {
   const counts = Object.entries(search.counts).map(([verdict, count]) => `${count} ${verdict}`).join("; ");
   const text = `${points.length + search.left_out} plans laid out to the end, predicted seconds of a step over the fullest rank's bytes. Lower left is better. Of all plans met: ${counts}.`;
   section("Searched plans", text,
-    legend([["#8794a1", "simulated"], ["#228833", "Pareto front"], ["#4477aa", "the search's way"], ["#ee6677", "baselines"], ["#aa3377", "this plan"]]),
+    legend([["#8794a1", "simulated"], ["#228833", "Pareto front of those that fit"], ["#4477aa", "the search's way"], ["#ee6677", "baselines"], ["#aa3377", "this plan"]]),
     make("div", { class: "sides" }, picture, make("div", {},
       table(["plan", "step", "peak of a rank", "time against this plan"], rows),
       make("ol", {}, ...search.path.map((step) => make("li", {}, `${seconds(points[step.point][1])}: ${step.reason}`))))));
+}
+
+// Letters of marks that lie on or beside each other stand in one label, for they would be printed over each other.
+function labelsOf(marks) {
+  const labels = [];
+  for (const [x, y, letter] of marks) {
+    const near = labels.find((label) => Math.abs(label.y - y) < 11 && Math.abs(label.x - x) < 16);
+    if (near) near.letters += ` ${letter}`;
+    else labels.push({ x, y, letters: letter });
+  }
+  return labels;
 }
 
 function scalesOf(search) {

@@ -73,6 +73,7 @@ function addTip(node, find) {
 }
 
 function inUnits(value, steps, digits) {
+  if (value === 0) return "0";
   for (const [size, name] of steps) {
     if (Math.abs(value) >= size) return `${Number((value / size).toPrecision(digits))} ${name}`;
   }
@@ -92,6 +93,12 @@ function ticksOf(low, high, count) {
   const found = [];
   for (let at = Math.ceil(low / step); at * step <= high * (1 + 1e-9); at++) found.push(at * step);
   return found;
+}
+
+// Ink that can be read on a colour: "#rrggbb", or the "rgb(r,g,b)" that `mix` makes.
+function inkOn(colour) {
+  const [r, g, b] = colour.startsWith("#") ? [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)) : colour.match(/\d+/g).map(Number);
+  return 0.299 * r + 0.587 * g + 0.114 * b > 150 ? "#1d2530" : "#fff";
 }
 
 function legend(entries) {
