@@ -58,7 +58,7 @@ def test_blocks_run(page, tmp_path):
     directory = build_sandbox(tmp_path)
     for block in COMMANDS[page]:
         if not block.mark:
-            run_block(block, directory, timeout_s=60)
+            run_block(block, directory, timeout_s=300)
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_all_blocks_run(page, tmp_path):
     left_out = []
     for block in COMMANDS[page]:
         if block.mark in ("", "slow") or is_found(block.mark):
-            run_block(block, directory, timeout_s=600)
+            run_block(block, directory, timeout_s=1800)
         else:
             left_out.append(f"{block.where}: {block.mark}, {block.reason}")
     print(f"{page}: {len(COMMANDS[page]) - len(left_out)} of {len(COMMANDS[page])} blocks run", *left_out, sep="\n  ")
