@@ -1,12 +1,16 @@
-"""One step of vlm_7b on 8 H100 under four plans, as an SVG: docs/figures/step.svg. Times are the simulator's.
+"""Steps of vlm_7b on 8 H100 under different plans, as SVGs in docs/figures. Times are the simulator's.
 
-python scripts/draw_step.py            # write the picture
-python scripts/draw_step.py --stdout   # print it, for the test that compares
+    step        four ways to lay out and order the same modules
+    schedules   every schedule there is, on the same layouts
+
+python scripts/draw_step.py                  # write the pictures
+python scripts/draw_step.py --stdout step    # print one, for the test that compares
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mosaic.cli.planned import apply_overrides
@@ -15,35 +19,97 @@ from megatron_mosaic.plan import Layout, ModulePlan, Plan, Quota, RankSet, Sched
 from megatron_mosaic.schedules.timeline import Timeline
 from megatron_mosaic.units import format_seconds
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "figures" / "step.svg"
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
 SET_UP = ["cluster=h100_1x8", "workload.training.format=bf16"]
 ALL = RankSet.block(0, 8)
-LLM = Layout(pp=4, dp=2)
 
-# Title, what it is, schedule, layout and unit of the encoder (0: the schedule decides), its share of the SMs.
-# The llm is pp4 dp2 in all of them.
-PLANS = (
-    ("homogeneous", "the encoder inherits the llm's pp4 dp2", "1f1b", LLM, 0, 1.0),
-    ("heterogeneous", "the encoder has dp8, modules take turns", "1f1b", Layout(dp=8), 0, 1.0),
-    ("nested", "dp8, and units of 4 microbatches inside the llm's pipeline", "nested", Layout(dp=8), 4, 1.0),
-    ("shared", "dp8 on a quarter of each GPU's SMs, beside the llm on the rest", "overlap", Layout(dp=8), 4, 0.25),
+
+PIPELINE = Layout(pp=4, dp=2)
+REPLICAS = Layout(dp=8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A plan with its title and what it is. `unit` 0: the schedule decides; `share`: of the SMs, for the encoder."""
+
+    title: str
+    text: str
+    schedule: str
+    encoder: Layout = REPLICAS
+    unit: int = 0
+    share: float = 1.0
+    llm: Layout = PIPELINE
+
+
+STEP = (
+    Panel(
+        title="homogeneous",
+        text="the encoder inherits the llm's pp4 dp2",
+        schedule="1f1b",
+        encoder=PIPELINE,
+    ),
+    Panel(title="heterogeneous", text="the encoder has dp8, modules take turns", schedule="1f1b"),
+    Panel(
+        title="nested",
+        text="dp8, and units of 4 microbatches inside the llm's pipeline",
+        schedule="nested",
+        unit=4,
+    ),
+    Panel(
+        title="shared",
+        text="dp8 on a quarter of each GPU's SMs, beside the llm on the rest",
+        schedule="overlap",
+        unit=4,
+        share=0.25,
+    ),
 )
+SCHEDULES = (
+    Panel(title="1f1b", text="modules take turns, microbatch by microbatch", schedule="1f1b"),
+    Panel(
+        title="interleaved",
+        text="two virtual stages on each of the llm's ranks",
+        schedule="interleaved",
+        llm=Layout(pp=4, vpp=2, dp=2),
+    ),
+    Panel(
+        title="three_phase",
+        text="all of the encoder, then the llm, then the encoder back",
+        schedule="three_phase",
+        unit=4,
+    ),
+    Panel(
+        title="nested",
+        text="units of the encoder between the llm's actions, few of them alive",
+        schedule="nested",
+        unit=4,
+    ),
+    Panel(title="bubble_fill", text="the encoder where the llm's pipeline idles", schedule="bubble_fill", unit=4),
+    Panel(
+        title="overlap",
+        text="beside each other, a quarter of the SMs for the encoder",
+        schedule="overlap",
+        unit=4,
+        share=0.25,
+    ),
+)
+PICTURES = {"step": (STEP, 32), "schedules": (SCHEDULES, 16)}  # and samples of the step
 COLOURS = {"vision": ("#c2570c", "#f3a871"), "llm": ("#1f4e8c", "#8fb3de")}  # forward, backward
 TAIL = "#98a2ad"
 WIDTH, LEFT, RIGHT, ROW, TITLE, GAP, TOP = 880, 84, 12, 13, 20, 12, 30
 INK, DIM, IDLE = "#1d2530", "#66707c", "#eef1f4"
 
 
-def build_plan(schedule: str, layout: Layout, unit: int, share: float) -> Plan:
-    """32 samples on 8 ranks, 16 microbatches for each of the llm's two replicas."""
-    vision = ModulePlan(ranks=ALL, layout=layout, unit=unit, quota=Quota(share=share))
-    llm = ModulePlan(ranks=ALL, layout=LLM, quota=Quota(share=1 - share if share < 1 else 1.0))
+def build_plan(panel: Panel, samples: int) -> Plan:
+    """The panel's plan on 8 ranks; a microbatch is one sample of each of the llm's replicas."""
+    share, shared = panel.share, panel.share < 1
+    vision = ModulePlan(ranks=ALL, layout=panel.encoder, unit=panel.unit, quota=Quota(share=share))
+    llm = ModulePlan(ranks=ALL, layout=panel.llm, quota=Quota(share=1 - share if shared else 1.0))
     return Plan(
         workload="vlm_7b",
         world_size=8,
-        global_batch_size=32,
+        global_batch_size=samples,
         micro_batch_size=1,
-        schedule=ScheduleChoice(schedule),
+        schedule=ScheduleChoice(panel.schedule),
         modules={"vision": vision, "llm": llm},
     )
 
@@ -56,14 +122,16 @@ def predict(plan: Plan) -> Timeline:
     return simulate(planned.plan, task.cost_model()).timeline()
 
 
-def render() -> str:
-    """The picture's text."""
-    steps = [predict(build_plan(*words)) for _, _, *words in PLANS]
+def render(name: str) -> str:
+    """A picture's text."""
+    panels, samples = PICTURES[name]
+    steps = [predict(build_plan(panel, samples)) for panel in panels]
     end_s = max(step.end_s for step in steps)
     scale = (WIDTH - LEFT - RIGHT) / end_s
     marks, y = render_legend(), TOP
-    for (title, text, *_), step in zip(PLANS, steps, strict=True):
-        marks.append(f'<text x="0" y="{y + 12}" fill="{INK}"><tspan font-weight="600">{title}</tspan>: {text}</text>')
+    for panel, step in zip(panels, steps, strict=True):
+        title = f'<tspan font-weight="600">{panel.title}</tspan>'
+        marks.append(f'<text x="0" y="{y + 12}" fill="{INK}">{title}: {panel.text}</text>')
         saved = 1 - step.end_s / steps[0].end_s
         told = f"{format_seconds(step.end_s)}" + (f", {-saved:+.0%}" if step is not steps[0] else "")
         marks.append(f'<text x="{WIDTH - RIGHT}" y="{y + 12}" fill="{INK}" text-anchor="end">{told}</text>')
@@ -72,7 +140,7 @@ def render() -> str:
         y += TITLE + height + GAP
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" '
     head += 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="12">'
-    title = "<title>One step of a 7B vision-language model on 8 GPUs under four plans</title>"
+    title = f"<title>One step of a 7B vision-language model on 8 GPUs: {name}</title>"
     return "\n".join([head, title, f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>', *marks, "</svg>"]) + "\n"
 
 
@@ -136,13 +204,14 @@ def colour_of(lane: str, label: str) -> str:
 
 
 def write() -> None:
-    """Refresh the picture in docs/."""
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(render(), encoding="utf-8")
+    """Refresh the pictures in docs/."""
+    FIGURES.mkdir(exist_ok=True)
+    for name in PICTURES:
+        (FIGURES / f"{name}.svg").write_text(render(name), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if "--stdout" in sys.argv[1:]:
-        sys.stdout.write(render())
+    if sys.argv[1:2] == ["--stdout"]:
+        sys.stdout.write(render(sys.argv[2]))
     else:
         write()
