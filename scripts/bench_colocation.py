@@ -2,8 +2,9 @@
 
 For every pair: seconds in turns on the whole device (twice: the noise), beside each other on lanes (on a GPU on plain
 streams and on every pair of quotas), and the gain; on a CPU, where blocks are timed alone as well, the gain that the
-interference model predicts, fitted to the other pairs only. Gradients beside are compared with those in turns. Under 3
-minutes on a CPU, 10 on a GPU; --quick: 20 s.
+interference model predicts, fitted to the other pairs only, and the choice that follows from it: side by side, or in
+turns. Gradients beside are compared with those in turns. Medians of 9 rounds. Under 3 minutes on a CPU, 10 on a GPU;
+--quick: the smallest pairs in 20 s.
 
 --training: the reference model's step under `overlap` on one rank as well, in turns and beside, runs in alternation.
 
@@ -33,14 +34,14 @@ from megatron_mosaic.parallel_state_ext.rebound import cpu
 cpu.install()
 
 from megatron_mosaic.calibrate import pairs  # noqa: E402  Megatron, which has to find a CPU prepared
-from megatron_mosaic.calibrate.interference import PairTime, Side, held_out  # noqa: E402
+from megatron_mosaic.calibrate.colocated import MAX_LOADED_FRAC, Alone, cpu_sizes  # noqa: E402
+from megatron_mosaic.calibrate.interference import Fit, PairTime, Side, error_frac  # noqa: E402
 from megatron_mosaic.calibrate.pairs import Block, BlockSize  # noqa: E402
 from megatron_mosaic.colocation.backend import choose_backend  # noqa: E402
 from megatron_mosaic.colocation.backend_cpu import cores_of_rank  # noqa: E402
 from megatron_mosaic.colocation.lane import Lanes  # noqa: E402
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread  # noqa: E402
 
-MAX_LOADED_FRAC = 0.05
 CPU_HIDDEN = ((64, 64), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024))
 GPU_HIDDEN = ((512, 512), (1024, 1024), (1024, 2048), (2048, 2048), (2048, 4096), (4096, 4096))
 SHARES = (0.5,)  # the first side's
@@ -55,11 +56,7 @@ def sizes_of(hidden: tuple[int, int], is_gpu: bool) -> tuple[BlockSize, BlockSiz
             BlockSize(hidden=encoder, tokens=576, items=16),
             BlockSize(hidden=backbone, tokens=1024, items=4),
         )
-    long = encoder >= 256
-    return (
-        BlockSize(hidden=encoder, tokens=64, items=4),
-        BlockSize(hidden=backbone, tokens=128 if long or backbone > encoder else 64, items=2),
-    )
+    return cpu_sizes(hidden)
 
 
 class Bench:
@@ -69,14 +66,14 @@ class Bench:
         self.is_gpu = torch.cuda.is_available()
         self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
         self.scopes = pairs.make_scopes()
-        self.repeats = 3 if arguments.quick else 9
+        self.repeats = 5 if arguments.quick else 9
         self.num_units = 4 if self.is_gpu else 1
         hidden = GPU_HIDDEN if self.is_gpu else CPU_HIDDEN
         self.hidden = hidden[:3] if arguments.quick else hidden
         self.cores = len(cores_of_rank())
         self.lanes = self._open_lanes()
         self._out: Path | None = arguments.out
-        self._alone: dict[str, Side] = {}
+        self._alone = Alone(self.scopes, self.dtype, self.repeats, self.num_units)
 
     def tell(self, **row: Any) -> None:
         """Write the row now: nothing is lost at a time limit."""
@@ -104,17 +101,8 @@ class Bench:
 
     def side(self, block: Block, counts: set[int]) -> Side:
         """The block alone on each count of cores."""
-        known = self._alone.get(block.size.name)
-        alone = dict(known.alone_s) if known else {}
-        for count in sorted(counts - alone.keys()):
-            torch.set_num_threads(count)
-            alone[count] = pairs.alone_s(block, self.repeats) * self.num_units
-        torch.set_num_threads(1)
-        host_s = known.host_s if known else pairs.host_s(self.dtype, self.scopes, self.repeats) * self.num_units
-        moved = block.moved_bytes * self.num_units
-        side = Side(name=block.size.name, alone_s=alone, moved_bytes=moved, host_s=host_s)
-        self._alone[block.size.name] = side
-        self.tell(stage="alone", side=side.name, seconds=alone, host_s=host_s)
+        side = self._alone.side(block, tuple(sorted(counts)))
+        self.tell(stage="alone", side=side.name, seconds=dict(side.alone_s), host_s=side.host_s)
         return side
 
     def pairs(self) -> Iterator[dict[str, Any]]:
@@ -138,8 +126,8 @@ class Bench:
         row = {
             "name": f"{blocks[0].size.hidden}/{blocks[1].size.hidden} {backend} {granted[0]}+{granted[1]}",
             "sides": [block.size.name for block in blocks],
-            "turns_s": statistics.median(found.turns_s + found.turns_again_s),
-            "beside_s": statistics.median(found.beside_s),
+            "turns_s": found.turns_median_s,
+            "beside_s": found.beside_median_s,
             "noise_frac": found.noise_frac,
             "parity_ok": found.is_equal,
         }
@@ -147,19 +135,31 @@ class Bench:
         return row | {"measured": (sides, granted, whole)}
 
 
-def add_gains(rows: list[dict[str, Any]], bandwidth_bytes_per_s: float) -> None:
-    """Gain of every pair, and what the model that was fitted to the others predicts (where sides were timed alone)."""
+def add_gains(rows: list[dict[str, Any]], bandwidth_bytes_per_s: float) -> dict[str, float]:
+    """Gain of every pair, and what the model that was fitted to the others predicts (where sides were timed alone),
+    with the choice that follows. The constants fitted to all pairs; errors, of these and of those left out."""
     for row in rows:
         row["gain"] = row["turns_s"] / row["beside_s"]
     known = [row for row in rows if row["measured"][0]]
     times = [PairTime(sides=row["measured"][0], granted=row["measured"][1], beside_s=row["beside_s"]) for row in known]
-    if len(known) < 3:
-        return
-    for row, beside_s in zip(known, held_out(times, bandwidth_bytes_per_s), strict=True):
-        sides, _, whole = row["measured"]
-        row["predicted_gain"] = sum(side.on(whole) for side in sides) / beside_s
+    if len({time.names for time in times}) < 3:
+        return {}
+    fit = Fit(times, bandwidth_bytes_per_s)
+    held_out, best = fit.held_out(), fit.best()
+    for row, time_, model in zip(known, times, held_out, strict=True):
+        row["predicted_gain"] = time_.predict_gain(model, row["measured"][2])
+        row["choice"] = "side by side" if row["predicted_gain"] > 1 else "in turns"
         is_noise = abs(row["gain"] - 1) <= row["noise_frac"]
         row["choice_ok"] = is_noise or (row["gain"] > 1) == (row["predicted_gain"] > 1)
+        row["gain_error_frac"] = abs(row["predicted_gain"] / row["gain"] - 1)
+    return {
+        "bandwidth_bytes_per_s": bandwidth_bytes_per_s,
+        "residual": best.residual,
+        "serial_frac": best.serial_frac,
+        "cache_bytes": best.cache_bytes,
+        "error_frac": error_frac(times, [best] * len(times)),
+        "held_out_error_frac": error_frac(times, held_out),
+    }
 
 
 def copy_bytes_per_s(num_threads: int) -> float:
@@ -251,14 +251,15 @@ def main() -> int:
             break
     training = measure_training(bench.is_gpu) if arguments.training and not loaded else None
     loaded = loaded or bench.is_loaded()
-    if not loaded:
-        add_gains(rows, copy_bytes_per_s(bench.cores))
+    interference = {} if loaded else add_gains(rows, copy_bytes_per_s(bench.cores))
     result = {
         "loaded": loaded,
         "noise_frac": max(row["noise_frac"] for row in rows),
         "parity_ok": all(row["parity_ok"] for row in rows),
         "seconds": time.perf_counter() - started,
         "training": None if loaded else training,
+        "interference": interference,
+        "choices_ok": all(row.get("choice_ok", True) for row in rows),
         "pairs": [{key: value for key, value in row.items() if key != "measured"} for row in rows],
     }
     if arguments.png and not loaded:
@@ -287,6 +288,7 @@ def print_table(result: dict[str, Any]) -> None:
         print(
             f"{row['name']:<36} turns {1e3 * row['turns_s']:9.2f} ms  beside {1e3 * row['beside_s']:9.2f} ms  "
             f"gain {f'{gain:.2f}' if gain else '-':>5}  predicted {f'{predicted:.2f}' if predicted else '-':>5}  "
+            f"{row.get('choice', ''):<12} {'' if row.get('choice_ok', True) else 'WRONG '}"
             f"noise {row['noise_frac']:.2f}  gradients {'equal' if row['parity_ok'] else 'DIFFER'}"
         )
 

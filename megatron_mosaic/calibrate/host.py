@@ -3,6 +3,7 @@
     module time   pre / layer / post of every module, over items, tp and threads  (forward, backward)
     collectives   all_reduce, all_gather, reduce_scatter, p2p over bytes and ranks
     optimizer     one Megatron optimizer step over parameters
+    interference  blocks alone and beside each other: what lanes on tracks of one rank cost each other
     crowding      by how much ranks that compute at once slow each other down
     overheads     what actions, samples and steps of a real single-rank `pretrain()` run cost beyond all that
 
@@ -31,6 +32,7 @@ from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.calibrate.collectives import measure_collectives
+from megatron_mosaic.calibrate.colocated import measure_interference
 from megatron_mosaic.calibrate.crowding import measure_crowding
 from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
 from megatron_mosaic.calibrate.one_rank import one_rank_plan
@@ -59,6 +61,9 @@ def calibrate(
         command = [*megatron_args, "--global-batch-size", str(4 * num_ranks), "--micro-batch-size", "4"]
         run_forked(num_ranks, _measure_rank, command, directory, cores)
         data = json.loads((Path(directory) / "measured.json").read_text())
+        progress("blocks beside each other")
+        run_forked(1, _measure_interference, directory, data["machine"]["memory_bytes_per_s"])
+        interference = json.loads((Path(directory) / "interference.json").read_text())
         progress("overheads of a step")
         spans = _run_one_rank(workload, megatron_args, directory)
     profile = Profile.model_validate(
@@ -76,6 +81,7 @@ def calibrate(
             "collectives": data["collectives"],
             "optimizer": data["optimizer"],
             "crowding": data["crowding"],
+            "interference": interference,
         }
     )
     model = CostModel(workload, local_cluster(profile, 1), profile)
@@ -115,6 +121,12 @@ def _measure_rank(command: list[str], directory: str, cores: int) -> None:
         }
         (Path(directory) / "measured.json").write_text(json.dumps(measured))
     dist.barrier()
+
+
+def _measure_interference(directory: str, bandwidth_bytes_per_s: float) -> None:
+    """A rank by itself. Writes `interference.json`."""
+    found = measure_interference(bandwidth_bytes_per_s)
+    (Path(directory) / "interference.json").write_text(json.dumps(found))
 
 
 def _thread_counts(cores_per_rank: int) -> list[int]:

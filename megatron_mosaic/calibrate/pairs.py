@@ -23,7 +23,9 @@ from megatron_mosaic.calibrate.one_rank import one_rank_plan
 from megatron_mosaic.colocation.backend_cpu import CpuQuota
 from megatron_mosaic.colocation.lane import Lanes
 from megatron_mosaic.colocation.program import RankProgram
-from megatron_mosaic.cost_model.effects.kernels import layer_work
+from megatron_mosaic.cost_model.effects.counts import count_activation_bytes
+from megatron_mosaic.cost_model.effects.kernels import forward_bytes, layer_work
+from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.parallel_state_ext.group_list import FIELDS
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import device
@@ -111,8 +113,15 @@ class Block:
         """Of a forward and backward, three times the forward's: what its kernels read and write."""
         setup = TrainingSetup(fused_attention=False, dropout=False)
         work = layer_work(self.size.module, self.size.items, 1, 1, 1, False, True, setup)
-        products = 2 * sum((g.m * g.k + g.k * g.n + g.m * g.n) * g.count for g in (*work.gemms, *work.core_gemms))
-        return 3 * NUM_LAYERS * self._dtype.itemsize / 2 * (work.moved_bytes + work.core_bytes + products)
+        return 3 * NUM_LAYERS * self._dtype.itemsize / 2 * forward_bytes(work)
+
+    @property
+    def footprint_bytes(self) -> float:
+        """That it comes back to: parameters, their gradients, and what the forward keeps."""
+        size = self._dtype.itemsize
+        kept = count_activation_bytes(self.size.module, Part.layer, 1, value_bytes=size, fused_attention=False)
+        parameters = sum(parameter.numel() for parameter in self._block.parameters())
+        return 2 * size * parameters + NUM_LAYERS * self.size.items * kept
 
 
 def wall_s(work: Callable[[], None]) -> float:
@@ -175,6 +184,14 @@ class Measured:
     is_equal: bool
 
     @property
+    def turns_median_s(self) -> float:
+        return statistics.median(self.turns_s + self.turns_again_s)
+
+    @property
+    def beside_median_s(self) -> float:
+        return statistics.median(self.beside_s)
+
+    @property
     def noise_frac(self) -> float:
         return abs(statistics.median(self.turns_again_s) / statistics.median(self.turns_s) - 1)
 
@@ -183,16 +200,10 @@ def measure_pair(
     blocks: tuple[Block, Block], lanes: Lanes, threads: tuple[int, int], whole: int, num_units: int, repeats: int
 ) -> Measured:
     """Rounds of turns, beside, turns. `threads`: of each side in its lane; `whole`: of either when it has its turn."""
-    program, by_name = program_of(num_units), dict(zip(SIDES, blocks))
+    by_name = dict(zip(SIDES, blocks))
     lane_cores = CpuQuota(dict(zip(by_name, threads)))
     turn_cores = CpuQuota(dict.fromkeys(by_name, whole))
-
-    def beside() -> None:
-        def perform(action: Action) -> None:
-            lane_cores.grant(action.module)
-            by_name[action.module].work()
-
-        lanes.run(program, perform)
+    beside = _beside(blocks, lanes, lane_cores, num_units)
 
     def turns(cores: CpuQuota) -> None:
         for name, block in by_name.items():
@@ -208,6 +219,25 @@ def measure_pair(
             block.clear()
     first, middle, last = zip(*rounds[WARM_UPS:], strict=True)
     return Measured(turns_s=first, beside_s=middle, turns_again_s=last, is_equal=_is_equal(expected, got))
+
+
+def beside_s(
+    blocks: tuple[Block, Block], lanes: Lanes, threads: tuple[int, int], num_units: int, repeats: int
+) -> float:
+    """Median seconds until both sides' units have ended, beside each other."""
+    run = _beside(blocks, lanes, CpuQuota(dict(zip(SIDES, threads))), num_units)
+    seconds = [wall_s(run) for _ in range(WARM_UPS + repeats)]
+    return statistics.median(seconds[WARM_UPS:])
+
+
+def _beside(blocks: tuple[Block, Block], lanes: Lanes, cores: CpuQuota, num_units: int) -> Callable[[], None]:
+    program, by_name = program_of(num_units), dict(zip(SIDES, blocks))
+
+    def perform(action: Action) -> None:
+        cores.grant(action.module)
+        by_name[action.module].work()
+
+    return lambda: lanes.run(program, perform)
 
 
 def _gradients_after(blocks: Sequence[Block], run: Callable[[], None]) -> list[Tensor]:

@@ -33,6 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
     path = arguments.out or default_profile_path()
     save_profile(profile, path)
     seconds = time.perf_counter() - started
+    if profile.interference is None:
+        print_note("no interference of modules beside each other: it needs two cores, and nobody else on them")
     if arguments.json:
         print_json({"profile": str(path), "seconds": seconds})
     else:

@@ -57,6 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "bubble_frac": timeline.bubble_frac,
                 "peak_bytes": simulation.peak_bytes,
                 "fits": fits,
+                "interference": simulation.interference,
                 **efficiency.as_dict(),
                 **({"drawn": drawn.as_dict()} if drawn else {}),
                 "by_module": timeline.seconds_by_module(),
@@ -76,6 +77,8 @@ def main(arguments: argparse.Namespace) -> int:
     print(efficiency)
     if drawn:
         _print_drawn(drawn)
+    if simulation.interference:
+        print(f"modules beside each other slow each other down: {simulation.interference}")
     print_memory(f"{source.precision.name}, sharding: {source.setup.sharding}", memory)
     if not fits:
         limit_bytes = memory_limit_bytes(task.cluster, task.search.memory_frac)

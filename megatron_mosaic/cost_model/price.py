@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_mosaic.cost_model.clock.machine import Machine
+from megatron_mosaic.cost_model.clock.machine import Beside, Machine
 from megatron_mosaic.cost_model.effects.boundary_traffic import Message, boundary_message, stage_message
 from megatron_mosaic.cost_model.effects.gradients import gradient_sync_s
-from megatron_mosaic.cost_model.effects.memory import LaneMemory, stage_memory
+from megatron_mosaic.cost_model.effects.interference import CoRunner
+from megatron_mosaic.cost_model.effects.memory import LaneMemory, footprint_bytes, stage_memory
 from megatron_mosaic.cost_model.effects.parameters import updated_parameters
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.profile import Operation
@@ -22,6 +23,7 @@ from megatron_mosaic.plan.training import Sharding
 from megatron_mosaic.schedules.actions import Kind
 
 _INSIDE, _ACROSS = Group.on_one_node(2), Group(2, 2, 1)  # two ranks of one node, of two
+_LEAST_S = 1e-12  # of an action that does nothing
 _NEVER_HIDDEN_FRAC = 0.1  # of the gradients' traffic: the last bucket has no backward left beside it
 
 
@@ -75,6 +77,21 @@ class StepPrice:
     def machine_of(self, lane_of: Sequence[int], share: Sequence[float]) -> Machine:
         """As slot classes see it: class i is so much of the slots of lane `lane_of[i]`."""
         return self.source.machine([round(self.costs[lane].threads * part) for lane, part in zip(lane_of, share)])
+
+    def beside(self, alone: Machine, devices: tuple[tuple[int, ...], ...], jobs: Sequence[tuple[int, Kind]]) -> Beside:
+        """The machine where tracks slow each other down on these devices; `jobs`: (lane, kind), in virtual stages."""
+        runners = tuple(self.runner(lane, kind) for lane, kind in jobs)
+        return Beside(alone=alone, devices=devices, runners=runners, interference=self.source.interference)
+
+    def runner(self, lane: int, kind: Kind) -> CoRunner:
+        """A lane's action beside others, through all virtual stages: they divide seconds and bytes alike."""
+        source, work = self.source, self.work.lanes[lane].work
+        return CoRunner(
+            alone_s=max(source.action_cost(work, kind).busy_s, _LEAST_S),
+            moved_bytes=source.moved_bytes(work, kind),
+            footprint_bytes=footprint_bytes(stage_memory(work, source.precision, source.setup)),
+            host_s=source.host_s(work, kind),
+        )
 
     def transfer_s(self, since: int, to: int) -> float:
         """Seconds from the end of an action of one lane to the start of the one on another that needs its result."""

@@ -15,6 +15,7 @@ from megatron_mosaic.cost_model.clock.run import run_clock
 from megatron_mosaic.cost_model.effects.memory import (
     LaneMemory,
     Memory,
+    add_up,
     peak_bytes,
     precision_of,
     stage_memory,
@@ -57,11 +58,19 @@ class Simulation:
         return self.optimizer_start_s + max(self.price.optimizer_s) + self.price.loop_s
 
     @property
+    def interference(self) -> str:
+        """Where the constants come from by which tracks of one rank slow each other down; "" where none have tracks."""
+        if not any(self.program.beside):
+            return ""
+        return "calibrated" if self.price.source.interference.is_measured else "not calibrated"
+
+    @property
     def class_peak_bytes(self) -> tuple[float, ...]:
-        """Per class."""
+        """Per class. Tracks may meet their peaks at the same time: they add up."""
+        memory = [cost.memory for cost in self.price.costs]
         return tuple(
-            peak_bytes(combinations, [self.price.costs[i].memory for i in lanes])
-            for combinations, lanes in zip(self.program.live_units, self.price.work.class_lanes)
+            sum([peak_bytes(live.combinations, [memory[i] for i in live.lanes]) for live in tracks])
+            for tracks in self.program.live_units
         )
 
     @property
@@ -107,7 +116,9 @@ def count_memory(simulation: Simulation) -> dict[int, list[tuple[float, dict[str
         memory = {price.work.lanes[i].name: price.costs[i].memory for i in sorted(lanes)}
         static = sum(lane.static_bytes for lane in memory.values())
         changes = sorted(_changes(simulation, {*kind.slot_classes}))
-        held = {"static": static, "workspace": max(lane.workspace_bytes for lane in memory.values())}
+        tracks = program.live_units[kind.rank_class]
+        workspaces = [max(price.costs[i].memory.workspace_bytes for i in live.lanes) for live in tracks]
+        held = {"static": static, "workspace": sum(workspaces)}
         held |= dict.fromkeys(memory, 0.0)
         samples = [(0.0, dict(held))]
         for at_s, units, name in changes:
@@ -155,6 +166,8 @@ def simulate_jobs(price: StepPrice, program: Program, job_s: Sequence[float]) ->
     """The step of a program whose jobs take so long."""
     lag_s = [0.0] + [price.transfer_s(since, to) for since, to in program.links[1:]]
     machine = price.machine_of(program.lane_of, price.work.replicas.share)
+    if any(program.beside):
+        machine = price.beside(machine, program.beside, program.jobs)
     start_s, end_s = ([price.data_s + at for at in times] for times in run_clock(program, job_s, lag_s, machine))
     return Simulation(price=price, program=program, start_s=tuple(start_s), end_s=tuple(end_s))
 
@@ -192,8 +205,8 @@ def estimate_step(price: StepPrice) -> StepEstimate:
 def memory_of_classes(work: StepWork, program: Program, memory: list[LaneMemory]) -> dict[RankSet, Memory]:
     """Ranks that are alike -> the peak of each; `memory` by lane."""
     return {
-        alike.ranks: worst_moment(combinations, [memory[i] for i in lanes])
-        for alike, combinations, lanes in zip(work.classes, program.live_units, work.class_lanes)
+        alike.ranks: add_up(worst_moment(live.combinations, [memory[i] for i in live.lanes]) for live in tracks)
+        for alike, tracks in zip(work.classes, program.live_units)
     }
 
 

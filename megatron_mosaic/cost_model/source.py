@@ -11,14 +11,15 @@ from typing import Protocol
 
 from megatron_mosaic.cost_model.clock.machine import Machine, OwnDevices, SharedCores
 from megatron_mosaic.cost_model.effects.comm import CommModel, MeasuredComm, RingComm
-from megatron_mosaic.cost_model.effects.compute import AnalyticCompute, MeasuredCompute
+from megatron_mosaic.cost_model.effects.compute import BF16_BYTES, AnalyticCompute, MeasuredCompute, moved_bytes
+from megatron_mosaic.cost_model.effects.interference import Interference
 from megatron_mosaic.cost_model.effects.kernels import stream_s
 from megatron_mosaic.cost_model.effects.layer_comm import LayerComm
 from megatron_mosaic.cost_model.effects.memory import Precision, precision_of
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.hardware.fit import FittedProfile
 from megatron_mosaic.cost_model.hardware.profile import CALIBRATE, Operation, Overheads, Profile, require_finite
-from megatron_mosaic.cost_model.work import StageWork
+from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan.cluster import Cluster
 from megatron_mosaic.plan.training import Format, TrainingSetup
@@ -72,6 +73,16 @@ class CostSource(Protocol):
     def machine(self, threads: Sequence[int]) -> Machine:
         """What ranks compute on: an action of class i of dp slots, on all of them together, uses `threads[i]`."""
 
+    @property
+    def interference(self) -> Interference:
+        """Constants of a rank's device, on which tracks slow each other down."""
+
+    def moved_bytes(self, work: StageWork, kind: Kind) -> float:
+        """That an action of one full unit reads and writes, through all virtual stages of the stage."""
+
+    def host_s(self, work: StageWork, kind: Kind) -> float:
+        """And the seconds in it that the host spends on launches."""
+
     def optimizer_s(self, num_parameters: float) -> float:
         """Of a rank's optimizer step over so many parameters."""
 
@@ -106,6 +117,25 @@ class AnalyticCosts:
         """`CostSource.machine`."""
         return OwnDevices()
 
+    @property
+    def interference(self) -> Interference:
+        """`CostSource.interference`: of the bandwidth that the cost model's own kernels reach."""
+        gpu = self._gpu
+        return Interference(
+            bandwidth_bytes_per_s=gpu.memory_bytes_per_s * gpu.bandwidth_frac,
+            residual=gpu.interference_residual,
+            serial_frac=1.0,  # one host thread launches for all lanes, in the schedule's order
+            is_measured="interference_residual" in gpu.sources,
+        )
+
+    def moved_bytes(self, work: StageWork, kind: Kind) -> float:
+        """`CostSource.moved_bytes`."""
+        return moved_bytes(work, kind, self.setup, BF16_BYTES)
+
+    def host_s(self, work: StageWork, kind: Kind) -> float:
+        """`CostSource.host_s`."""
+        return self._compute.launch_s(work, kind)
+
     def optimizer_s(self, num_parameters: float) -> float:
         """Its memory traffic: Adam reads gradient, fp32 copy and both moments and writes all but the gradient, and the
         bf16 parameter: 4*4 + 3*4 + 2 = 30 bytes per parameter."""
@@ -133,6 +163,9 @@ class MeasuredCosts:
         )
         self._compute = MeasuredCompute(fitted, cluster.gpu.num_sms, self._all_cores)
         self._optimizer = fitted.optimizer()
+        found = profile.interference
+        self._layer_host_s = found.layer_host_s if found else 0.0
+        self.interference = interference_of(profile, cluster.num_ranks)
 
     def action_cost(self, work: StageWork, kind: Kind) -> ActionCost:
         """`CostSource.action_cost`: collectives of the layers are in what was measured."""
@@ -140,11 +173,19 @@ class MeasuredCosts:
 
     def threads(self, work: StageWork) -> int:
         """`CostSource.threads`."""
-        return self._compute.threads(work.share)
+        return self._compute.threads(work)
 
     def machine(self, threads: Sequence[int]) -> SharedCores:
         """`CostSource.machine`."""
         return replace(self._all_cores, threads=tuple(threads))
+
+    def moved_bytes(self, work: StageWork, kind: Kind) -> float:
+        """`CostSource.moved_bytes`, of fp32 values."""
+        return moved_bytes(work, kind, self.setup, self.precision.value_bytes)
+
+    def host_s(self, work: StageWork, kind: Kind) -> float:
+        """`CostSource.host_s`: a backward launches twice what a forward does."""
+        return self._layer_host_s * work.layers * of_kind({Kind.F: 1 / 3, Kind.B: 2 / 3}, kind)
 
     def optimizer_s(self, num_parameters: float) -> float:
         """`CostSource.optimizer_s`."""
@@ -153,6 +194,20 @@ class MeasuredCosts:
     def consensus_s(self, world: Group) -> float:
         """A small all-reduce."""
         return self.comm.estimate(Operation.all_reduce, world, _CONSENSUS_BYTES)
+
+
+def interference_of(profile: Profile, num_ranks: int) -> Interference:
+    """Constants of a rank's part of this machine."""
+    bandwidth, found = profile.machine.memory_bytes_per_s / num_ranks, profile.interference
+    if found is None:
+        return Interference(bandwidth_bytes_per_s=bandwidth)
+    return Interference(
+        bandwidth_bytes_per_s=bandwidth,
+        residual=found.residual,
+        serial_frac=found.serial_frac,
+        cache_bytes=found.cache_bytes,
+        is_measured=True,
+    )
 
 
 def build_cost_source(

@@ -17,13 +17,17 @@ from megatron_mosaic.cost_model.groups import Group, StageGroups, stage_groups
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.layers import count_layers
 from megatron_mosaic.errors import ScheduleError
+from megatron_mosaic.frozen import FrozenMap
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, Recompute, ScheduleChoice
+from megatron_mosaic.plan.quota import shares_of_tracks
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Workload
 from megatron_mosaic.schedules import Kind, stage_graph
+from megatron_mosaic.schedules.passes import modules_by_track
 from megatron_mosaic.schedules.rank_classes import RankClass, rank_classes
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 _FORWARD, _BOTH = (Kind.F,), (Kind.F, Kind.B)
+_ALONE: FrozenMap[int, float] = FrozenMap()
 
 
 def of_kind[T](table: Mapping[Kind, T], kind: Kind) -> T:
@@ -56,6 +60,8 @@ class StageWork:
     sequence_parallel: bool
     share: float  # of the rank's SMs or cores
     groups: StageGroups
+    track: int = 0  # among those of its ranks
+    track_shares: FrozenMap[int, float] = _ALONE  # of all tracks of its ranks, granted jointly; none: it takes turns
     _hash: int = field(init=False, repr=False, compare=False)  # worked out once: a search asks a hundred thousand times
 
     def __post_init__(self) -> None:
@@ -190,6 +196,8 @@ def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepW
     """The work of a training step of the plan, on nodes of so many ranks."""
     graph = stage_graph(plan, workload)
     samples = plan.micro_batch_size * plan.modules[workload.backbone.name].layout.dp
+    classes = rank_classes(plan)
+    beside = _shares_beside(plan, graph, classes) if graph.tracks else {}
     lanes: list[Lane] = []
     for module in workload.modules:
         placed, name = plan.modules[module.name], module.name
@@ -201,10 +209,12 @@ def list_stage_work(plan: Plan, workload: Workload, gpus_per_node: int) -> StepW
             kinds=_BOTH if name in graph.has_backward else _FORWARD,
             reaches_layers=workload.hidden_has_gradient(name),
             gpus_per_node=gpus_per_node,
+            track=graph.tracks.get(name, 0),
+            track_shares=beside.get(name, _ALONE),
         )
     return StepWork(
         lanes=tuple(lanes),
-        classes=rank_classes(plan),
+        classes=classes,
         edges=workload.edges,
         graph=graph,
         schedule=plan.schedule,
@@ -219,6 +229,23 @@ def items_of_unit(module: ModuleConfig, samples: int, dp: int) -> int:
     return math.ceil(samples * module.items_per_sample / dp - 1e-9)
 
 
+def _shares_beside(plan: Plan, graph: StageGraph, classes: Iterable[RankClass]) -> dict[str, FrozenMap[int, float]]:
+    """Module -> shares of the tracks of its ranks; where these differ, of those that leave its own track least. A
+    module without a quota has its track's, as it has in a run."""
+    found: dict[str, FrozenMap[int, float]] = {}
+    track_of = graph.lane_tracks
+    for alike in classes:
+        tracks = modules_by_track(track_of, alike.lanes)
+        if len(tracks) == 1:
+            continue
+        shares = FrozenMap(shares_of_tracks({t: [plan.modules[m].quota.share for m in tracks[t]] for t in tracks}))
+        for track, modules in tracks.items():
+            for module in modules:
+                if module not in found or shares[track] < found[module][track]:
+                    found[module] = shares
+    return found
+
+
 @lru_cache(maxsize=65536)
 def list_lanes(
     module: ModuleConfig,
@@ -229,6 +256,8 @@ def list_lanes(
     kinds: tuple[Kind, ...],
     reaches_layers: bool,
     gpus_per_node: int,
+    track: int = 0,
+    track_shares: FrozenMap[int, float] = _ALONE,
 ) -> tuple[Lane, ...]:
     """The lanes of one module: `items` that its busiest dp slot takes in a full unit, and so many units in a step."""
     lanes = []
@@ -250,6 +279,8 @@ def list_lanes(
             sequence_parallel=placed.sequence_parallel,
             share=placed.quota.share,
             groups=stage_groups(ranks, placed.layout, gpus_per_node),
+            track=track,
+            track_shares=track_shares,
         )
         lanes.append(Lane(module=module.name, stage=stage, ranks=ranks, work=work))
     return tuple(lanes)

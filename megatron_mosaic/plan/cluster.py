@@ -59,6 +59,7 @@ class GpuType:
     half_depth: float = 1.0  # inner dimension at which a matrix product reaches half its efficiency
     launch_s: float = 1e-9  # host time to launch a kernel: a lower bound of its duration
     low_precision_frac: float = 1.0  # efficiency of 8- and 4-bit matrix products, relative to 16 bit
+    interference_residual: float = 0.0  # what lanes beside each other cost beyond bandwidth; no source: not measured
     fp8_flops_per_s: float = 0.0  # dense; 0: not supported
     fp4_flops_per_s: float = 0.0
 
@@ -154,6 +155,7 @@ class GpuTypeFile(Schema):
     half_depth: Annotated[float, Field(strict=True, gt=0, le=MAX_COUNT)] = 0.0
     launch_s: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.0
     low_precision_frac: Annotated[float, Field(strict=True, ge=1e-6, le=1e6)] = 0.0  # of 16 bit, may be above 1
+    interference_residual: Annotated[float, Field(strict=True, ge=0, le=100)] = 0.0
     sources: Mapping[str, Text] = {}
 
     @property

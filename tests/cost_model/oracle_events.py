@@ -13,6 +13,7 @@ import pytest
 import simpy
 
 from megatron_mosaic.cost_model.clock.replicas import Replicas
+from megatron_mosaic.cost_model.effects.interference import CoRunner, Interference
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Layout, Plan
 from megatron_mosaic.schedules import Action, Schedule
@@ -34,6 +35,10 @@ def assert_as_in_the_oracle(simulation: Simulation, plan: Plan, cores: int = 0) 
     share none."""
     price, schedule = simulation.price, simulation.program.schedule
     number = {lane.name: i for i, lane in enumerate(price.work.lanes)}
+
+    def runner(action: Action) -> CoRunner:
+        return price.runner(number[action.lane], action.kind)
+
     expected = run_oracle(
         plan,
         schedule,
@@ -41,6 +46,7 @@ def assert_as_in_the_oracle(simulation: Simulation, plan: Plan, cores: int = 0) 
         lag_s=lambda source, target: price.transfer_s(number[source], number[target]),
         rank_threads={name: price.costs[i].threads // len(price.work.lanes[i].ranks) for name, i in number.items()},
         cores=cores,
+        contention=Contention(price.source.interference, runner) if any(simulation.program.beside) else None,
     )
     found = by_rank(simulation, price.work.replicas)
     assert found.keys() == expected.keys()
@@ -125,45 +131,97 @@ def _part_of_unit(schedule: Schedule, action: Action, i: int, count: int) -> tup
     return first + i * length, first + (i + 1) * length
 
 
+@dataclass(frozen=True)
+class Contention:
+    """What tracks of one rank share, and what an action asks of it."""
+
+    constants: Interference
+    runner: Callable[[Action], CoRunner]
+
+    def slow_downs(self, actions: Sequence[Action], speed: float) -> list[float]:
+        """Of actions on one rank: all get what they ask for, up to a level at which nothing is left."""
+        made, runners = self.constants, [self.runner(action) for action in actions]
+        capacity = made.bandwidth_bytes_per_s
+        in_cache = [min(1.0, made.cache_bytes / each.footprint_bytes) for each in runners]
+        reach = [(1 - part) * each.moved_bytes / each.alone_s for part, each in zip(in_cache, runners)]
+        asked = [speed * min(each, capacity) for each in reach]
+        launch = [speed * min(1.0, made.serial_frac * each.host_s / each.alone_s) for each in runners]
+        level, launch_level = _level(asked, capacity), _level(launch, 1.0)
+        moved = [min(each, level) for each in asked]
+        found = []
+        for i in range(len(actions)):
+            others = sum(moved[:i] + moved[i + 1 :]) / capacity
+            memory = (asked[i] / moved[i] if moved[i] else 1) * (1 + made.residual * others)
+            found.append(max(memory, launch[i] / min(launch[i], launch_level) if launch[i] else 1))
+        return found
+
+
+def _level(asked: Sequence[float], capacity: float) -> float:
+    """The largest share that anybody gets, by bisection."""
+    if sum(asked) <= capacity:
+        return float("inf")
+    low, high = 0.0, max(asked)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(min(each, middle) for each in asked) <= capacity else (low, middle)
+    return low
+
+
+@dataclass
+class _Job:
+    work: float
+    threads: int
+    action: Action
+    ranks: Slot
+
+
 @dataclass
 class _Cores:
-    """Processor sharing as a simpy process: jobs advance at min(1, cores / threads at work)."""
+    """Processor sharing as a simpy process: jobs advance at min(1, cores / threads at work), slowed down by those on
+    their ranks. `cores` 0: ranks share none."""
 
     env: simpy.Environment
     cores: int
+    contention: Contention | None
 
     def __post_init__(self) -> None:
-        self.jobs: dict[simpy.Event, list[float]] = {}  # finished -> [work left, threads]
+        self.jobs: dict[simpy.Event, _Job] = {}  # by what succeeds when they are done
         self.since = 0.0  # when the work left was true
         self.changed = self.env.event()
         self.env.process(self._serve())
 
-    def run(self, work: float, threads: int) -> simpy.Event:
+    def run(self, job: _Job) -> simpy.Event:
         self._advance()
         finished = self.env.event()
-        self.jobs[finished] = [work, threads]
+        self.jobs[finished] = job
         self.changed.succeed()
         self.changed = self.env.event()
         return finished
 
-    @property
-    def _rate(self) -> float:
-        at_work = sum(threads for _, threads in self.jobs.values())
-        return min(1.0, self.cores / at_work) if self.cores and at_work else 1.0
+    def _rates(self) -> list[tuple[_Job, float]]:
+        jobs = list(self.jobs.values())
+        at_work = sum(job.threads for job in jobs)
+        speed = min(1.0, self.cores / at_work) if self.cores and at_work else 1.0
+        slow = [1.0] * len(jobs)
+        for rank in {rank for job in jobs for rank in job.ranks} if self.contention else ():
+            here = [i for i, job in enumerate(jobs) if rank in job.ranks]
+            if len(here) > 1:
+                for i, factor in zip(here, self.contention.slow_downs([jobs[i].action for i in here], speed)):
+                    slow[i] = max(slow[i], factor)
+        return [(job, speed / factor) for job, factor in zip(jobs, slow)]
 
     def _advance(self) -> None:
-        worked = (self.env.now - self.since) * self._rate
+        for job, rate in self._rates():
+            job.work -= (self.env.now - self.since) * rate
         self.since = self.env.now
-        for job in self.jobs.values():
-            job[0] -= worked
 
     def _serve(self):
         while True:
-            soonest = min((max(0.0, work) for work, _ in self.jobs.values()), default=float("inf")) / self._rate
+            soonest = min((max(0.0, job.work) / rate for job, rate in self._rates()), default=float("inf"))
             yield self.changed | self.env.timeout(soonest) if self.jobs else self.changed
             self._advance()
-            for finished, (work, _) in list(self.jobs.items()):
-                if work < 1e-12:
+            for finished, job in list(self.jobs.items()):
+                if job.work < 1e-12:
                     del self.jobs[finished]
                     finished.succeed()
 
@@ -176,11 +234,12 @@ def run_oracle(
     lag_s: Lags,
     rank_threads: Mapping[str, int] | None = None,
     cores: int = 0,
+    contention: Contention | None = None,
 ) -> dict[tuple[int, Action], tuple[float, float]]:
     """(rank, action) -> start and end. Every track of every rank is a process that works through its program; the ranks
     of a slot meet, wait for their inputs from the slots opposite, then run together."""
     env = simpy.Environment()
-    machine = _Cores(env, cores)
+    machine = _Cores(env, cores, contention)
     slots = {lane: find_slots(plan, *split_lane(lane)) for lane in schedule.lanes}
     keys = [(action, i) for action in schedule.order for i in range(len(slots[action.lane]))]
     done = {key: env.event() for key in keys}
@@ -210,8 +269,9 @@ def run_oracle(
         ]
         yield env.all_of([meeting[action, i].get(len(ranks)), *inputs])
         start = env.now
-        if cores:
-            yield machine.run(seconds(action), rank_threads[action.lane] * len(ranks))
+        if cores or contention:
+            threads = rank_threads[action.lane] * len(ranks) if cores else 0
+            yield machine.run(_Job(seconds(action), threads, action, ranks))
         else:
             yield env.timeout(seconds(action))
         for rank in ranks:

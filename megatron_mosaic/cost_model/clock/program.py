@@ -8,6 +8,7 @@ take turns, tracks run at the same time. Needs inside a lane are left out: its o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,14 @@ from megatron_mosaic.schedules.actions import FREES
 from megatron_mosaic.schedules.stage_graph import StageGraph
 
 Need = tuple[int, int]  # (1 + row, number of the link that the result travels over); (0, 0): none
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUnits:
+    """Of the lanes of one track, every combination of live units that a rank meets; a count for each lane."""
+
+    lanes: tuple[int, ...]
+    combinations: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +47,9 @@ class Program:
     lane_of: tuple[int, ...]  # by slot class
     resources: tuple[tuple[int, ...], ...]  # by slot class, what it occupies: a track of a kind of ranks
     num_resources: int
+    beside: tuple[tuple[int, ...], ...]  # by slot class, those of its kinds of ranks that have several tracks
     last: tuple[tuple[int, ...], ...]  # by lane, the rows of its last action
-    live_units: tuple[tuple[tuple[int, ...], ...], ...]  # by class of ranks, combinations of live units of its lanes
+    live_units: tuple[tuple[LiveUnits, ...], ...]  # by class of ranks, of each of its tracks
 
 
 @lru_cache(maxsize=512)
@@ -77,6 +87,7 @@ def fold(schedule: Schedule, graph: StageGraph, classes: SlotClasses) -> Program
     lane_of = tuple(i for i in range(len(names)) for _ in range(classes.first[i], classes.first[i + 1]))
     holds = [[(kind, schedule.tracks[names[i]]) for kind in kinds] for i, kinds in zip(lane_of, classes.occupies)]
     resource = {each: i for i, each in enumerate(dict.fromkeys(each for held in holds for each in held))}
+    num_tracks = Counter(kind for kind, _ in resource)
     return Program(
         schedule=schedule,
         entry=rows.entry,
@@ -90,8 +101,9 @@ def fold(schedule: Schedule, graph: StageGraph, classes: SlotClasses) -> Program
         lane_of=lane_of,
         resources=tuple(tuple(resource[each] for each in held) for held in holds),
         num_resources=len(resource),
+        beside=tuple(tuple(kind for kind, _ in held if num_tracks[kind] > 1) for held in holds),
         last=rows.last,
-        live_units=_live_units_of_classes(graph, table.kind, positions),
+        live_units=_live_units_of_classes(graph, table.kind, positions, [schedule.tracks[name] for name in names]),
     )
 
 
@@ -199,18 +211,21 @@ def _needs_of_others(
 
 
 def _live_units_of_classes(
-    graph: StageGraph, kinds: Sequence[Kind], positions: Sequence[Sequence[int]]
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """By class of ranks with the same lanes; whenever their slots run, each rank keeps to the order."""
-    lanes_of: dict[int, list[int]] = {}
+    graph: StageGraph, kinds: Sequence[Kind], positions: Sequence[Sequence[int]], tracks: Sequence[int]
+) -> tuple[tuple[LiveUnits, ...], ...]:
+    """By class of ranks with the same lanes, and by track; whenever their slots run, each track keeps to the order."""
+    lanes_of: dict[int, dict[int, list[int]]] = {}
     for i, lane in enumerate(graph.lanes):
         for name in graph.occupies[lane]:
-            lanes_of.setdefault(name, []).append(i)
-    return tuple(_live_units(kinds, [positions[i] for i in lanes]) for _, lanes in sorted(lanes_of.items()))
+            lanes_of.setdefault(name, {}).setdefault(tracks[i], []).append(i)
+    return tuple(
+        tuple(LiveUnits(tuple(lanes), _live_units(kinds, [positions[i] for i in lanes])) for lanes in found.values())
+        for _, found in sorted(lanes_of.items())
+    )
 
 
 def _live_units(kinds: Sequence[Kind], lanes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Every combination of live units that a class with these lanes (positions of their actions) meets.
+    """Every combination of live units that a track with these lanes (positions of their actions) meets.
 
     A forward adds one, a backward frees it. In a lane without backwards nothing outlives its forward.
     """

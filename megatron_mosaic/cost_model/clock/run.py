@@ -7,7 +7,8 @@ and its inputs have arrived:
 
 While actions run, the machine says how fast (`Machine.rates`); the clock goes from event to event, an event being an
 action's end or an input's arrival. Where every rank owns its device nothing ever changes a rate, and one pass in the
-schedule's order gives the same times; on shared cores all rates are equal, and one heap says who ends next.
+schedule's order gives the same times; on shared cores all rates are equal, and one heap says who ends next. Tracks
+beside each other slow each other down, each in its own way: there the machine is asked at every event.
 """
 
 from __future__ import annotations
@@ -81,15 +82,17 @@ def _run_order(program: Program, job_s: Sequence[float], lag_s: Sequence[float])
 def run_events(program: Program, job_s: Sequence[float], lag_s: Sequence[float], machine: Machine) -> Times:
     """From event to event, whatever the machine does to rates."""
     waits, now = _Waits(program, lag_s), 0.0
-    active: list[int] = []  # rows at work, with their slots and the seconds of work left of each, at rate 1
+    active: list[int] = []  # rows at work, with their slots, jobs and the seconds of work left of each, at rate 1
     slots: list[int] = []
+    jobs: list[int] = []
     left: list[float] = []
     while active or waits.under_way:
         for row in waits.arrived(now):
             active.append(row)
             slots.append(program.slots[row])
+            jobs.append(program.job[row])
             left.append(job_s[program.job[row]])
-        rates = machine.rates(slots)
+        rates = machine.rates(slots, jobs)
         step = min(map(truediv, left, rates), default=inf)
         if waits.under_way:
             step = min(step, waits.under_way[0][0] - now)
@@ -100,7 +103,7 @@ def run_events(program: Program, job_s: Sequence[float], lag_s: Sequence[float],
                 waits.finish(row, now)
             keep = [work > _SOON_S for work in left]
             active, slots = list(compress(active, keep)), list(compress(slots, keep))
-            left = list(compress(left, keep))
+            jobs, left = list(compress(jobs, keep)), list(compress(left, keep))
     return waits.starts, waits.ends
 
 

@@ -10,14 +10,18 @@ from collections.abc import Mapping
 
 from megatron_mosaic.cost_model.clock.machine import Machine
 from megatron_mosaic.cost_model.effects.kernels import (
+    BACKWARD_LAUNCHES,
     Gemm,
     Work,
+    backward_bytes,
     backward_s,
     core_s,
     flops_per_s,
+    forward_bytes,
     forward_s,
     gemm_s,
     head_gemms,
+    launches_s,
     layer_work,
     projector_gemms,
     stream_s,
@@ -27,7 +31,7 @@ from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.cost_model.work import StageWork, of_kind
 from megatron_mosaic.plan import Recompute
 from megatron_mosaic.plan.cluster import GpuType
-from megatron_mosaic.plan.quota import grant_quota
+from megatron_mosaic.plan.quota import grant_cores, grant_quota, grant_shares
 from megatron_mosaic.plan.training import DEFAULT_SETUP, Recomputed, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig
 from megatron_mosaic.schedules.actions import Kind
@@ -44,12 +48,20 @@ class AnalyticCompute:
 
     def estimate(self, work: StageWork, kind: Kind, comm_s: float = 0.0) -> float:
         """Seconds of a unit with `comm_s` of collectives in its layers."""
-        sms = grant_quota(work.share, self.gpu.num_sms, self.gpu.sm_granularity)
+        sms = granted_sms(work, self.gpu)
         return of_kind({Kind.F: self._forward_s, Kind.B: self._backward_s}, kind)(work, sms, comm_s)
+
+    def launch_s(self, work: StageWork, kind: Kind) -> float:
+        """Of these, what the host spends on launching kernels: see `forward_s` and `backward_s`."""
+        parts = parts_of(work, self.setup)
+        forward_s = sum(count * launches_s(self.gpu, kernels, self.setup) for kernels, count in parts)
+        again = {Recompute.full: self.setup.full_recompute_frac, Recompute.whole: 1.0}.get(work.recompute, 0.0)
+        backward_s = (BACKWARD_LAUNCHES * work.reaches_layers + again) * forward_s
+        return of_kind({Kind.F: forward_s, Kind.B: backward_s}, kind)
 
     def _forward_s(self, work: StageWork, sms: int, comm_s: float) -> float:
         seconds = 0.0
-        for kernels, count in self._parts(work):
+        for kernels, count in parts_of(work, self.setup):
             layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
             seconds += count * forward_s(self.gpu, kernels, sms, self.setup, layer_comm_s)
         return seconds
@@ -61,7 +73,7 @@ class AnalyticCompute:
             forward_again_s = self._forward_s(work, sms, comm_s) if whole else 0.0
             return forward_again_s + (self._projector_backward_s(module, work.tokens, sms) if work.last else 0.0)
         seconds = 0.0
-        for kernels, count in self._parts(work):
+        for kernels, count in parts_of(work, setup):
             layer_comm_s = comm_s / work.layers if _is_layer(kernels) else 0.0
             # of the layers that are recomputed, whose collectives are in comm_s too
             again = setup.full_recompute_frac if work.recompute is Recompute.full and _is_layer(kernels) else 0.0
@@ -92,41 +104,66 @@ class AnalyticCompute:
             seconds += stream_s(gpu, kernels.activation_bytes, sms)
         return seconds
 
-    def _parts(self, work: StageWork) -> list[tuple[Work, int]]:
-        module, layout = work.module, work.layout
-        parts = [
-            (
-                layer_work(
-                    module,
-                    work.items,
-                    layout.tp,
-                    layout.cp,
-                    layout.ep,
-                    work.sequence_parallel,
-                    dense,
-                    self.setup,
-                    layout.etp,
-                ),
-                n,
-            )
-            for dense, n in work.layers_by_mlp
-        ]
-        tokens, h = work.tokens, module.hidden_size
-        if work.first:
-            gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
-            parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1))
-        if work.last:
-            # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
-            logits = 16 * module.vocab_size / layout.tp * (1 + module.num_mtp_layers)
-            parts.append((Work(head_gemms(module, tokens, layout.tp), tokens * (4 * h + logits), 10), 1))
-        return parts
-
     def _projector_backward_s(self, module: ModuleConfig, tokens: float, sms: int) -> float:
         """Of a trained projector behind frozen layers: gradients of its matrices, and of what is between the two."""
         products = projector_gemms(module, tokens)
         weights = [gemm_s(self.gpu, Gemm(g.k, g.n, g.m), sms, self.setup.format, 8) for g in products]
         between = [gemm_s(self.gpu, Gemm(g.m, g.k, g.n), sms, self.setup.format) for g in products[1:]]
         return sum(weights) + sum(between)
+
+
+def granted_sms(work: StageWork, gpu: GpuType) -> int:
+    """SMs that a stage computes on: jointly granted with those of the tracks beside it, or its share."""
+    if work.track_shares:
+        return grant_shares(work.track_shares, gpu.num_sms, gpu.sm_granularity)[work.track]
+    return grant_quota(work.share, gpu.num_sms, gpu.sm_granularity)
+
+
+def parts_of(work: StageWork, setup: TrainingSetup) -> list[tuple[Work, int]]:
+    """Kernels of a stage's forward of one unit, part by part, and how often it goes through each."""
+    module, layout = work.module, work.layout
+    parts = [
+        (
+            layer_work(
+                module,
+                work.items,
+                layout.tp,
+                layout.cp,
+                layout.ep,
+                work.sequence_parallel,
+                dense,
+                setup,
+                layout.etp,
+            ),
+            n,
+        )
+        for dense, n in work.layers_by_mlp
+    ]
+    tokens, h = work.tokens, module.hidden_size
+    if work.first:
+        gemms = (Gemm(tokens, h, module.input_size),) if module.input_size else ()
+        parts.append((Work(gemms, BF16_BYTES * 3 * tokens * h, 4), 1))
+    if work.last:
+        # logits are read and written by the loss in fp32: cast, maximum, exponential, sum
+        logits = 16 * module.vocab_size / layout.tp * (1 + module.num_mtp_layers)
+        parts.append((Work(head_gemms(module, tokens, layout.tp), tokens * (4 * h + logits), 10), 1))
+    return parts
+
+
+def moved_bytes(work: StageWork, kind: Kind, setup: TrainingSetup, value_bytes: int) -> float:
+    """What the kernels of a unit's action read and write. ScheduleError for kinds that have no price."""
+    parts = parts_of(work, setup)
+    forward = sum(count * forward_bytes(kernels) for kernels, count in parts)
+    if of_kind({Kind.F: True, Kind.B: False}, kind):
+        return value_bytes / 2 * forward
+    if work.reaches_layers:
+        trained = not work.module.frozen
+        backward = sum(count * backward_bytes(kernels, trained=trained) for kernels, count in parts)
+    else:
+        projector = Work(projector_gemms(work.module, work.tokens) if work.last else (), 0.0, 0)
+        backward = backward_bytes(projector, trained=True)
+    again = {Recompute.full: setup.full_recompute_frac, Recompute.whole: 1.0}.get(work.recompute, 0.0)
+    return value_bytes / 2 * (backward + again * forward)
 
 
 def _is_layer(kernels: Work) -> bool:
@@ -143,13 +180,17 @@ class MeasuredCompute:
     def __init__(self, fitted: FittedProfile, cores_per_rank: int, cores: Machine) -> None:
         self.fitted, self.cores_per_rank, self._cores = fitted, cores_per_rank, cores
 
-    def threads(self, share: float) -> int:
-        """Cores that a rank computes on with this share."""
-        return grant_quota(share, self.cores_per_rank, 1)
+    def threads(self, work: StageWork) -> int:
+        """Cores that a rank computes on: jointly granted with those of the tracks beside it (a thread each where there
+        are fewer cores), or its share."""
+        cores, tracks = self.cores_per_rank, work.track_shares
+        if not tracks:
+            return grant_quota(work.share, cores, 1)
+        return grant_cores(tracks, cores)[work.track] if len(tracks) <= cores else 1
 
     def estimate(self, work: StageWork, kind: Kind) -> float:
         """Seconds of a unit."""
-        threads, again = self.threads(work.share), work.recompute
+        threads, again = self.threads(work), work.recompute
         alone = 1.0 / self._cores.crowding(work.layout.tp * threads)
         passes = [(kind, work.parts(kind))]
         if of_kind({Kind.F: False, Kind.B: again is not Recompute.none}, kind):

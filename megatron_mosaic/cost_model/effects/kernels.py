@@ -8,6 +8,7 @@ sizes that libraries offer. Everything else is moved bytes. A part is never fast
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,6 +23,7 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))
 # do, between the 0.81 and 0.92 of Dao 2023 (FlashAttention-2), figures 4 and 5
 _HEAD_LOSS = 24
 _LAYER_LAUNCHES, _MIXTURE_LAUNCHES = 20.0, 24.0  # kernels of a layer's forward, and what a mixture of experts adds
+BACKWARD_LAUNCHES = 1.7  # kernels of a backward for each of its forward
 _GRAPH_LAUNCH_S = 1e-6  # of a kernel inside a CUDA graph, which the device launches itself; assumed, no source
 _ROPE_CHANNELS = 64  # of the decoupled key of latent attention (DeepSeek-V2, table 1; V3 keeps it)
 
@@ -165,6 +167,21 @@ def layer_work(
     )
 
 
+def forward_bytes(work: Work) -> float:
+    """What a part's forward reads and writes, of 2-byte values."""
+    return work.moved_bytes + work.core_bytes + _product_bytes((*work.gemms, *work.core_gemms))
+
+
+def backward_bytes(work: Work, *, trained: bool) -> float:
+    """And its backward: see `backward_s`."""
+    weights = sum(8 * g.k * g.n * g.count + 2 * (g.m * g.k + g.m * g.n) * g.count for g in work.gemms) * trained
+    return 1.5 * (work.moved_bytes + work.core_bytes) + _product_bytes((*work.gemms, *2 * work.core_gemms)) + weights
+
+
+def _product_bytes(gemms: Iterable[Gemm]) -> float:
+    return 2 * sum((g.m * g.k + g.k * g.n + g.m * g.n) * g.count for g in gemms)
+
+
 @lru_cache(maxsize=65536)
 def gemm_s(gpu: GpuType, gemm: Gemm, num_sms: int, setup_format: Format, output_bytes: int = 2) -> float:
     """Seconds of a product on `num_sms` of the GPU's SMs. `output_bytes`: 8 when it adds to fp32."""
@@ -221,11 +238,12 @@ def forward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, comm
     """Seconds of a part's forward with `comm_s` of its collectives; the host's launches hide behind both."""
     products = sum(gemm_s(gpu, gemm, num_sms, setup.format) for gemm in work.gemms)
     busy = products + stream_s(gpu, work.moved_bytes, num_sms) + core_s(gpu, work, num_sms)
-    return max(busy + comm_s, work.launches * _launch_s(gpu, setup))
+    return max(busy + comm_s, launches_s(gpu, work, setup))
 
 
-def _launch_s(gpu: GpuType, setup: TrainingSetup) -> float:
-    return min(gpu.launch_s, _GRAPH_LAUNCH_S) if setup.cuda_graphs else gpu.launch_s
+def launches_s(gpu: GpuType, work: Work, setup: TrainingSetup) -> float:
+    """Seconds of the host to launch a part's forward."""
+    return work.launches * (min(gpu.launch_s, _GRAPH_LAUNCH_S) if setup.cuda_graphs else gpu.launch_s)
 
 
 def backward_s(
@@ -243,4 +261,4 @@ def backward_s(
     core = 2.5 * work.core_flops / (gpu.flops_per_s * gpu.attention_efficiency_frac * num_sms / gpu.num_sms)
     core += 2 * sum(gemm_s(gpu, gemm, num_sms, Format.bf16) for gemm in work.core_gemms)
     busy += core + stream_s(gpu, 1.5 * work.core_bytes, num_sms)
-    return max(busy + comm_s, 1.7 * work.launches * _launch_s(gpu, setup))
+    return max(busy + comm_s, BACKWARD_LAUNCHES * launches_s(gpu, work, setup))

@@ -270,6 +270,11 @@ def peak_bytes(combinations: Sequence[Sequence[int]], memory: Sequence[LaneMemor
     )
 
 
+def footprint_bytes(lane: LaneMemory) -> float:
+    """What an action of the lane comes back to: parameters, their gradients, and a unit's activations."""
+    return lane.static.parameters + lane.static.gradients + lane.unit_bytes
+
+
 def _alive(live_units: Sequence[int], unit_bytes: Sequence[float]) -> float:
     return sum(n * size for n, size in zip(live_units, unit_bytes))
 

@@ -10,6 +10,7 @@ collectives: {all_reduce: {2: [{bytes: 4096, seconds: 1.0e-4}, ...]}}           
 optimizer: [{params: 100000, seconds: 1.0e-3}, ...]
 crowding: [{ranks: 2, slow_down: 1.3}, ...]
 overheads: {action_s: 0.0, step_s: 0.0, sample_s: 0.0}
+interference: {residual: 0.4, serial_frac: 0.5, cache_bytes: 1.0e+6, layer_host_s: 1.0e-3, num_pairs: 4, ...}
 """
 
 from __future__ import annotations
@@ -133,6 +134,25 @@ CrowdPoints = Annotated[
     tuple[CrowdPoint, ...],
     AfterValidator(_ascending(lambda p: p.ranks, "ranks")),
 ]
+
+
+class InterferenceFit(Schema):
+    """What modules beside each other on a rank cost each other (`effects/interference.py` says what each constant is),
+    fitted to `num_pairs` pairs of real blocks. Errors are means over pairs: of those fitted to, and of each by
+    constants fitted to the others.
+
+    `layer_host_s`: of a layer's forward and backward, what the host spends on launching.
+    """
+
+    residual: Annotated[float, Field(ge=0, le=100)]
+    serial_frac: Annotated[float, Field(ge=0, le=1)]
+    cache_bytes: Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
+    layer_host_s: Seconds
+    num_pairs: Count
+    error_frac: Annotated[float, Field(ge=0)]
+    held_out_error_frac: Annotated[float, Field(ge=0)]
+
+
 ModulePoints = Annotated[
     tuple[ModulePoint, ...],
     Field(min_length=1),
@@ -159,6 +179,7 @@ class Profile(Schema):
     optimizer: OptimizerPoints
     crowding: CrowdPoints = ()  # none: ranks share cores, and nothing else
     overheads: Overheads = Overheads()
+    interference: InterferenceFit | None = None  # None: not measured
 
     @property
     def title(self) -> str:
@@ -197,7 +218,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
 
 def format_profile(profile: Profile) -> str:
     """YAML text of the profile, one point a line."""
-    data = _with_int_keys(profile.model_dump(mode="json"))
+    data = _with_int_keys(profile.model_dump(mode="json", exclude_none=True))
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=160)
 
 
