@@ -2,6 +2,7 @@
 // wait at other times: a click opens its classes, and all of their measured ranks. Drawn for the part in view.
 const NAMES = 230; // pixels for names
 const ROW = 15;
+const OPEN_BANDS = 24; // that fit on a screen: so many are all open to begin with
 const GANTT_WIDTH = 1260;
 
 function drawGantt(gantt) {
@@ -10,10 +11,10 @@ function drawGantt(gantt) {
     make("button", { onclick: () => view.zoom(0.5) }, "zoom in"),
     make("button", { onclick: () => view.zoom(2) }, "zoom out"),
     make("button", { onclick: () => view.show(0, view.ticks) }, "whole step"),
-    `or drag to move, Ctrl and wheel to zoom${view.opens ? `; click a band for ${view.opens}` : ""}`);
+    `or drag to move, Ctrl and wheel to zoom${view.opens ? `; click a band to open or close it: ${view.opens}` : ""}`);
   const steps = Object.entries(gantt.steps).map(([name, value]) => `${name} step ${seconds(value)}, bubbles ${(100 * gantt.bubbles[name]).toFixed(0)} %`);
   const shown = gantt.left_out ? ` ${gantt.left_out} more classes of ranks are left out to keep the page small.` : "";
-  const measured = gantt.steps.measured ? " Of measured ranks the busiest of each class is drawn." : "";
+  const measured = gantt.steps.measured ? " Of measured ranks a closed band has the busiest." : "";
   const text = `${steps.join("; ")}. Forwards are dark, backwards lighter; on a red ground nothing runs.${measured}${shown}`;
   const tails = Object.keys(TAIL).filter((lane) => gantt.classes.some((each) => each.predicted.some((row) => row.lane === lane)));
   const entries = [...MODULES.map((m) => [colourOf(m.name), m.name]), ...tails.map((lane) => [TAIL[lane], lane]), ["#f7e4e0", "bubble"]];
@@ -27,10 +28,11 @@ class GanttView {
     this.ticks = Math.round(gantt.end_s / gantt.tick_s);
     const asked = /^#step=([\d.]+)-([\d.]+)$/.exec(window.location.hash); // parts of the step, 0 to 1
     [this.from, this.to] = asked ? [asked[1] * this.ticks, asked[2] * this.ticks] : [0, this.ticks];
-    this.open = new Set(); // numbers of groups
     this.members = new Map(); // group -> numbers of its classes
     gantt.classes.forEach((each, number) => this.members.set(each.group, [...(this.members.get(each.group) || []), number]));
     this.opens = this.describeOpening();
+    const bands = gantt.classes.reduce((sum, each) => sum + 1 + each.measured.length, 0);
+    this.open = new Set(bands <= OPEN_BANDS ? this.members.keys() : []); // numbers of groups
     this.held = null;
     window.addEventListener("mouseup", () => { this.held = null; });
     [this.axis, this.axisContext] = makeCanvas(GANTT_WIDTH, 18, "seconds of the step");
@@ -40,8 +42,8 @@ class GanttView {
   // What a click shows that is not drawn now; "" where it would show nothing.
   describeOpening() {
     const said = [];
-    if ([...this.members.values()].some((numbers) => numbers.length > 1)) said.push("the classes in it");
-    if (this.gantt.classes.some((each) => each.measured.length > 1)) said.push("all of its measured ranks");
+    if ([...this.members.values()].some((numbers) => numbers.length > 1)) said.push("classes that wait at other times");
+    if (this.gantt.classes.some((each) => each.measured.length > 1)) said.push("all measured ranks");
     return said.join(" and ");
   }
 

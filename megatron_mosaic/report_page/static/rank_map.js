@@ -22,7 +22,7 @@ function drawRankMap(map) {
   const colours = striped ? map.modules.map((module) => [colourOf(module.name), module.name]) : combinationsOf(map).map((names, i) => [combinationColour(map, names, i), names.join(" + ")]);
   const idle = owner.includes(-1) ? [["#e9ecef", "runs nothing"]] : [];
   const cells = striped ? "A stripe for each module, filled as far as the module's share of the SMs" : "A colour for each combination of modules";
-  const text = `${map.num_ranks} GPUs, ${map.per_node} a node. ${cells}; later pipeline stages are lighter. Point at a GPU for its lanes.`;
+  const text = `${map.num_ranks} GPUs, ${map.per_node} a node. ${cells}; later pipeline stages are lighter${place.cell >= NUMBERED ? " (numbers: rank above, stage below)" : ""}. Point at a GPU for its lanes.`;
   section("Rank map", text, legend([...colours, ...idle]), node, table(
     ["module", "ranks", "layout", "share", "unit", "track", "recompute"],
     map.modules.map((m) => ({ cells: [m.name, shorten(m.ranks, 40), m.layout, String(m.share), String(m.unit), String(m.track), m.recompute] })),
