@@ -77,4 +77,4 @@ def test_the_tour_shows_a_refusal_and_goes_on(tmp_path):
 def test_72b_parameters_on_512_gpus(tmp_path):
     run_script("plan_72b.sh", tmp_path, timeout_s=300)
     plan = load_plan(str(tmp_path / "plan_72b.yaml"))
-    assert plan.world_size == 512 and plan.modules.keys() == load_workload("qwen2_vl_72b").by_name.keys()
+    assert plan.world_size == 512 and plan.modules.keys() == load_workload(["model=qwen2_vl_72b"]).by_name.keys()
