@@ -90,6 +90,7 @@ def _pretrain(
     definition, reader = ADAPTERS[record.kind].build(record, plan, args, alone, forward_step)
     runtime = Runtime(args, plan, definition, reader.collate)
     print_rank_0(_DRAWN_BY_NAME)
+    print_rank_0("> mosaic: every rank reads all samples of the script's data, so that the batch is the plan's")
     data = ScriptData.of(args, plan, BACKBONE, alone, provider)
     container = replace(cfg_container, model=MosaicModelConfig(_runtime=runtime))
     with runtime.finishing():

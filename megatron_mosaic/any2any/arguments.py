@@ -63,7 +63,7 @@ MEGATRON_DEFAULTS: dict[str, object] = {
 _STACK = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
 _OF_DIGITS = (  # without effect where a model file describes the modules
     *(f"{module}_{size}" for module in ("vision", "generator") for size in _STACK),
-    *("digits_text_only_frac", "digits_two_image_frac", "digits_generate_frac"),
+    *("digits_text_only_frac", "digits_two_image_frac", "digits_generate_frac", "digits_files"),
 )
 _NOT_BUILT = ("shared_expert_size", "num_dense_layers", "q_latent_size", "kv_latent_size")  # of a model file
 _ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu")  # Megatron takes one of them
@@ -104,6 +104,9 @@ def add_any2any_arguments(parser: ArgumentParser) -> ArgumentParser:
         choices=("tokens", "samples"),
         default="tokens",
         help="every loss token counts the same, or every sample (and drawing)",
+    )
+    group.add_argument(
+        "--digits-files", metavar="DIR", help="samples of scripts/pack_digits.py: each rank reads what its lanes need"
     )
     group.add_argument("--digits-seed", type=int, default=1234, help="which samples are drawn; not the weights")
     return parser

@@ -199,17 +199,25 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The batch of these samples, with the keys of definition.py: text stacked, images one after the other."""
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")}
     for module, values, kind in ((VISION, "images", "image"), (GENERATOR, "gen_noisy", "gen")):
-        counts = torch.tensor([len(sample[f"{kind}_start"]) for sample in samples])
-        start = torch.cat([sample[f"{kind}_start"] for sample in samples])
-        owner = torch.repeat_interleave(torch.arange(len(samples)), counts)
-        batch[f"{module}/samples"], batch[f"{module}/tokens"] = owner, torch.full_like(owner, NUM_PATCHES)
+        batch |= collate_items(module, [sample[f"{kind}_start"] for sample in samples])
         batch[f"{module}/values"] = torch.cat([sample[values] for sample in samples])
-        item_end, sample_end = (torch.arange(len(owner)), torch.zeros_like(owner)), (owner, start)
-        ends = (item_end, sample_end) if module == VISION else (sample_end, item_end)
-        edge = f"{VISION}>{LLM}" if module == VISION else f"{LLM}>{GENERATOR}"
-        batch[edge] = torch.stack([*ends[0], *ends[1], batch[f"{module}/tokens"]])
     batch[f"{GENERATOR}/targets"] = torch.cat([sample["gen_target"] for sample in samples])
     return batch
+
+
+def collate_items(module: str, starts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Whose the items of vision or the generator are, and the edge of its rows, by where they stand in each sample."""
+    counts, start = torch.tensor([len(own) for own in starts]), torch.cat(list(starts))
+    owner = torch.repeat_interleave(torch.arange(len(starts)), counts)
+    lengths = torch.full_like(owner, NUM_PATCHES)
+    item_end, sample_end = (torch.arange(len(owner)), torch.zeros_like(owner)), (owner, start)
+    ends = (item_end, sample_end) if module == VISION else (sample_end, item_end)
+    edge = f"{VISION}>{LLM}" if module == VISION else f"{LLM}>{GENERATOR}"
+    return {
+        f"{module}/samples": owner,
+        f"{module}/tokens": lengths,
+        edge: torch.stack([*ends[0], *ends[1], lengths]),
+    }
 
 
 def _stack_patches(images: list[Tensor]) -> Tensor:

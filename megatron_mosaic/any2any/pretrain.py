@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from megatron_mosaic.any2any.arguments import (
     workload_from_args,
 )
 from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.any2any.files.packed import PackedDigits, collate_packed
 from megatron_mosaic.definition import StageOutput
 from megatron_mosaic.errors import MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
@@ -48,7 +50,9 @@ def make_datasets(args: Any, workload: Workload) -> Callable[[Sequence[int]], tu
         datasets: list[Any] = []
         for split, wanted in zip(("train", "valid", "test"), num_samples, strict=True):
             count = max(1, wanted or 1)
-            if args.workload is None:
+            if args.digits_files is not None:
+                datasets.append(PackedDigits(Path(args.digits_files) / split, args.seq_length))
+            elif args.workload is None:
                 sizes, mix = sizes_from_args(args), mix_from_args(args)
                 datasets.append(
                     data.DigitsDataset(split, sizes=sizes, mix=mix, num_samples=count, seed=args.digits_seed)
@@ -63,6 +67,8 @@ def make_datasets(args: Any, workload: Workload) -> Callable[[Sequence[int]], tu
 
 def make_collate(args: Any, workload: Workload) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """What makes a batch of the samples of `make_datasets`."""
+    if args.digits_files is not None:
+        return collate_packed
     return data.collate if args.workload is None else synthetic.collate(workload)
 
 

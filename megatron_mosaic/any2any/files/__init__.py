@@ -1,0 +1,1 @@
+"""Samples in files, of which a rank reads what its lanes need."""
