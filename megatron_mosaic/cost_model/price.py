@@ -134,8 +134,9 @@ class StepPrice:
 
     @cached_property
     def loop_s(self) -> float:
-        """What every rank's loop does behind its last action beyond gradients and optimizer, all at once."""
-        return self.machine.crowding(self.work.world.size) * self.source.overheads.step_s
+        """What a rank with modules does behind its last action beyond summing gradients and updating parameters (norm,
+        clipping, the loop), all at once."""
+        return self.machine.crowding(self.work.num_busy_ranks) * self.source.overheads.step_s
 
     @cached_property
     def consensus_s(self) -> float:
