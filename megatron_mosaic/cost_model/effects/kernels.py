@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.plan.cluster import GpuType
-from megatron_mosaic.plan.training import Format, TrainingSetup
+from megatron_mosaic.plan.training import Dispatcher, Format, TrainingSetup
 from megatron_mosaic.plan.workload import ModuleConfig
 
 # (rows, columns) of an output tile, efficiency relative to the largest (CUTLASS profiler, shapes of 8192^3)
@@ -24,6 +24,7 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82), (64, 64, 0.65))
 _HEAD_LOSS = 24
 _LAYER_LAUNCHES, _MIXTURE_LAUNCHES = 20.0, 24.0  # kernels of a layer's forward, and what a mixture of experts adds
 BACKWARD_LAUNCHES = 1.7  # kernels of a backward for each of its forward
+_SHARPNESS = 4.0  # of the turn from launches to kernels; chosen for the regret of vtrain_single_node_a100
 _GRAPH_LAUNCH_S = 1e-6  # of a kernel inside a CUDA graph, which the device launches itself; assumed, no source
 _ROPE_CHANNELS = 64  # of the decoupled key of latent attention (DeepSeek-V2, table 1; V3 keeps it)
 
@@ -108,6 +109,14 @@ def mlp_gemms(module: ModuleConfig, tokens: float, tp: int, ep: int, dense: bool
     return (*gemms, Gemm(tokens, wide * shared, h), Gemm(tokens, h, shared)) if shared else gemms
 
 
+def _routed_bytes(module: ModuleConfig, ep: int, setup: TrainingSetup) -> int:
+    """Moved for each value of a copy of a token: permute and unpermute read and write it, and it is weighted. Where a
+    rank has several experts, copies come from an all-to-all by sender: they are sorted by expert, and back again
+    (Megatron's MoEAlltoAllTokenDispatcher). DeepEP brings each token once and needs no second sorting."""
+    sorted_again = setup.expert_dispatcher is Dispatcher.alltoall and module.num_experts > ep
+    return 12 + (8 if sorted_again else 0)
+
+
 @lru_cache(maxsize=65536)
 def layer_work(
     module: ModuleConfig,
@@ -136,7 +145,7 @@ def layer_work(
     )
     activation = tokens * f * (6 if module.gated else 4)
     rotary = 4 * tokens * (heads + module.query_groups / tp) * size if module.gated else 0.0
-    routed = 0.0 if dense else 12 * tokens / tp * module.moe_top_k * h  # permute, unpermute, weighted sum
+    routed = 0.0 if dense else _routed_bytes(module, ep, setup) * tokens / tp * module.moe_top_k * h
     low = sum(3 * g.m * g.k * g.count for g in gemms) if setup.format.is_low else 0.0  # reads 2 bytes, writes 1
     flops = 4 * items * s * module.attended_tokens * heads * (size + _HEAD_LOSS)
     moved = between + activation + rotary + routed + low
@@ -235,10 +244,18 @@ def core_s(gpu: GpuType, work: Work, num_sms: int) -> float:
 
 
 def forward_s(gpu: GpuType, work: Work, num_sms: int, setup: TrainingSetup, comm_s: float = 0.0) -> float:
-    """Seconds of a part's forward with `comm_s` of its collectives; the host's launches hide behind both."""
+    """Seconds of a part's forward with `comm_s` of its collectives, and the host's launches."""
     products = sum(gemm_s(gpu, gemm, num_sms, setup.format) for gemm in work.gemms)
     busy = products + stream_s(gpu, work.moved_bytes, num_sms) + core_s(gpu, work, num_sms)
-    return max(busy + comm_s, launches_s(gpu, work, setup))
+    return _beside(busy + comm_s, launches_s(gpu, work, setup))
+
+
+def _beside(device_s: float, host_s: float) -> float:
+    """The device's work and the host's launches at the same time: the longer of the two, and more where both are about
+    as long. Then the device waits before short kernels for what the host has not launched yet, and the host has no lead
+    from long ones left: each stretch takes its own maximum."""
+    longer, shorter = max(device_s, host_s), min(device_s, host_s)
+    return longer * (1 + (shorter / longer) ** _SHARPNESS) ** (1 / _SHARPNESS) if longer else 0.0
 
 
 def launches_s(gpu: GpuType, work: Work, setup: TrainingSetup) -> float:
@@ -261,4 +278,4 @@ def backward_s(
     core = 2.5 * work.core_flops / (gpu.flops_per_s * gpu.attention_efficiency_frac * num_sms / gpu.num_sms)
     core += 2 * sum(gemm_s(gpu, gemm, num_sms, Format.bf16) for gemm in work.core_gemms)
     busy += core + stream_s(gpu, 1.5 * work.core_bytes, num_sms)
-    return max(busy + comm_s, BACKWARD_LAUNCHES * launches_s(gpu, work, setup))
+    return _beside(busy + comm_s, BACKWARD_LAUNCHES * launches_s(gpu, work, setup))
