@@ -66,7 +66,7 @@ def describe_plan_page(plan: Plan, task: Task, simulation: Simulation, run: Meas
         "may be filled": format_bytes(limit),
         "schedule": str(plan.schedule),
         "microbatches": f"{plan.num_microbatches(backbone)} of {plan.micro_batch_size} samples",
-        "cluster": task.cluster.name,
+        "cluster": f"{task.cluster.name}, {task.cluster.num_nodes} x {task.cluster.gpus_per_node}",
         "cost model": simulation.price.source.name,
     }
     sections: dict[str, Any] = {
