@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 4 examples/own_model/train.py --mosaic-plan examples/own_model/plan.yaml --train-iters 60
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from model import ROWS, SensorReader
 
 from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS
 from megatron_mosaic.any2any.pretrain import forward_step
+from megatron_mosaic.errors import ConfigError, PlanError
 from megatron_mosaic.plan.workload_file import load_workload_file
 from megatron_mosaic.runtime.arguments import parse_and_validate_args
 from megatron_mosaic.runtime.train import Runtime
@@ -62,9 +64,17 @@ def workload_of(args):
     return replace(WORKLOAD, global_batch_size=args.global_batch_size or 1)
 
 
-if __name__ == "__main__":
+def main():
     args, plan = parse_and_validate_args(workload_of, lambda parser: parser, DEFAULTS)
     runtime = Runtime(args, plan, SensorReader(args, workload_of(args)), collate)
     provider = runtime.data_provider(make_datasets)
     with runtime.finishing():
         pretrain(runtime.container, provider, ModelType.encoder_or_decoder, forward_step, **runtime.seams)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, PlanError) as error:  # where, got, expected, fix: for whoever wrote the plan or the words
+        print(error, file=sys.stderr)
+        sys.exit(2)
