@@ -90,4 +90,6 @@ def _print(plan: Plan, result: SearchResult, out: str | None, efficiency: Effici
         f"{efficiency}\n"
         f"cost model: {result.simulation.price.source.name}"
     )
+    if result.simulation.interference:
+        print(f"modules beside each other slow each other down: {result.simulation.interference}")
     print(f"plan written to {out}" if out else f"\n{format_plan(plan)}", end="\n" if out else "")

@@ -124,6 +124,16 @@ def test_memory_that_nobody_lacks_slows_nobody_down():
     assert slowed_s(simulate(EVEN, model)) == pytest.approx(0)
 
 
+def test_a_prediction_says_whether_its_interference_was_measured():
+    assert simulate(ONE_RANK, local_model(2, num_ranks=1)).interference == ""
+    assert simulate(EVEN, local_model(2, num_ranks=1)).interference == "calibrated"
+    assert simulate(EVEN, local_model(2, num_ranks=1, fit=None)).interference == "not calibrated"
+    gpus = make_cluster(1)
+    measured = replace(gpus.gpu, sources={**gpus.gpu.sources, "interference_residual": "a bench"})
+    assert simulate(EVEN, CostModel(WORKLOAD, gpus)).interference == "not calibrated"
+    assert simulate(EVEN, CostModel(WORKLOAD, replace(gpus, gpu=measured))).interference == "calibrated"
+
+
 def test_lanes_get_what_a_run_grants_them_jointly():
     simulation = simulate(EVEN, local_model(2, num_ranks=1))
     assert [cost.threads for cost in simulation.price.costs] == [1, 1, 1]  # the generator has its track's core
