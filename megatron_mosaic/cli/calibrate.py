@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 
+from megatron_mosaic.cli.calibrate_run import correct_by_run
 from megatron_mosaic.cli.imports import import_runtime
 from megatron_mosaic.cli.output import print_json, print_note, print_progress, print_table, write_text
 from megatron_mosaic.config import compose_sections
@@ -18,6 +19,8 @@ from megatron_mosaic.plan.cluster import LocalClusterSection
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, write the profile (with `--gpu-type` the constants of the GPU), say where it is."""
+    if arguments.from_run is not None:
+        return correct_by_run(arguments)
     if arguments.gpu_type is not None:
         return _calibrate_gpu(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="measure the GPU instead: a file for cluster.gpu=FILE.yaml, with NAME's datasheet",
     )
+    calibrate.add_argument(
+        "--from-run", metavar="DIR", help="correct the profile by what a training run measured (its --report DIR)"
+    )
     check = add("check", "run a plan on local CPU processes and compare with a single process")
     check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
     check.add_argument(
@@ -140,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--log", metavar="FILE", help="write Megatron's own output there instead of showing it")
     train.add_argument("--report", metavar="DIR", help="keep losses and timeline there, for `mosaic report --run DIR`")
     train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
-    for command in (plan, compare, simulate, train, submit, report):
+    for command in (plan, compare, simulate, calibrate, train, submit, report):
         command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
     return parser
 

@@ -1,0 +1,146 @@
+"""`mosaic calibrate --from-run DIR`: a profile of this machine, corrected by what a training run measured.
+
+  profile --simulate the run's plans--> predicted seconds: forward and backward of each module, the optimizer's step
+  timelines of the run ---------------> measured seconds of the same
+  a module's points of a kind times measured / predicted, again and again, until simulation and run agree
+
+One factor for all points of a module and a kind: a run has seen one layout, and shapes of curves stay those of the
+benchmark. Collectives stay as they were measured: inside actions they are part of what the factors correct.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from megatron_mosaic.config import Task
+from megatron_mosaic.cost_model.hardware.profile import Profile
+from megatron_mosaic.cost_model.simulate import simulate
+from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.plan import Plan
+from megatron_mosaic.runtime.telemetry.timelines import MeasuredPlan, MeasuredStep
+from megatron_mosaic.schedules.timeline import Timeline
+
+OPTIMIZER = "~optimizer"
+_FIELDS = {"F": "forward_s", "B": "backward_s", "I": "backward_s", "W": "backward_s"}
+_KIND = re.compile(r"(?:v\d+)?([FBIW])\d+")
+_CLOSE, _MOST_ROUNDS = 2e-3, 30
+_MOST = 50.0  # a larger factor is another machine, or another model
+
+Seconds = Mapping[tuple[str, str], float]  # (module, field of a point) -> rank-seconds of a step; the optimizer's too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOfPlan:
+    """A plan of the run: what it is priced with, and its steps that all representatives saw."""
+
+    plan: Plan
+    task: Task
+    steps: tuple[MeasuredStep, ...]
+
+    @classmethod
+    def of(cls, measured: MeasuredPlan, task: Task) -> RunOfPlan:
+        """ConfigError where no step is complete: a host's files are missing."""
+        steps = tuple(step for step in measured.steps if not step.missing)
+        if not steps:
+            missing = sorted({rank for step in measured.steps for rank in step.missing})
+            raise ConfigError(
+                f"--from-run, a plan of {measured.plan.world_size} ranks",
+                got=f"no step with timelines of all classes of ranks; none of ranks {missing[:8]}",
+                expected="rank-*.jsonl of every class",
+                fix="give the directory that all hosts wrote into",
+            )
+        return cls(plan=measured.plan, task=task, steps=steps)
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(step.step_s for step in self.steps)
+
+    def measured(self) -> Seconds:
+        """Median over the steps."""
+        found = [seconds_of(step.timeline) for step in self.steps]
+        return {key: statistics.median(one.get(key, 0.0) for one in found) for key in found[0]}
+
+    def simulate(self, profile: Profile) -> Timeline:
+        """The same with another profile."""
+        return simulate(self.plan, replace(self.task, profile=profile).cost_model()).timeline()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrected:
+    """`factors`: how much longer a module's forward, or backward, took than the old profile says. Steps in seconds, of
+    each plan: as the old profile predicts it, as the new one does, as it was."""
+
+    profile: Profile
+    factors: Mapping[tuple[str, str], float]
+    steps_s: tuple[tuple[float, float, float], ...]
+
+
+def correct(profile: Profile, runs: Sequence[RunOfPlan]) -> Corrected:
+    """The profile under which the simulated seconds of the plans are those of the run."""
+    measured: Counter[tuple[str, str]] = Counter()
+    for run in runs:
+        measured.update(run.measured())
+    factors = {key: 1.0 for key, seconds in measured.items() if seconds > 0}
+    before = [run.simulate(profile) for run in runs]
+    timelines, found = before, profile
+    for _ in range(_MOST_ROUNDS):
+        predicted: Counter[tuple[str, str]] = Counter()
+        for timeline in timelines:
+            predicted.update(seconds_of(timeline))
+        ratios = {key: measured[key] / predicted[key] for key in factors if predicted[key] > 0}
+        if all(abs(ratio - 1) < _CLOSE for ratio in ratios.values()):
+            break
+        factors = {key: factors[key] * ratios.get(key, 1.0) for key in factors}
+        _require_the_same_machine(factors)
+        found = _scaled(profile, factors)
+        timelines = [run.simulate(found) for run in runs]
+    return Corrected(
+        profile=found,
+        factors={key: factor for key, factor in factors.items() if key in ratios},
+        steps_s=tuple((b.end_s, a.end_s, run.step_s) for b, a, run in zip(before, timelines, runs, strict=True)),
+    )
+
+
+def seconds_of(timeline: Timeline) -> dict[tuple[str, str], float]:
+    """Rank-seconds by module and kind, ranks that a representative stands for counted in."""
+    found: Counter[tuple[str, str]] = Counter()
+    for span in timeline.spans:
+        seconds = timeline.num_ranks(span.rank) * (span.end_s - span.start_s)
+        if span.lane == OPTIMIZER:
+            found[OPTIMIZER, "seconds"] += seconds
+        elif match := _KIND.fullmatch(span.label.removeprefix(span.lane)):
+            found[span.lane.partition(".")[0], _FIELDS[match[1]]] += seconds
+    return dict(found)
+
+
+def _scaled(profile: Profile, factors: Mapping[tuple[str, str], float]) -> Profile:
+    data: dict[str, Any] = profile.model_dump(mode="json")
+    for module, by_tp in data["modules"].items():
+        for by_threads in by_tp.values():
+            for points in by_threads.values():
+                for point in points:
+                    for field in ("forward_s", "backward_s"):
+                        point[field] *= factors.get((module, field), 1.0)
+    for point in data["optimizer"]:
+        point["seconds"] *= factors.get((OPTIMIZER, "seconds"), 1.0)
+    origin = data["provenance"]["date"].partition(",")[0]
+    data["provenance"]["date"] = f"{origin}, corrected by a run {datetime.now(UTC).strftime('%Y-%m-%d')}"
+    return Profile.model_validate(data)
+
+
+def _require_the_same_machine(factors: Mapping[tuple[str, str], float]) -> None:
+    for (module, field), factor in factors.items():
+        if not 1 / _MOST < factor < _MOST or not math.isfinite(factor):
+            raise ConfigError(
+                "--from-run",
+                got=f"{field.removesuffix('_s')} of {module} {factor:.3g} times as long as in the profile",
+                expected=f"a run of the profile's machine and model, within a factor of {_MOST:.0f}",
+                fix="give the profile of the machine that ran it (--profile), or run `mosaic calibrate` there",
+            )
