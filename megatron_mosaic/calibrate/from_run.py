@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -84,17 +83,13 @@ class Corrected:
 
 def correct(profile: Profile, runs: Sequence[RunOfPlan]) -> Corrected:
     """The profile under which the simulated seconds of the plans are those of the run."""
-    measured: Counter[tuple[str, str]] = Counter()
-    for run in runs:
-        measured.update(run.measured())
+    measured = _sums(run.measured() for run in runs)
     factors = {key: 1.0 for key, seconds in measured.items() if seconds > 0}
     before = [run.simulate(profile) for run in runs]
     timelines, found = before, profile
     for _ in range(_MOST_ROUNDS):
-        predicted: Counter[tuple[str, str]] = Counter()
-        for timeline in timelines:
-            predicted.update(seconds_of(timeline))
-        ratios = {key: measured[key] / predicted[key] for key in factors if predicted[key] > 0}
+        predicted = _sums(map(seconds_of, timelines))
+        ratios = {key: measured[key] / predicted[key] for key in factors if predicted.get(key, 0.0) > 0}
         if all(abs(ratio - 1) < _CLOSE for ratio in ratios.values()):
             break
         factors = {key: factors[key] * ratios.get(key, 1.0) for key in factors}
@@ -110,14 +105,23 @@ def correct(profile: Profile, runs: Sequence[RunOfPlan]) -> Corrected:
 
 def seconds_of(timeline: Timeline) -> dict[tuple[str, str], float]:
     """Rank-seconds by module and kind, ranks that a representative stands for counted in."""
-    found: Counter[tuple[str, str]] = Counter()
+    found: dict[tuple[str, str], float] = {}
     for span in timeline.spans:
-        seconds = timeline.num_ranks(span.rank) * (span.end_s - span.start_s)
-        if span.lane == OPTIMIZER:
-            found[OPTIMIZER, "seconds"] += seconds
-        elif match := _KIND.fullmatch(span.label.removeprefix(span.lane)):
-            found[span.lane.partition(".")[0], _FIELDS[match[1]]] += seconds
-    return dict(found)
+        match = _KIND.fullmatch(span.label.removeprefix(span.lane))
+        if match or span.lane == OPTIMIZER:
+            key = (span.lane.partition(".")[0], _FIELDS[match[1]] if match else "seconds")
+            seconds = timeline.num_ranks(span.rank) * (span.end_s - span.start_s)
+            found[key] = found.get(key, 0.0) + seconds
+    return found
+
+
+def _sums(rows: Iterable[Seconds]) -> dict[tuple[str, str], float]:
+    """Of several plans."""
+    found: dict[tuple[str, str], float] = {}
+    for row in rows:
+        for key, seconds in row.items():
+            found[key] = found.get(key, 0.0) + seconds
+    return found
 
 
 def _scaled(profile: Profile, factors: Mapping[tuple[str, str], float]) -> Profile:

@@ -59,23 +59,31 @@ def render_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
 
 
 def draw(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path) -> bool:
-    """Step time of every feasible point; False without matplotlib or without a feasible point."""
-    feasible = [row for row in rows if math.isfinite(row["step_s"])]
+    """Step time of every point, named by what differs; False without matplotlib or without a feasible point."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    if not feasible:
+    if not any(math.isfinite(row["step_s"]) for row in rows):
         return False
     keys = [column for column in columns if column not in (*NUMBERS, "point")]
-    names = [", ".join(f"{key.rpartition('.')[2]}={row.get(key, '')}" for key in keys) for row in feasible]
-    figure = Figure(figsize=(8, 1 + 0.35 * len(names)), layout="constrained")
+    same = [key for key in keys if len({row.get(key) for row in rows}) == 1]
+    names = [f"{row['point']}: {_name(row, [key for key in keys if key not in same])}" for row in rows]
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(names, [row["step_s"] for row in feasible])
+    axes.barh(names, [row["step_s"] if math.isfinite(row["step_s"]) else 0.0 for row in rows])
+    for position, row in enumerate(rows):
+        if not math.isfinite(row["step_s"]):
+            axes.text(0.0, position, " no feasible plan", va="center")
     axes.invert_yaxis()
     axes.set_xlabel("predicted step, s")
+    axes.set_title(_name(rows[0], same), fontsize="medium")
     figure.savefig(path, dpi=120)
     return True
+
+
+def _name(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]}={row.get(key, '')}" for key in keys)
 
 
 def _cell(value: Any) -> str:

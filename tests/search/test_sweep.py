@@ -4,14 +4,17 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_mosaic.config import load_task
 from megatron_mosaic.plan.plan_file import load_plan
 from megatron_mosaic.search.find import find_plan
-from megatron_mosaic.search.sweep import read_rows, render_table, write_table
+from megatron_mosaic.search.sweep import draw, read_rows, render_table, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("model=vlm_7b", "cluster=h100_1x8", "search.max_tp=1", "workload.global_batch_size=64")
@@ -57,6 +60,16 @@ def test_a_single_point_ends_with_the_status_of_its_answer(tmp_path) -> None:
         assert done.returncode == status and "Traceback" not in done.stderr
         assert said in done.stdout
         assert said in json.loads((tmp_path / "one" / "result.json").read_text())["error"]
+
+
+def test_the_picture_names_points_by_what_differs(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"point": str(i), "a.b": i, "c": "same", "step_s": math.inf if i else 2.0, "error": ""} for i in range(2)]
+    columns = write_table(rows, tmp_path / "sweep.csv")
+    assert draw(rows, columns, tmp_path / "sweep.svg")
+    drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / "sweep.svg").read_text())
+    assert {"0: b=0", "1: b=1", "c=same", "no feasible plan"} <= {text.strip() for text in drawn}
+    assert not draw(rows[1:], columns, tmp_path / "none.svg") and not (tmp_path / "none.svg").exists()
 
 
 def test_points_keep_the_order_of_their_numbers(tmp_path) -> None:
