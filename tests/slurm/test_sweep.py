@@ -14,7 +14,7 @@ from tests.slurm.cluster import Slurm
 pytest.importorskip("submitit", reason="Hydra's launcher for Slurm needs hydra-submitit-launcher")
 pytestmark = pytest.mark.slow
 
-WORDS = ("model=any2any-digits", "cluster=h100_1x8", "search.max_tp=1,2,4", "search.memory_frac=0.9,1e-9")
+WORDS = ("model=any2any-digits", "cluster=h100_1x8", "search.max_tp=1,2,4", "search.memory_frac=0.9,1e-09")
 LAUNCHER = ("timeout_min=5", "nodes=1", "tasks_per_node=1", "cpus_per_task=1", "mem_gb=1", "array_parallelism=4")
 
 
@@ -39,7 +39,7 @@ def test_six_points_make_the_same_table_as_jobs_and_as_processes(slurm, tmp_path
     results = list((tmp_path / "slurm" / ".submitit").glob("*/*_result.pkl"))
     assert jobs and len(results) == 6, "each point was a task of a job"
     infeasible = [row for row in there if math.isinf(float(row["step_s"]))]
-    assert [row["search.memory_frac"] for row in infeasible] == ["1e-9"] * 3
+    assert [row["search.memory_frac"] for row in infeasible] == ["1e-09"] * 3
     for row in there:
         path = tmp_path / "slurm" / row["point"] / "plan.yaml"
         assert path.exists() == (row not in infeasible)
