@@ -141,29 +141,29 @@ def test_the_line_names_the_worst_rank_of_each_lane(tmp_path) -> None:
 
 
 def leave_report(directory: str) -> None:
-    """Steps of 45, 15, 5 and 10 s on ranks of which one counts losses, too."""
+    """Steps of 45, 5, 15, 10, 25 and 20 s on ranks of which one counts losses, too."""
     rank = dist.get_rank()
     report = StepReport(directory, PLAN, dist.group.WORLD)
-    for step, factor in enumerate((9.0, 3.0, 1.0, 2.0)):
+    for step, factor in enumerate((9.0, 1.0, 3.0, 2.0, 5.0, 4.0)):
         report.add_losses(step + 1, {"lm loss": 2.5})
         report.add_spans(spans_of(rank, factor))
     report.write({"peak": {"llm": 3 + rank, "vision": 4}}, 0.25 * rank)
 
 
 def test_the_report_at_the_end_is_of_the_median_step(tmp_path) -> None:
-    """The first is warm-up, the median of the rest is the last. Of ranks 1 and 2, rank 1 speaks."""
+    """The first is warm-up, the median of the rest is the third. Of ranks 1 and 2, rank 1 speaks."""
     run_gloo(3, leave_report, str(tmp_path))
     losses = [json.loads(line) for line in (tmp_path / LOSSES_FILE).read_text().splitlines()]
-    assert losses == [{"iteration": step, "lm loss": 2.5} for step in (1, 2, 3, 4)]
+    assert losses == [{"iteration": step, "lm loss": 2.5} for step in range(1, 7)]
     measures = json.loads((tmp_path / MEASURES_FILE).read_text())
     assert measures == {"peak": {"llm": 5, "vision": 4}, "group_creation_s": 0.5}
     found = json.loads((tmp_path / TIMELINE_FILE).read_text())
-    assert (found["step"], found["step_s"], found["seconds"]) == (3, 10.0, [45.0, 15.0, 5.0, 10.0])
+    assert (found["step"], found["step_s"], found["seconds"]) == (2, 15.0, [45.0, 5.0, 15.0, 10.0, 25.0, 20.0])
     assert found["alike"] == {"0": "0", "1": "1-2"}
     lengths = {(rank, label): end_s - start_s for rank, _, start_s, end_s, label in found["spans"]}
     assert lengths == pytest.approx(
-        {(0, "~data"): 2.0, (0, "vision.0F0"): 2.0, (0, "~optimizer"): 2.0}
-        | {(1, "~data"): 2.0, (1, "llm.0F0"): 4.0, (1, "~optimizer"): 2.0},
+        {(0, "~data"): 3.0, (0, "vision.0F0"): 3.0, (0, "~optimizer"): 3.0}
+        | {(1, "~data"): 3.0, (1, "llm.0F0"): 6.0, (1, "~optimizer"): 3.0},
         abs=1e-5,
     )
 
