@@ -1,6 +1,6 @@
 """`mosaic calibrate --from-run DIR`: a profile of this machine, corrected by what a training run measured.
 
-  profile --simulate the run's plans--> predicted seconds: forward and backward of each module, the optimizer's step
+  profile --simulate the run's plans--> predicted seconds: each module's forward and backward, optimizer, loading
   timelines of the run ---------------> measured seconds of the same
   a module's points of a kind times measured / predicted, again and again, until simulation and run agree
 
@@ -26,7 +26,7 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.telemetry.timelines import MeasuredPlan, MeasuredStep
 from megatron_mosaic.schedules.timeline import Timeline
 
-OPTIMIZER = "~optimizer"
+OPTIMIZER, DATA = "~optimizer", "~data"  # of a step: one number each
 _FIELDS = {"F": "forward_s", "B": "backward_s", "I": "backward_s", "W": "backward_s"}
 _KIND = re.compile(r"(?:v\d+)?([FBIW])\d+")
 _CLOSE, _MOST_ROUNDS = 2e-3, 30
@@ -83,10 +83,11 @@ class Corrected:
 
 def correct(profile: Profile, runs: Sequence[RunOfPlan]) -> Corrected:
     """The profile under which the simulated seconds of the plans are those of the run."""
-    measured = _sums(run.measured() for run in runs)
-    factors = {key: 1.0 for key, seconds in measured.items() if seconds > 0}
     before = [run.simulate(profile) for run in runs]
-    timelines, found = before, profile
+    measured = _sums(run.measured() for run in runs)
+    profile = _loading(profile, measured.get((DATA, "seconds"), 0.0), runs)
+    factors = {key: 1.0 for key, seconds in measured.items() if seconds > 0}
+    timelines, found = [run.simulate(profile) for run in runs], profile
     for _ in range(_MOST_ROUNDS):
         predicted = _sums(map(seconds_of, timelines))
         ratios = {key: measured[key] / predicted[key] for key in factors if predicted.get(key, 0.0) > 0}
@@ -108,7 +109,7 @@ def seconds_of(timeline: Timeline) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {}
     for span in timeline.spans:
         match = _KIND.fullmatch(span.label.removeprefix(span.lane))
-        if match or span.lane == OPTIMIZER:
+        if match or span.lane in (OPTIMIZER, DATA):
             key = (span.lane.partition(".")[0], _FIELDS[match[1]] if match else "seconds")
             seconds = timeline.num_ranks(span.rank) * (span.end_s - span.start_s)
             found[key] = found.get(key, 0.0) + seconds
@@ -124,6 +125,15 @@ def _sums(rows: Iterable[Seconds]) -> dict[tuple[str, str], float]:
     return found
 
 
+def _loading(profile: Profile, rank_seconds: float, runs: Sequence[RunOfPlan]) -> Profile:
+    """A profile that saw no seconds of loading a sample gets those of the run, for a factor to correct."""
+    if profile.overheads.sample_s > 0:
+        return profile
+    loaded = sum(run.plan.global_batch_size * run.plan.world_size for run in runs)  # every rank loads all samples
+    overheads = profile.overheads.model_copy(update={"sample_s": rank_seconds / loaded})
+    return profile.model_copy(update={"overheads": overheads})
+
+
 def _scaled(profile: Profile, factors: Mapping[tuple[str, str], float]) -> Profile:
     data: dict[str, Any] = profile.model_dump(mode="json")
     for module, by_tp in data["modules"].items():
@@ -134,6 +144,7 @@ def _scaled(profile: Profile, factors: Mapping[tuple[str, str], float]) -> Profi
                         point[field] *= factors.get((module, field), 1.0)
     for point in data["optimizer"]:
         point["seconds"] *= factors.get((OPTIMIZER, "seconds"), 1.0)
+    data["overheads"]["sample_s"] *= factors.get((DATA, "seconds"), 1.0)
     origin = data["provenance"]["date"].partition(",")[0]
     data["provenance"]["date"] = f"{origin}, corrected by a run {datetime.now(UTC).strftime('%Y-%m-%d')}"
     return Profile.model_validate(data)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_mosaic.calibrate.from_run import Corrected, RunOfPlan, correct
+from megatron_mosaic.calibrate.from_run import DATA, OPTIMIZER, Corrected, RunOfPlan, correct
 from megatron_mosaic.cli.output import print_json, print_table
 from megatron_mosaic.cli.planned import apply_overrides
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path, load_profile, save_profile
@@ -52,8 +52,11 @@ def _runs(arguments: argparse.Namespace) -> Iterator[RunOfPlan]:
 
 def _factors(found: Corrected) -> dict[str, float]:
     """By what the user reads: `vision forward`, `optimizer`."""
-    names = {key: " ".join(key).replace("_s", "").replace("~optimizer seconds", "optimizer") for key in found.factors}
-    return {names[key]: factor for key, factor in found.factors.items()}
+    names = {OPTIMIZER: "optimizer", DATA: "loading"}
+    return {
+        names.get(module, f"{module} {field.removesuffix('_s')}"): factor
+        for (module, field), factor in found.factors.items()
+    }
 
 
 def _print(found: Corrected, runs: Sequence[RunOfPlan], path: str) -> None:

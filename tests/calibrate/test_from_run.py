@@ -26,7 +26,7 @@ TRUTH = {
     ("generator", "forward_s"): 0.4,
     ("generator", "backward_s"): 1.0,
 }
-OPTIMIZER = 3.0
+OPTIMIZER, SAMPLE_S = 3.0, 2e-3
 LAYOUTS = {
     "apart": {"vision": ("0", Layout()), "llm": ("1", Layout()), "generator": ("0", Layout())},
     "alike": {name: ("0-1", Layout(dp=2)) for name in ("vision", "llm", "generator")},
@@ -48,6 +48,7 @@ def profiles(tmp_path) -> tuple[Path, Profile]:
                     point[field] *= TRUTH[module, field]
     for point in data["optimizer"]:
         point["seconds"] *= OPTIMIZER
+    data["overheads"]["sample_s"] = SAMPLE_S  # which the other does not know
     return tmp_path / "known.yaml", Profile.model_validate(data)
 
 
@@ -77,7 +78,9 @@ def test_the_corrected_profile_is_the_machine_as_it_is(tmp_path, capsys, profile
     said = json.loads(capsys.readouterr().out)
     factors = {f"{module} {field.removesuffix('_s')}": factor for (module, field), factor in TRUTH.items()}
     if layout != "tp":  # there, actions also communicate, which one factor corrects with the rest
+        loading = said["factors"].pop("loading")
         assert said["factors"] == pytest.approx(factors | {"optimizer": OPTIMIZER}, rel=0.01)
+        assert load_profile(out).overheads.sample_s == pytest.approx(SAMPLE_S, rel=0.01) and loading > 0
     (step,) = said["steps"]
     assert step["after_s"] == pytest.approx(timeline.end_s, rel=0.01)
     assert step["measured_s"] == pytest.approx(timeline.end_s, rel=1e-3)
