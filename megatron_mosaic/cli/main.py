@@ -100,9 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="measure the GPU instead: a file for cluster.gpu=FILE.yaml, with NAME's datasheet",
     )
-    calibrate.add_argument(
-        "--from-run", metavar="DIR", help="correct the profile by what a training run measured (its --report DIR)"
-    )
+    calibrate.add_argument("--from-run", metavar="DIR", help="correct the profile by what this run measured")
     check = add("check", "run a plan on local CPU processes and compare with a single process")
     check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
     check.add_argument(
