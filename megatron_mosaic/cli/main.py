@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", metavar="PLAN", help="file to write the plan to; without it, the plan is printed")
     plan.add_argument("--predicted", metavar="FILE", help="write what a run of it says beside what it measures")
     plan.add_argument("--like", metavar="PLAN", help="for the model, batch, cluster and training of this plan")
+    plan.add_argument("--time-budget", type=float, metavar="S", help="the best plan found in so many seconds")
     compare = add("compare", "the plan beside what other systems would do, on the same cost model")
     show = add("show", "modules, rank map, schedule and memory of a plan")
     simulate = add("simulate", "the predicted timeline of a plan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,26 @@ def print_progress(text: str) -> None:
     """A line on stderr when someone watches it."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
+
+
+class Progress:
+    """Lines on stderr: all when someone watches it, else one every few seconds, so that a log shows that it works."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self._every_s, self._last = every_s, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """A line of something that happened."""
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)
+        else:
+            self.beat(text)
+
+    def beat(self, text: str) -> None:
+        """A line when the last one was a while ago."""
+        if time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
 
 def print_note(text: str) -> None:

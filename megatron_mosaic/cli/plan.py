@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from megatron_mosaic.cli.output import print_json, print_progress, print_table, write_text
+from megatron_mosaic.cli.output import Progress, print_json, print_table, write_text
 from megatron_mosaic.cli.planned import apply_overrides
 from megatron_mosaic.cli.predicted import build_prediction
 from megatron_mosaic.cli.waves import plan_waves
 from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.efficiency.mfu import Efficiency, estimate_efficiency
+from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan, save_plan
 from megatron_mosaic.runtime.telemetry.prediction import format_prediction
-from megatron_mosaic.search.find import SearchResult, find_plan
+from megatron_mosaic.search.find import SearchResult, find_plan, first_step
+from megatron_mosaic.search.greedy import NoFeasiblePlan
+from megatron_mosaic.search.refused.remedies import Words, find_remedy
+from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes, format_seconds
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Find the plan, write it, report it."""
-    if arguments.like:
-        task = apply_overrides(load_plan(arguments.like), arguments.overrides).build_task(arguments.profile)
-    else:
-        task = load_task(arguments.overrides, profile_path=arguments.profile)
+    budget = [f"search.time_budget_s={arguments.time_budget}"] if arguments.time_budget else []
+
+    def load(*words: str) -> Task:
+        """The task with more words."""
+        overrides = [*arguments.overrides, *budget, *words]
+        if arguments.like:
+            return apply_overrides(load_plan(arguments.like), overrides).build_task(arguments.profile)
+        return load_task(overrides, profile_path=arguments.profile)
+
+    task = load()
     if task.workload.tasks:
         return plan_waves(arguments, task)
-    plan, result = search_plan(task)
+    plan, result = search_plan(task, load)
     efficiency = estimate_efficiency(plan, result.simulation.step_s, task.cost_model())
     if arguments.out:
         save_plan(plan, arguments.out)
@@ -44,16 +56,37 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def search_plan(task: Task) -> tuple[Plan, SearchResult]:
-    """The best plan that the search finds, with cluster and training, and how it was found."""
-    result = find_plan(
-        task.cost_model(),
-        task.search,
-        progress=lambda step: print_progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
-    )
+def search_plan(task: Task, load: Callable[..., Task]) -> tuple[Plan, SearchResult]:
+    """The best plan that the search finds, with cluster and training, and how it was found. NoFeasiblePlan with the
+    words that help, where some do; `load` makes the task with more words."""
+    progress = Progress()
+    try:
+        result = find_plan(
+            task.cost_model(),
+            task.search,
+            progress=lambda step: progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
+            heartbeat=lambda evaluated: progress.beat(f"search: {evaluated} plans"),
+        )
+    except NoFeasiblePlan as none:
+        raise _with_remedy(none, task, load, progress) from none
     plan = task.complete(result.plan)
     validate_plan(plan, task.workload, task.cluster)
     return plan, result
+
+
+def _with_remedy(none: NoFeasiblePlan, task: Task, load: Callable[..., Task], progress: Progress) -> NoFeasiblePlan:
+    if none.miss is None:
+        return none
+
+    def step_s(words: Words) -> float:
+        progress(f"no plan fits; trying {' '.join(words)}")
+        other = load(*words)
+        first = first_step(other.cost_model(), other.search)
+        return first.step_s if first else math.inf
+
+    space = Space(workload=task.workload, cluster=task.cluster, config=task.search)
+    remedy = find_remedy(space, none.miss, memory_limit_bytes(task.cluster, task.search.memory_frac), step_s)
+    return none.with_remedy(remedy) if remedy else none
 
 
 def predict(simulation: Simulation) -> dict[str, float]:

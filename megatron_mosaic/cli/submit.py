@@ -21,7 +21,7 @@ from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.cli.plan import search_plan
 from megatron_mosaic.cli.planned import Planned, apply_overrides
 from megatron_mosaic.cli.predicted import build_prediction, list_unpriced
-from megatron_mosaic.config import load_task
+from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.simulate import simulate
 from megatron_mosaic.errors import ConfigError, MosaicError, PlanError
 from megatron_mosaic.launch.slurm.job import PLAN_FILE, Job, prediction_file, save_job
@@ -97,7 +97,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _search(overrides: Sequence[str], profile: str | None) -> Plan:
-    return search_plan(load_task(overrides, profile_path=profile))[0]
+    def load(*words: str) -> Task:
+        return load_task([*overrides, *words], profile_path=profile)
+
+    return search_plan(load(), load)[0]
 
 
 def _ranks_per_node(planned: Planned) -> int:

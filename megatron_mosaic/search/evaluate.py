@@ -16,9 +16,11 @@ from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.layout import Recompute
 from megatron_mosaic.plan.validate import MAX_ACTIONS, count_actions, validate_plan
 from megatron_mosaic.schedules.plan_match import require_shares
+from megatron_mosaic.search.refused.miss import Miss
 from megatron_mosaic.search.sketches.compose import Composer
 from megatron_mosaic.search.space import Space
 
+MAX_MISSES = 8  # of plans that are too large are simulated to name the nearest
 MAX_ESTIMATES = 24  # of one list of candidates, those of the lowest bounds
 ESTIMATE_MARGIN = 1.02  # estimates within this factor of the best are simulated; the most one was too high is 0.4 %
 
@@ -114,6 +116,16 @@ class Evaluator:
             if step_s < math.inf:
                 return Candidate(plan=plan, step_s=step_s)
         return None
+
+    def nearest_miss(self) -> Miss | None:
+        """Of the plans that were too large and need least as far as is known, the one with the smallest peak."""
+        misses: list[Miss] = []
+        for plan in sorted(self._large_bytes, key=self._large_bytes.__getitem__)[:MAX_MISSES]:
+            try:
+                misses.append(Miss.of(plan, self.simulate(plan)))
+            except (PlanError, QuotaError, ScheduleError):
+                self.counts[Verdict.illegal] += 1
+        return min(misses, key=lambda miss: miss.num_bytes, default=None)
 
     def fits(self, num_bytes: float) -> bool:
         """Whether a rank may hold so much."""

@@ -12,7 +12,7 @@ from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan, Prediction
 from megatron_mosaic.search.evaluate import Evaluator
 from megatron_mosaic.search.exhaustive import search_exhaustive
-from megatron_mosaic.search.greedy import Step, infeasible, search_greedy
+from megatron_mosaic.search.greedy import NoFeasiblePlan, Step, infeasible, search_greedy
 from megatron_mosaic.search.space import SearchConfig, Space
 
 
@@ -30,15 +30,25 @@ class SearchResult:
 
 
 def find_plan(
-    model: CostModel, config: SearchConfig, *, progress: Callable[[Step], None] | None = None
+    model: CostModel,
+    config: SearchConfig,
+    *,
+    progress: Callable[[Step], None] | None = None,
+    heartbeat: Callable[[int], None] = lambda evaluated: None,
 ) -> SearchResult:
-    """The best plan that the greedy search finds. NoFeasiblePlan when there is none."""
+    """The best plan that the greedy search finds. NoFeasiblePlan when there is none. `heartbeat` is told often how many
+    plans were priced."""
     began = time.perf_counter()
     space = Space(workload=model.workload, cluster=model.cluster, config=config, setup=model.source.setup)
     evaluator = Evaluator(model=model, memory_frac=config.memory_frac)
     steps = []
     until = began + (config.time_budget_s or math.inf)
-    for step in _search(space, evaluator, lambda: time.perf_counter() > until):
+
+    def is_over() -> bool:
+        heartbeat(evaluator.evaluated)
+        return time.perf_counter() > until
+
+    for step in _search(space, evaluator, is_over):
         steps.append(step)
         if progress:
             progress(step)
@@ -53,6 +63,15 @@ def find_plan(
         evaluator=evaluator,
         space=space,
     )
+
+
+def first_step(model: CostModel, config: SearchConfig) -> Step | None:
+    """The first plan that the greedy search finds, not the best; None where there is none."""
+    space = Space(workload=model.workload, cluster=model.cluster, config=config, setup=model.source.setup)
+    try:
+        return next(search_greedy(space, Evaluator(model=model, memory_frac=config.memory_frac)))
+    except NoFeasiblePlan:
+        return None
 
 
 def _search(space: Space, evaluator: Evaluator, is_over: Callable[[], bool]) -> Iterator[Step]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.errors import MosaicError, PlanError
@@ -29,6 +30,8 @@ from megatron_mosaic.plan.validate import MAX_ACTIONS
 from megatron_mosaic.search import moves
 from megatron_mosaic.search.baselines import BASELINES, best_baseline, homogeneous_plans
 from megatron_mosaic.search.evaluate import Candidate, Evaluator, Verdict, best_of, estimated
+from megatron_mosaic.search.refused.miss import Miss
+from megatron_mosaic.search.refused.remedies import Remedy
 from megatron_mosaic.search.sketches.compose import Composer, Sketch
 from megatron_mosaic.search.space import Space
 from megatron_mosaic.units import format_bytes
@@ -55,9 +58,36 @@ PHASES: tuple[tuple[str, moves.Moves], ...] = (
 
 
 class NoFeasiblePlan(PlanError):
-    """The search has an answer, and it is no (exit status 1)."""
+    """The search has an answer, and it is no (exit status 1).
+
+    `miss`: where memory is the reason, the plan that came nearest. `remedy`: what makes one fit, where that was looked
+    for.
+    """
 
     is_answer = True
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        got: object,
+        expected: str,
+        fix: str,
+        miss: Miss | None = None,
+        remedy: Remedy | None = None,
+    ) -> None:
+        super().__init__(where, got=got, expected=expected, fix=str(remedy or fix))
+        self.miss, self.remedy = miss, remedy
+
+    def with_remedy(self, remedy: Remedy) -> NoFeasiblePlan:
+        return NoFeasiblePlan(
+            self.where, got=self.got, expected=self.expected, fix=self.fix, miss=self.miss, remedy=remedy
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The four parts, `nearest` and `remedy`; null where there is none."""
+        found = {"nearest": self.miss, "remedy": self.remedy}
+        return {**super().as_dict(), **{key: each and each.as_dict() for key, each in found.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,11 +248,13 @@ def infeasible(space: Space, evaluator: Evaluator) -> MosaicError:
     """Why there is no plan."""
     if evaluator.counts[Verdict.too_large]:
         limit_bytes = memory_limit_bytes(space.cluster, space.config.memory_frac)
+        miss = evaluator.nearest_miss()
         return NoFeasiblePlan(
             "search: memory",
-            got=f"at least {format_bytes(evaluator.smallest_bytes)} on a rank",
+            got=miss or f"at least {format_bytes(evaluator.smallest_bytes)} on a rank",
             expected=f"at most {format_bytes(limit_bytes)} on some plan",
             fix="use more ranks, raise search.max_tp or search.max_pp, or lower the batch",
+            miss=miss,
         )
     if evaluator.unmeasured is not None:
         return evaluator.unmeasured

@@ -1,0 +1,1 @@
+"""When no plan fits: which came nearest, and what would make one fit."""
