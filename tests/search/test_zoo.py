@@ -13,6 +13,7 @@ PUBLISHED = {
     "qwen2_5_vl_7b": {"vision": 0.676, "llm": 7.62},  # Qwen2.5-7B
     "qwen2_5_vl_72b": {"vision": 0.70, "llm": 72.7},  # Qwen2.5-72B
     "qwen2_vl_72b": {"vision": 0.675, "llm": 72.7},
+    "qwen3_vl_30b": {"vision": 0.44, "llm": 30.5},  # Qwen3-30B-A3B; SigLIP-2 so400m and a merger
     "six_encoders": {"image": 0.632, "text": 0.354, "audio": 0.086, "thermal": 0.086, "depth": 0.022, "llm": 6.74},
     "unified_io_2": {"vision": 0.086, "audio": 0.086, "llm": 6.8},
     "vit_22b_gpt_175b": {"vision": 21.7, "llm": 175.0},
@@ -28,9 +29,8 @@ PUBLISHED = {
     "omni_8b": {"audio": 0.637, "vision": 0.412, "llm": 8.03 - 0.525, "generator": 2.52},  # with one vocabulary matrix
     "vlm_7b": {"vision": 0.632, "llm": 6.74},
 }
-# Logits share the embedding and projectors have one matrix here; Unified-IO 2 has attention across, which is left out
-TOLERANCE = {"qwen2_5_vl_7b": 0.08, "unified_io_2": 0.20, "six_encoders": 0.10, "qwen2_vl_72b": 0.06,
-             "qwen2_5_vl_72b": 0.09, "internvl_26b": 0.04}  # fmt: skip
+# Unified-IO 2 has attention across, which is left out
+TOLERANCE = {"unified_io_2": 0.20, "six_encoders": 0.05, "qwen2_vl_72b": 0.045}
 
 
 def _count(module) -> float:
