@@ -64,7 +64,7 @@ class Progress:
         """A line when the last one was a while ago."""
         if time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            print(f"mosaic: progress: {text.strip()}", file=sys.stderr, flush=True)
 
 
 def print_note(text: str) -> None:

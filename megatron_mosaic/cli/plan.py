@@ -65,7 +65,7 @@ def search_plan(task: Task, load: Callable[..., Task]) -> tuple[Plan, SearchResu
             task.cost_model(),
             task.search,
             progress=lambda step: progress(f"{format_seconds(step.step_s):>9}  {step.reason}"),
-            heartbeat=lambda evaluated: progress.beat(f"search: {evaluated} plans"),
+            heartbeat=lambda evaluated: progress.beat(f"{evaluated} plans priced"),
         )
     except NoFeasiblePlan as none:
         raise _with_remedy(none, task, load, progress) from none

@@ -8,4 +8,4 @@ def test_a_line_every_few_seconds_without_a_terminal(capsys):
     for progress in (quick, slow):
         progress("found")
         progress.beat("still at it")
-    assert capsys.readouterr().err.splitlines() == ["found", "still at it"]
+    assert capsys.readouterr().err.splitlines() == ["mosaic: progress: found", "mosaic: progress: still at it"]
