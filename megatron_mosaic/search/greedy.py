@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import batched
 from typing import Any
 
 from megatron_mosaic.cost_model.model import memory_limit_bytes
@@ -39,8 +40,10 @@ from megatron_mosaic.units import format_bytes
 KEEP = 6  # sketches of each shape
 MAX_STARTS = 12  # estimates that the start of a shape may cost
 OVERLAID_RANKS = 16  # clusters on which modules are put on any ranks
-OVERLAID = 60  # such plans: so many lead
+OVERLAID = 60  # kinds of such plans that are told apart by arithmetic
+PART = 20  # of them are looked at together
 MAX_OVERLAID = 120  # estimates that the start of them may cost, without virtual stages, and with
+FAR = 1.3  # an overlaid plan that is slower by its own estimate than this times the best ends the list
 CHUNKED = 8  # of them get virtual stages
 MAX_IMPROVED = 3  # starts that moves go on from
 NEAR = 1.15  # starts that are slower by more than this than the best plan so far are not improved
@@ -157,10 +160,17 @@ def _starts(
 
 def _overlaid(space: Space, evaluator: Evaluator) -> Candidate | None:
     """The best of the leading plans of modules on any ranks, under every schedule, and with virtual stages."""
-    plans = [p for each in evaluator.composer(space).overlaid(OVERLAID) for p in under_schedules(each.plan, space)]
-    leading = [p for step_s, p in estimated(plans, evaluator, most=MAX_OVERLAID) if step_s < math.inf]
-    more = [other for each in leading[:CHUNKED] for other in chunked(each, space)]
-    return best_of(leading + more, evaluator, most=MAX_OVERLAID)
+    overlaid, leading = evaluator.composer(space).overlaid(OVERLAID), list[tuple[float, Plan]]()
+    for part in batched(overlaid, PART):
+        best_s = min((step_s for step_s, _ in leading), default=math.inf)
+        if len(leading) > MAX_OVERLAID or part[0].step_s > FAR * best_s:
+            break
+        plans = [p for each in part for p in under_schedules(each.plan, space)]
+        found = estimated(plans, evaluator, below_s=NEAR * best_s, most=math.inf)
+        leading += [pair for pair in found if pair[0] < math.inf]
+    near = [plan for _, plan in sorted(leading, key=lambda pair: pair[0])]
+    more = [other for each in near[:CHUNKED] for other in chunked(each, space)]
+    return best_of(near + more, evaluator, most=MAX_OVERLAID)
 
 
 def list_sketches(space: Space, evaluator: Evaluator, composer: Composer) -> list[Sketch]:

@@ -393,7 +393,7 @@ def test_planner_starts_without_torch():
     done = subprocess.run([sys.executable, "-c", code, "plan", *VLM, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["predicted"]["step_s"] > 0
-    assert done.stderr.split() == []
+    assert done.stderr.splitlines()[-1] == ""  # names of modules; before it progress, where it took long
 
 
 def test_names_of_a_config_dir(tmp_path):

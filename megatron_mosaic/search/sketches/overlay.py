@@ -31,6 +31,7 @@ MOST_CELLS = 3_000_000  # combinations x ranks that are held at once
 _PER_PIPELINE = 3  # ways to lay out a module on so many ranks with so many stages that are priced
 _PER_SET = (16, 8, 4, 2, 1)  # entries of a module on one run of ranks: as many as there is room for
 _RANKED = 4096  # combinations that are told apart by kind
+_OF_A_KIND = 3  # that go on: the first may turn out too large
 _BY_RANK = ("busy_s", "unit_s", "static", "unit_bytes", "workspace")
 
 
@@ -67,11 +68,12 @@ class Overlay:
         self._limit = memory_limit_bytes(space.cluster, space.config.memory_frac)
 
     def leading(self, samples: Sequence[int], keep: int) -> list[Overlaid]:
-        """Of all numbers of samples together the `keep` first by each estimate, one of each kind, by the step's."""
+        """Of all numbers of samples together the first by each estimate, a few of each of `keep` kinds; by step."""
         found = [each for count in samples for each in self._overlaid(count, keep)]
         fitting = [x for x in found if x.bytes <= self._limit]
-        chosen = sorted(fitting, key=lambda x: x.step_s)[:keep] + sorted(fitting, key=lambda x: x.busy_s)[:keep]
-        chosen += sorted(found, key=lambda x: x.bytes)[: keep // 4]
+        most = _OF_A_KIND * keep
+        chosen = sorted(fitting, key=lambda x: x.step_s)[:most] + sorted(fitting, key=lambda x: x.busy_s)[:most]
+        chosen += sorted(found, key=lambda x: x.bytes)[: most // 4]
         return sorted({each.plan: each for each in chosen}.values(), key=lambda x: x.step_s)
 
     def _overlaid(self, samples: int, keep: int) -> Iterator[Overlaid]:
@@ -248,9 +250,15 @@ class _Entry:
 
 
 def _ordered(entries: Iterable[_Entry]) -> list[_Entry]:
-    """Leaders in turns."""
+    """The leaders among all, in turns, then those among the pipelines of each length: what a longer one costs in a
+    schedule, their costs do not say."""
     every = list(entries)
-    return [every[i] for i in _leaders(np.array([each.costs for each in every]).reshape(-1, 3))]
+    costs = np.array([each.costs for each in every]).reshape(-1, 3)
+    found = _leaders(costs)
+    for pp in sorted({each.placed.layout.pp for each in every}):
+        at = [i for i, each in enumerate(every) if each.placed.layout.pp == pp]
+        found += [at[i] for i in _leaders(costs[at])]
+    return [every[i] for i in dict.fromkeys(found)]
 
 
 def _leaders(costs: Floats) -> list[int]:
@@ -275,6 +283,8 @@ def _picks(step_s: Floats, busy_s: Floats, held: Floats, kind: Floats, limit: fl
         at = np.argpartition(values, count - 1)[:count]
         at = at[np.argsort(values[at], kind="stable")]
         at = at[np.isfinite(values[at])]
-        _, first = np.unique(kind[at], return_index=True)
-        found |= dict.fromkeys(at[np.sort(first)[:most]].tolist())
+        for _ in range(_OF_A_KIND):
+            _, first = np.unique(kind[at], return_index=True)
+            found |= dict.fromkeys(at[np.sort(first)[:most]].tolist())
+            at = np.delete(at, first)
     return list(found)
