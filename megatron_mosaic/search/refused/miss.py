@@ -30,16 +30,14 @@ class Miss:
         peaks = simulation.class_peak_bytes
         fullest = max(range(len(peaks)), key=peaks.__getitem__)
         lanes = work.class_lanes[fullest]
-        unit_bytes = [costs[i].memory.unit_bytes for i in lanes]
-
-        def alive(live: tuple[int, ...]) -> float:
-            return sum(n * size for n, size in zip(live, unit_bytes))
-
-        worst = max(simulation.program.live_units[fullest], key=alive)
-        held = dict[str, float]()
-        for i, live, size in zip(lanes, worst, unit_bytes):
-            name = work.lanes[i].module
-            held[name] = held.get(name, 0.0) + costs[i].memory.static_bytes + live * size
+        held = {work.lanes[i].module: 0.0 for i in lanes}
+        for i in lanes:
+            held[work.lanes[i].module] += costs[i].memory.static_bytes
+        for track in simulation.program.live_units[fullest]:
+            sizes = [costs[i].memory.unit_bytes for i in track.lanes]
+            alive = [[n * size for n, size in zip(live, sizes)] for live in track.combinations]
+            for i, size in zip(track.lanes, max(alive, key=sum)):
+                held[work.lanes[i].module] += size
         return cls(
             plan=plan,
             ranks=work.classes[fullest].ranks,
