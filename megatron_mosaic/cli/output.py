@@ -48,7 +48,10 @@ def print_progress(text: str) -> None:
 
 
 class Progress:
-    """Lines on stderr: all when someone watches it, else one every few seconds, so that a log shows that it works."""
+    """Lines on stderr: all when someone watches it, else one every few seconds, so that a log shows that it works.
+
+    `_last`: when there was one.
+    """
 
     def __init__(self, every_s: float = 5.0) -> None:
         self._every_s, self._last = every_s, time.monotonic()
