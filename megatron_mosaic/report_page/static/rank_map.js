@@ -10,7 +10,7 @@ function drawRankMap(map) {
   const owner = new Int32Array(map.num_ranks).fill(-1);
   map.classes.forEach((each, number) => each.ranks.forEach(([first, stop]) => owner.fill(number, first, stop)));
   const place = chooseGrid(map);
-  const [node, context] = makeCanvas(MAP_WIDTH, place.height, `rank map of ${map.num_ranks} GPUs`);
+  const [node, context] = makeCanvas(MAP_WIDTH, place.height, `map of ${map.num_ranks} ranks`);
   for (let rank = 0; rank < map.num_ranks; rank++) drawRank(context, place, map, rank, owner[rank]);
   if (place.named) {
     context.fillStyle = "#66707c";
@@ -22,7 +22,7 @@ function drawRankMap(map) {
   const colours = striped ? map.modules.map((module) => [colourOf(module.name), module.name]) : combinationsOf(map).map((names, i) => [combinationColour(map, names, i), names.join(" + ")]);
   const idle = owner.includes(-1) ? [["#e9ecef", "runs nothing"]] : [];
   const cells = striped ? "A stripe for each module, filled as far as the module's share of the SMs" : "A colour for each combination of modules";
-  const text = `${map.num_ranks} GPUs, ${map.per_node} a node. ${cells}; later pipeline stages are lighter${place.cell >= NUMBERED ? " (numbers: rank above, stage below)" : ""}. Point at a GPU for its lanes.`;
+  const text = `${map.num_ranks} ranks, ${map.per_node} a node. ${cells}; later pipeline stages are lighter${place.cell >= NUMBERED ? " (numbers: rank above, stage below)" : ""}. Point at a rank for its lanes.`;
   section("Rank map", text, legend([...colours, ...idle]), node, table(
     ["module", "ranks", "layout", "share", "unit", "track", "recompute"],
     map.modules.map((m) => ({ cells: [m.name, shorten(m.ranks, 40), m.layout, String(m.share), String(m.unit), String(m.track), m.recompute] })),
