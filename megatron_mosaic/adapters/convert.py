@@ -4,7 +4,7 @@
     SAVED/iter_N/*.distcp                         format `torch_dist`, of any plan: MODULE.model.NAME, layers stacked
 
 What is written is a *release*, as of Megatron's own converters: weights without optimizer and iteration. Numbers are
-copied, none is computed.
+copied, none is computed. To be run where the script runs: layers have other names with Transformer Engine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch import Tensor
 
@@ -25,11 +26,17 @@ from megatron_mosaic.adapters.script import ADAPTERS
 from megatron_mosaic.adapters.single_process import world_of_one
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.parallel_state_ext.rebound.checkpoint_io import RefusedPickle, load_metadata, load_object
+from megatron_mosaic.parallel_state_ext.rebound.rebind import rebind_results_queue
 
 _OF_ONE_PROCESS = "mp_rank_00/model_optim_rng.pt"
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.*)$")
 _STACKED = re.compile(r"^(.*\blayers)\.(?!\d)(.*)$")
 _OWN = re.compile(r"^(\w+)\.model\.(.*)$")  # a parameter of a plan's module; its optimizer's has more before it
+# Names of norms that megatron-core's local layers may take in a sharded checkpoint: those of Transformer Engine's.
+_FUSED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
 _EXTRA = "_extra_state"  # of layers; local ones have none
 
 
@@ -46,6 +53,7 @@ def convert(source: str, target: str) -> str:
         with whole.open("rb") as stream:
             state = _shard(_load(stream, whole))
         release.mkdir(parents=True)
+        rebind_results_queue()
         with world_of_one():
             dist_checkpointing.save(state, str(release))
     else:
@@ -112,7 +120,9 @@ def _shard(state: Mapping[str, Any]) -> dict[str, Any]:
         if name.endswith(_EXTRA):
             sharded[name] = ShardedObject(key, value, (count,), (number,))
         elif layer:
-            sharded[name] = ShardedTensor.from_rank_offsets(key, value, (0, number, count), prepend_axis_num=1)
+            for each in _names_in_files(key):  # which one is asked for is the script's layers' to say
+                place = (0, number, count)
+                sharded[f"{number}.{each}"] = ShardedTensor.from_rank_offsets(each, value, place, prepend_axis_num=1)
         else:
             sharded[name] = ShardedTensor.from_rank_offsets(key, value)
     common = {key: state[key] for key in ("args", "checkpoint_version") if key in state}
@@ -128,7 +138,8 @@ def _join(tensors: Mapping[str, Tensor], names: list[str], directory: Path) -> d
             continue
         stacked = _STACKED.match(own[2])
         if stacked:
-            found |= {f"{stacked[1]}.{i}.{stacked[2]}": part.clone() for i, part in enumerate(tensor)}
+            rest = _name_in_layer(stacked[2])
+            found |= {f"{stacked[1]}.{i}.{rest}": part.clone() for i, part in enumerate(tensor)}
         else:
             found[own[2]] = tensor
     for name in names:
@@ -140,6 +151,22 @@ def _join(tensors: Mapping[str, Tensor], names: list[str], directory: Path) -> d
             found[f"{stacked[1]}.{number}.{stacked[2]}" if stacked else own[2]] = None
     _module_of(list(found), str(directory))
     return found
+
+
+def _names_in_files(key: str) -> list[str]:
+    """The key, and what else it may be called."""
+    return [
+        key,
+        *(key.replace(f".layers.{own}", f".layers.{fused}") for own, fused in _FUSED if f".layers.{own}" in key),
+    ]
+
+
+def _name_in_layer(name: str) -> str:
+    """What a layer's parameter is called in the model: without Transformer Engine, no norm is part of a matrix."""
+    for own, fused in _FUSED:
+        if not HAVE_TE and name.startswith(fused):
+            return own + name.removeprefix(fused)
+    return name
 
 
 def _module_of(names: list[str], where: str = "checkpoint") -> Any:

@@ -10,6 +10,7 @@ import torch
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.launch.forked import run_forked
 from megatron_mosaic.plan.plan_file import load_plan
+from tests.adapters import test_mimo
 from tests.adapters.llava_cases import ARGUMENTS, CHECKOUT, SCRIPT, needs_checkout, write_plan
 from tests.adapters.test_stock import ARGUMENTS as GPT_ARGUMENTS
 from tests.adapters.test_stock import HEAD
@@ -82,6 +83,30 @@ def test_a_vlm_from_stock_over_two_plans_to_stock(tmp_path):
     words = (*ARGUMENTS, *STILL, "--load", str(tmp_path / "for-stock"), "--save", last)
     run_forked(1, run_stock, SCRIPT, words, "torch")
     require_equal(stock_weights(Path(last)), stock_weights(Path(first)))
+
+
+@pytest.mark.slow
+def test_a_mimo_model_from_stock_over_a_plan_to_stock(tmp_path):
+    """Gated layers cut over tp, and norms that megatron-core's local layers save under other names."""
+    from megatron_mosaic.adapters.convert import convert
+
+    prepare()
+    words = (*test_mimo.ARGUMENTS, *test_mimo.ROPE)
+    saved = {name: str(tmp_path / name) for name in ("first", "for-plans", "planned", "for-stock", "last")}
+    run_forked(1, run_stock, test_mimo.SCRIPT, (*words, "--train-iters", "2", "--save", saved["first"]), "torch")
+    assert convert(saved["first"], saved["for-plans"]) == "torch_dist"
+    plan = tmp_path / "plan.yaml"
+    entries = {"images": "ranks: 0-1, layout: {pp: 2}", "drawings": "ranks: 1", "llm": "ranks: 0-1, layout: {tp: 2}"}
+    plan.write_text(
+        "mosaic_plan: 1\nworkload: mimo\nworld_size: 2\nglobal_batch_size: 8\nmicro_batch_size: 2\nschedule: 1f1b\n"
+        "modules:\n" + "".join(f"  {name}: {{{entry}}}\n" for name, entry in entries.items())
+    )
+    still = (*words, *STILL, "--load", saved["for-plans"], "--save", saved["planned"])
+    run_forked(2, run_planned, test_mimo.SCRIPT, still, str(plan))
+    assert convert(saved["planned"], saved["for-stock"]) == "torch"
+    still = (*words, *STILL, "--load", saved["for-stock"], "--save", saved["last"])
+    run_forked(1, run_stock, test_mimo.SCRIPT, still, "torch")
+    require_equal(stock_weights(Path(saved["last"])), stock_weights(Path(saved["first"])))
 
 
 @needs_checkout

@@ -126,13 +126,21 @@ def rebind_scratch_memory(memory: Any) -> None:
     rebind("megatron.core.parallel_state._GLOBAL_MEMORY_BUFFER", memory)
 
 
+def rebind_results_queue() -> None:
+    """Let the threads that write a checkpoint hand over their results in this process.
+
+    Megatron's queue is another process, started anew from the script: seconds on every rank, and a hang if that has no
+    main guard.
+    """
+    rebind("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue", queue.Queue())
+
+
 def rebind_checkpointing(*, save: Callable[..., Any], load: Callable[..., Any]) -> None:
     """Let `megatron.training.training` save and load with these.
 
-    Files are written by threads of this process (async saving is refused). Megatron's queue for their results is
-    another process, started anew from the script: seconds on every rank, and a hang if that has no main guard.
+    Files are written by threads of this process (async saving is refused).
     """
-    rebind("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue", queue.Queue())
+    rebind_results_queue()
     rebind("megatron.training.training.save_checkpoint", save, must_accept=("iteration", "model"))
     rebind("megatron.training.training.load_checkpoint", load, must_accept=("ddp_model", "optimizer"))
 
