@@ -2,8 +2,10 @@
 
 The reference model on four processes: vision and generator dp 4, llm pp 2 (two virtual stages where the schedule
 interleaves) and dp 2. Predicted by the profile of this machine (`mosaic calibrate`; without one only the bytes),
-measured by `mosaic train` (median step) and `mosaic check` (activation meter). Prints a table, with `--json` one list;
-`--quick`: few steps. A run that fails is exit status 1. Compare steps on a quiet machine alone: the load is in the row.
+measured by `mosaic train` (median step of a run, then of all runs) and `mosaic check` (activation meter). Runs
+alternate over the schedules; *noise* is how far the medians of odd and even runs of one schedule differ, as a part of
+the step. Prints a table, with `--json` one list; `--quick`: one short run each; `--schedules nested three_phase`: these
+alone. A run that fails is exit status 1. Compare steps on a quiet machine alone: the load is in the row.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,25 +74,38 @@ def run_mosaic(*words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def measure(plan: Plan, steps: int) -> dict[str, Any]:
-    """Median step and its bubbles; bytes of a module's fullest rank."""
+def measure(plans: dict[str, Plan], steps: int, runs: int) -> dict[str, dict[str, Any]]:
+    """By schedule: the median step and how far odd and even runs differ, bubbles, bytes of a module's fullest rank."""
+    held: dict[str, dict[str, float]] = {}
+    trained: dict[str, list[dict[str, Any]]] = {name: [] for name in plans}
     with tempfile.TemporaryDirectory(prefix="bench-schedules-") as directory:
-        path = str(Path(directory) / "plan.yaml")
-        save_plan(plan, path)
-        trained = run_mosaic("train", path, "--train-iters", str(steps))["measured"]
-        checked = run_mosaic("check", path)
-    held = checked["peak_activation_bytes_by_module"]
-    return {"step_s": trained["step_s"], "bubble_frac": trained["bubble_frac"], "bytes": held}
+        paths = {name: str(Path(directory) / f"{name}.yaml") for name in plans}
+        for name, plan in plans.items():
+            save_plan(plan, paths[name])
+            held[name] = run_mosaic("check", paths[name])["peak_activation_bytes_by_module"]
+        for run in range(runs):
+            for name in plans:
+                trained[name].append(run_mosaic("train", paths[name], "--train-iters", str(steps))["measured"])
+            print(f"run {run + 1} of {runs}: done", file=sys.stderr)
+    return {name: {**_over_runs(trained[name]), "bytes": held[name]} for name in plans}
 
 
-def bench(microbatches: int, steps: int) -> list[dict[str, Any]]:
-    rows = []
-    for name in SCHEDULES:
-        plan = make_plan(name, microbatches)
-        row = {"schedule": name, "predicted": predict(plan), "measured": measure(plan, steps)}
-        rows.append({**row, "load": os.getloadavg()[0]})
-        print(f"{name}: measured", file=sys.stderr)
-    return rows
+def _over_runs(found: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = [run["step_s"] for run in found]
+    odd, even = (statistics.median(steps[first::2] or steps) for first in (0, 1))
+    step_s = statistics.median(steps)
+    bubble_frac = statistics.median(run["bubble_frac"] for run in found)
+    return {"step_s": step_s, "noise_frac": abs(odd - even) / step_s, "runs": steps, "bubble_frac": bubble_frac}
+
+
+def bench(names: list[str], microbatches: int, steps: int, runs: int) -> list[dict[str, Any]]:
+    plans = {name: make_plan(name, microbatches) for name in names}
+    measured = measure(plans, steps, runs)
+    load = os.getloadavg()[0]
+    return [
+        {"schedule": name, "predicted": predict(plan), "measured": measured[name], "load": load}
+        for name, plan in plans.items()
+    ]
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -97,6 +113,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     heads = [
         "schedule",
         *(f"{what} {how}" for how in ("predicted", "measured") for what in ("step", "bubble", *modules)),
+        "noise",
     ]
     lines = ["| " + " | ".join([*heads, "load"]) + " |", "|---" + "|---:" * len(heads) + "|"]
     for row in rows:
@@ -105,7 +122,8 @@ def render(rows: list[dict[str, Any]]) -> str:
             cells.append("-" if found["step_s"] is None else f"{1e3 * found['step_s']:.0f} ms")
             cells.append("-" if found["bubble_frac"] is None else f"{found['bubble_frac']:.0%}")
             cells += [f"{found['bytes'][module] / 1e6:.2f} MB" for module in modules]
-        lines.append("| " + " | ".join([*cells, f"{row['load']:.1f}"]) + " |")
+        cells += [f"{row['measured']['noise_frac']:.1%}", f"{row['load']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -113,8 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--runs", type=int, default=4, help="of each schedule (default: %(default)s)")
+    parser.add_argument("--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES], help="(default: all)")
     arguments = parser.parse_args()
-    rows = bench(8, 3) if arguments.quick else bench(32, 20)
+    sizes = (8, 3, 1) if arguments.quick else (32, 20, arguments.runs)
+    rows = bench(arguments.schedules, *sizes)
     print(json.dumps(rows, indent=1) if arguments.json else render(rows))
 
 
