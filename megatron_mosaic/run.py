@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from megatron_mosaic.adapters.stock import apply_to_stock_script as apply_to_stock_script
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 from megatron_mosaic.flight.process import begin_early
 from megatron_mosaic.launch.slurm.environment import take_rank_from_slurm

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.adapters.stock import apply_to_stock_script
 from megatron_mosaic.errors import ConfigError, MosaicError
 from megatron_mosaic.plan import Layout
 from megatron_mosaic.plan.training import Format, Sharding, TrainingSetup
-from megatron_mosaic.run import apply_to_stock_script
 from megatron_mosaic.runtime.flags.training import FLAGS
 from tests.cases import BACKBONE_ONLY, make_plan
 

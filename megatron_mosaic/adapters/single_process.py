@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -33,11 +34,12 @@ ALONE: Mapping[str, Any] = {
 
 
 class SingleProcess:
-    """`with alone(): script_function(...)`, on any rank of an initialised world."""
+    """`with alone(): script_function(...)`, on any rank of an initialised world; one thread after the other."""
 
     def __init__(self, args: argparse.Namespace, **seen: Any) -> None:
         """`seen`: what else the script shall see in its arguments."""
         self._args, self._seen = args, {**ALONE, **seen}
+        self._lock = threading.RLock()
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
@@ -46,13 +48,14 @@ class SingleProcess:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         args = vars(self._args)
-        before = {key: args[key] for key in self._seen if key in args}
-        args.update({key: self._seen[key] for key in before})
-        try:
-            with rebound_parallel_state(self._group):
-                yield
-        finally:
-            args.update(before)
+        with self._lock:
+            before = {key: args[key] for key in self._seen if key in args}
+            args.update({key: self._seen[key] for key in before})
+            try:
+                with rebound_parallel_state(self._group):
+                    yield
+            finally:
+                args.update(before)
 
 
 @contextlib.contextmanager

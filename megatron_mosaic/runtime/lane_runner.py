@@ -124,7 +124,7 @@ class LaneRunner:
         return times
 
     def expect(self, transfer: Transfer) -> None:
-        """Post the receives of what another lane's action makes for one of this module."""
+        """Receive from now on what another lane's action makes for one of this module."""
         (source, target), name = transfer, self._module.name
         shard, is_forward = self._map.shard(name, target.unit), target.kind is Kind.F
         if not shard.items:
@@ -184,7 +184,7 @@ class LaneRunner:
             for source, rows in imports.items():
                 imports[source] = rows.detach().requires_grad_(self._trains and source in self._workload.has_backward)
         else:
-            hidden = self._exchange.receive_hidden(name, unit, action.chunk, shard, origin=-1)
+            hidden = self._exchange.receive_hidden(name, unit, action.chunk, origin=-1)
             hidden.requires_grad_(self._trains and self._workload.hidden_has_gradient(name))
         exports_at = self._exchange.export_places(name, unit) if self._module.is_last(action.chunk) else {}
         return StageInputs(
@@ -207,7 +207,7 @@ class LaneRunner:
         shard = self._map.shard(name, unit)
         if not shard.items:
             return clock(), clock()
-        gradients = self._receive_gradients(action, shard)
+        gradients = self._receive_gradients(action)
         start_s = clock()
         live = self._live.pop((unit, action.chunk))
         if isinstance(live, _Again):
@@ -227,13 +227,13 @@ class LaneRunner:
             self._exchange.send_hidden(name, unit, action.chunk, gradient, towards=-1)
         return start_s, end_s
 
-    def _receive_gradients(self, action: Action, shard: Shard) -> Mapping[str, Tensor]:
+    def _receive_gradients(self, action: Action) -> Mapping[str, Tensor]:
         """Of what the forward gave: consumer -> of its rows; the module's own name -> of the hidden states."""
         name = self._module.name
         if self._module.is_last(action.chunk):
             return self._exchange.receive_export_gradients(name, action.unit)
         if self._workload.hidden_has_gradient(name):
-            return {name: self._exchange.receive_hidden(name, action.unit, action.chunk, shard, origin=+1)}
+            return {name: self._exchange.receive_hidden(name, action.unit, action.chunk, origin=+1)}
         return {}
 
     def _pair(self, live: _Live, gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:

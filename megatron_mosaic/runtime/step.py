@@ -98,7 +98,7 @@ class Step:
         return times
 
     def _expect_after(self, action: Action | None) -> None:
-        """Post the receives that the schedule puts after this action (None: at the start)."""
+        """Receive from now on what the schedule says may come after this action (None: from the start)."""
         for transfer in self.program.receives.get(action, ()):
             self._lanes[transfer.target.module].expect(transfer)
 
@@ -108,9 +108,7 @@ class Step:
         assert not live, f"forwards without a backward: {live}"
         self._exchange.finish()
         totals = self._sums.zeros()
-        for (
-            action
-        ) in self.program.actions:  # in this order whichever lane was first, so that the sum is the same to the bit
+        for action in self.program.actions:  # in one order, whichever lane was first: the sum is the same to the bit
             losses = self._lanes[action.module].losses
             if action in losses:
                 totals += losses[action]

@@ -64,8 +64,8 @@ def test_every_message_is_expected_once_and_before_it_is_needed(plan: Plan) -> N
                 assert action is None or program.track_of[action] == program.track_of[transfer.target]
                 assert action is None or place[action] <= place[transfer.source] < place[transfer.target]
         for lane in own:
-            sources = [place[t.source] for t in expected if t.target.lane == lane]
-            assert sources == sorted(sources)
+            made = [(place[t.source], t.target.unit) for t in expected if t.target.lane == lane]
+            assert made == sorted(made)
 
 
 def run_at_random(plan: Plan, schedule: Schedule, draw: random.Random) -> int:

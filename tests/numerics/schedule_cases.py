@@ -1,6 +1,6 @@
 """Layouts under each schedule beyond 1F1B, for the same check as the acceptance table's; written as there.
 
-Three run always, the rest with `-m slow`; three_phase and nested stand in acceptance_cases.py.
+Four run always, the rest with `-m slow`; three_phase and nested stand in acceptance_cases.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from tests.numerics.acceptance_cases import (
     BACKBONE,
     EXPERTS,
     MOE,
+    NESTED,
     ONE,
     TWO,
     A,
@@ -67,6 +68,7 @@ _BUBBLES: list[tuple[str, Workload, int, dict[str, str]]] = [
     ("chains, three consumers", *AROUND[4][1:]),
     ("experts", MOE, 4, {A: "0-1 dp2 ep2 vpp2 full", BACKBONE: "0-3 pp2 dp2 ep2"}),
     ("frozen, apart", frozen(ANY, A), 5, {A: "0 vpp2", BACKBONE: "1-2 pp2", G: "2-3 dp2 unit3"}),
+    ("made in another order than asked for", ANY, 12, {A: "0 unit2", BACKBONE: "1", G: "0 unit2"}),
 ]
 BUBBLE_FILL = [
     case("bubble_fill", name, model, schedule="bubble_fill", microbatches=count, **modules)
@@ -91,5 +93,6 @@ WHOLE = [
         **{A: "0-1 pp2 whole", BACKBONE: "0-1 dp2"},
     ),
 ]
-ALWAYS: list[Case] = [OVERLAP[1], BUBBLE_FILL[0], WHOLE[0]]
+ALWAYS: list[Case] = [OVERLAP[1], BUBBLE_FILL[0], BUBBLE_FILL[-1], WHOLE[0]]
+UNGUARDED: list[Case] = [OVERLAP[1], INTERLEAVED[0], BUBBLE_FILL[-1], NESTED[4]]
 SLOW: list[Case] = [each for each in [*OVERLAP, *INTERLEAVED, *BUBBLE_FILL, *WHOLE] if each not in ALWAYS]

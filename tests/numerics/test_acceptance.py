@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mosaic.parallel_state_ext.rebound import guard
 from megatron_mosaic.parity.check import check_plan
 from megatron_mosaic.plan.plan_file import save_plan
 from megatron_mosaic.plan.workload_file import format_workload
 from tests.numerics.acceptance_cases import CASES, Case
-from tests.numerics.schedule_cases import ALWAYS, SLOW
+from tests.numerics.schedule_cases import ALWAYS, SLOW, UNGUARDED
 
 pytestmark = pytest.mark.dist
 
@@ -38,6 +39,21 @@ def test_schedule(case, tmp_path) -> None:
     parity = check_case(case, tmp_path)
     assert parity.ok, parity.as_dict()
     assert parity.grad_rel_err_max > 0, "no rounding at all: was anything computed?"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in UNGUARDED else pytest.param(case, marks=pytest.mark.slow)
+        for case in dict.fromkeys([*UNGUARDED, *CASES, *ALWAYS, *SLOW])
+    ],
+    ids=lambda case: case.id,
+)
+def test_without_guard(case, tmp_path, monkeypatch) -> None:
+    """As users train: messages carry no fingerprints, so they have to come in the order in which they are expected."""
+    monkeypatch.setenv(guard.VARIABLE, "0")
+    parity = check_case(case, tmp_path)
+    assert parity.ok, parity.as_dict()
 
 
 def test_table_has_every_group() -> None:

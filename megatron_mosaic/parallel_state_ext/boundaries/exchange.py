@@ -74,8 +74,7 @@ class Channels:
 class Exchange:
     """Messages of one rank in one step. Sends never wait; receives do.
 
-    What the schedule says may come is expected before an action asks for it (`expect_rows`, `expect_hidden`), the rest
-    when it asks. Messages with fingerprints always are: each is looked at before the next is received.
+    Whatever comes is expected first, in the order in which its sender makes it: `expect_rows`, `expect_hidden`.
     """
 
     def __init__(self, channels: Channels, step_map: StepMap) -> None:
@@ -85,6 +84,7 @@ class Exchange:
 
     def finish(self) -> None:
         """Wait until everything posted has left."""
+        assert not self._arrivals, f"rows nobody took: {[*self._arrivals]}"
         self._channels.drain()
 
     # -- rows between modules ------------------------------------------------------------------------------------
@@ -122,26 +122,15 @@ class Exchange:
             self._channels.rows_from(end).send(end.in_order(unit, peer), parts, rows, marks)
 
     def expect_rows(self, end: EdgeEnd, unit: int, peer: int) -> None:
-        """Rows (at the target) or gradients (at the source) of `unit` that come from the other end's `peer`: soon."""
-        if not self._map.is_marked:
-            if (end, unit) not in self._arrivals:
-                self._arrivals[end, unit] = self._nothing_yet(end, unit)
-            self._expect(self._arrivals[end, unit], end, unit, peer)
+        """Rows (at the target) or gradients (at the source) of `unit` that the other end's unit `peer` makes."""
+        channel = self._channels.rows_from(end.opposite)
+        if (end, unit) not in self._arrivals:
+            self._arrivals[end, unit] = channel.begin(len(self._map.rows(end, unit)))
+        parts, marks = self._map.receives(end, unit, peer), self._map.marks_received(end, unit, peer)
+        channel.expect(self._arrivals[end, unit], end.in_order(unit, peer), parts, marks)
 
     def _receive(self, end: EdgeEnd, unit: int) -> Tensor:
-        arrival = self._arrivals.pop((end, unit), None) or self._nothing_yet(end, unit)
-        for peer in self._map.peers(end, unit):
-            if end.in_order(unit, peer) not in arrival.expected:
-                self._expect(arrival, end, unit, peer)
-        return self._channels.rows_from(end.opposite).take(arrival)
-
-    def _nothing_yet(self, end: EdgeEnd, unit: int) -> Arrival:
-        return self._channels.rows_from(end.opposite).begin(len(self._map.rows(end, unit)))
-
-    def _expect(self, arrival: Arrival, end: EdgeEnd, unit: int, peer: int) -> None:
-        parts = self._map.receives(end, unit, peer)
-        marks = self._map.marks_received(end, unit, peer)
-        self._channels.rows_from(end.opposite).expect(arrival, end.in_order(unit, peer), parts, marks)
+        return self._channels.rows_from(end.opposite).take(self._arrivals.pop((end, unit)))
 
     def _place(self, end: EdgeEnd, unit: int) -> Place:
         held = self._map.rows(end, unit)
@@ -156,18 +145,11 @@ class Exchange:
         self._channels.hidden(module).send(hidden, arrives_at, towards=towards, mark=mark)
 
     def expect_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> None:
-        """Hidden states of this rank's shard (-1: from the stage before) or gradients of them (+1) come soon."""
-        if not self._map.is_marked:
-            self._expect_hidden(module, unit, chunk, shard, origin)
-
-    def receive_hidden(self, module: str, unit: int, chunk: int, shard: Shard, *, origin: int) -> Tensor:
-        """[tokens, items, hidden_size] of this rank's shard, from the stage before (-1) or after (+1)."""
-        channel = self._channels.hidden(module)
-        if not channel.is_expected((unit, chunk), origin=origin):
-            self._expect_hidden(module, unit, chunk, shard, origin)
-        return channel.take((unit, chunk), origin=origin)
-
-    def _expect_hidden(self, module: str, unit: int, chunk: int, shard: Shard, origin: int) -> None:
+        """Hidden states of this rank's shard, from the stage before (-1), or gradients of them from that after (+1)."""
         shape = (len(shard.tokens), len(shard.items), self._workload.by_name[module].hidden_size)
         mark = self._map.hidden_mark(module, unit, chunk)
         self._channels.hidden(module).expect(shape, (unit, chunk), origin=origin, mark=mark)
+
+    def receive_hidden(self, module: str, unit: int, chunk: int, *, origin: int) -> Tensor:
+        """[tokens, items, hidden_size], as expected."""
+        return self._channels.hidden(module).take((unit, chunk), origin=origin)

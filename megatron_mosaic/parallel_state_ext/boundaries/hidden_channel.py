@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.incoming import Incoming, take_mark
+from megatron_mosaic.parallel_state_ext.boundaries.incoming import Incoming, Mailbox
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 
@@ -28,6 +28,11 @@ class HiddenChannel:
             (towards, neighbour.wraps): grids.pipeline_group(module.name, towards, wraps=neighbour.wraps)
             for step, neighbour in module.neighbours.items()
             for towards in (step, -step)
+            if not self._stays
+        }
+        self._mailboxes = {
+            origin: Mailbox(neighbour.rank, self._groups[-origin, neighbour.wraps])
+            for origin, neighbour in module.neighbours.items()
             if not self._stays
         }
         self._outbox: list[tuple[dist.Work, Tensor]] = []
@@ -51,24 +56,16 @@ class HiddenChannel:
         self._outbox.append((dist.isend(buffer, dst=neighbour.rank, group=group), buffer))
 
     def expect(self, shape: tuple[int, int, int], place: Place, *, origin: int, mark: int | None = None) -> None:
-        """Post the receive of [tokens, items, hidden_size] from the stage before (-1) or after (+1), and go on.
+        """Receive from now on [tokens, items, hidden_size] from the stage before (-1) or after (+1).
 
-        `mark`: the fingerprint that goes before it, which is waited for. BatchError where another one comes.
+        `mark`: the fingerprint that goes before it, which is asked for when it is taken.
         """
-        if self._stays:
-            return
-        neighbour = self._neighbours[origin]
-        group = self._groups[-origin, neighbour.wraps]
-        if mark is not None:
-            take_mark(mark, neighbour.rank, group, self._device)
-        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self._expected[origin, place] = Incoming.post(buffer, neighbour.rank, group)
-
-    def is_expected(self, place: Place, *, origin: int) -> bool:
-        return self._stays or (origin, place) in self._expected
+        if not self._stays:
+            buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._expected[origin, place] = self._mailboxes[origin].expect(buffer, mark)
 
     def take(self, place: Place, *, origin: int) -> Tensor:
-        """What was expected there. Waits for it."""
+        """What was expected there. Waits for it. BatchError where another fingerprint comes."""
         if self._stays:
             return self._kept.pop((-origin, place))
         return self._expected.pop((origin, place)).take()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival, Incoming, take_mark
+from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival, Mailbox
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
 from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 
@@ -47,13 +47,14 @@ class RowChannel:
         self._lock = threading.RLock()
         self._kept: dict[Hashable, Tensor] = {}
         self._outbox: list[tuple[dist.Work, Tensor, bool]] = []
-        self._spare: list[Tensor] = []  # staging buffers
+        self._spare: list[Tensor] = []  # staging buffers of what leaves
+        self._mailboxes: dict[int, Mailbox] = {}  # by sender
         self.sent_bytes = 0
 
     def send(self, key: Hashable, parts: Sequence[Part], rows: Tensor, marks: Sequence[int] = ()) -> None:
         """Post this rank's parts of `rows` [rows, width]; never waits. `key` names the pair of units.
 
-        `marks`: a fingerprint of each part, which then goes before it (and is asked for: see `expect`).
+        `marks`: a fingerprint of each part, which then goes before it (and is asked for: see `Mailbox`).
 
         gloo calls a message delivered only when it is waited for: there, buffers are free again after `drain`.
         """
@@ -78,28 +79,23 @@ class RowChannel:
 
     def begin(self, num_rows: int) -> Arrival:
         """A unit's rows, of which nothing is expected yet."""
-        return Arrival(num_rows, lambda: torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device))
+        return Arrival(num_rows, lambda: self._empty(num_rows))
 
     def expect(self, arrival: Arrival, key: Hashable, parts: Sequence[Part], marks: Sequence[int] = ()) -> None:
-        """Post the receives of what comes under `key` to a unit, and go on. Its own rows are only noted.
+        """Receive from now on what comes under `key` to a unit. Its own rows are only noted.
 
-        `marks`: the fingerprints of the parts; each is waited for, and its part received only where it is the expected
-        one, because a message of another length would end the process. BatchError else.
+        `marks`: the fingerprints of the parts, which are asked for when the rows are taken.
         """
-        arrival.expected.add(key)
         for index, part in enumerate(parts):
             if part.rank == self._rank:
                 arrival.kept.append((key, part))
                 continue
-            group = self._up if part.rank < self._rank else self._down
-            if marks:
-                take_mark(marks[index], part.rank, group, self._device)
-            staged = not isinstance(part.rows, slice)
-            buffer = self._take(part.num_rows) if staged else arrival.rows[part.rows]
-            arrival.messages.append((Incoming.post(buffer, part.rank, group), part, staged))
+            buffer = arrival.rows[part.rows] if isinstance(part.rows, slice) else self._empty(part.num_rows)
+            message = self._mailbox(part.rank).expect(buffer, marks[index] if marks else None)
+            arrival.messages.append((message, part))
 
     def take(self, arrival: Arrival) -> Tensor:
-        """All of a unit's rows, [num_rows, width]. Waits for them."""
+        """All of a unit's rows, [num_rows, width]. Waits for them. BatchError where another fingerprint comes."""
         if not arrival.messages and len(arrival.kept) == 1:
             key, part = arrival.kept[0]
             if part.num_rows == arrival.num_rows:
@@ -107,11 +103,10 @@ class RowChannel:
         rows = arrival.rows
         for key, part in arrival.kept:
             rows[_index(part.rows, rows.device)] = self._take_kept(key)
-        for message, part, staged in arrival.messages:
+        for message, part in arrival.messages:
             buffer = message.take()
-            if staged:
+            if not isinstance(part.rows, slice):
                 rows[_index(part.rows, rows.device)] = buffer
-                self._give(buffer)
         return rows
 
     def drain(self) -> None:
@@ -138,6 +133,14 @@ class RowChannel:
                 if staged:
                     self._give(buffer)
 
+    def _empty(self, num_rows: int) -> Tensor:
+        return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
+
+    def _mailbox(self, sender: int) -> Mailbox:
+        if sender not in self._mailboxes:
+            self._mailboxes[sender] = Mailbox(sender, self._up if sender < self._rank else self._down)
+        return self._mailboxes[sender]
+
     def _take_kept(self, key: Hashable) -> Tensor:
         """Rows that stayed on this rank. Another lane's stream made them: its memory waits until this one is done."""
         rows = self._kept.pop(key)
@@ -153,7 +156,7 @@ class RowChannel:
                 return self._spare.pop(min(fitting, key=lambda i: len(self._spare[i])))[:num_rows]
             if self._spare:
                 self._spare.pop(min(range(len(self._spare)), key=lambda i: len(self._spare[i])))
-        return torch.empty(num_rows, self._width, dtype=self._dtype, device=self._device)
+        return self._empty(num_rows)
 
     def _give(self, buffer: Tensor) -> None:
         """Take back what `_take` gave: never more buffers than messages were under way at once."""

@@ -40,11 +40,11 @@ class Slot(NamedTuple):
 
 
 def list_transfers(schedule: Schedule) -> tuple[Transfer, ...]:
-    """All messages of a step, in the order in which their sources run."""
+    """All messages of a step, in the order in which they are made: an action's own by the unit that they are for."""
     found = [Transfer(need, action) for action in schedule.order for need in schedule.needs(action)]
     position = {action: place for place, action in enumerate(schedule.order)}
     apart = [transfer for transfer in found if transfer.source.lane != transfer.target.lane]
-    return tuple(sorted(apart, key=lambda transfer: (position[transfer.source], position[transfer.target])))
+    return tuple(sorted(apart, key=lambda transfer: (position[transfer.source], transfer.target)))
 
 
 def insert_transfers(schedule: Schedule, lanes: Collection[str]) -> tuple[Slot, ...]:
