@@ -26,6 +26,7 @@ from megatron_mosaic.any2any.stages import BackboneStage, ItemStage
 from megatron_mosaic.definition import Batch
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard, integers
 from megatron_mosaic.plan import ModulePlan
+from megatron_mosaic.plan.tasks.task import LossKind
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload
 
 BuildConfig = Callable[[ModuleConfig, ModulePlan], TransformerConfig]
@@ -82,7 +83,7 @@ class Any2Any:
         return ItemStage(
             config,
             sizes,
-            self.workload.edges,
+            (*self.workload.edges, *loss_edges(self.workload)),
             is_first=is_first,
             is_last=is_last,
             chunk=chunk,
@@ -91,13 +92,16 @@ class Any2Any:
         )
 
     def list_items(self, batch: Batch) -> dict[str, Items]:
-        num_samples, length = batch["tokens"].shape
-        backbone = self.workload.backbone.name
-        items = {backbone: Items(np.arange(num_samples), np.full(num_samples, length))}
+        """Of a task, of the modules that it uses."""
+        items = {}
         for module in self.workload.modules:
-            if module.name != backbone:
-                samples, tokens = batch[f"{module.name}/samples"], batch[f"{module.name}/tokens"]
-                items[module.name] = Items(integers(samples.numpy()), integers(tokens.numpy()))
+            name = module.name
+            if module.role is Role.backbone and "tokens" in batch:
+                num_samples, length = batch["tokens"].shape
+                items[name] = Items(np.arange(num_samples), np.full(num_samples, length))
+            elif f"{name}/samples" in batch:
+                samples, tokens = batch[f"{name}/samples"], batch[f"{name}/tokens"]
+                items[name] = Items(integers(samples.numpy()), integers(tokens.numpy()))
         return items
 
     def list_links(self, edge: Edge, batch: Batch) -> Links:
@@ -110,7 +114,7 @@ class Any2Any:
         [T', items] of the loss, and over all tokens `padding` [items, 1, 1, T] (True where there is none; only if any).
         """
         items = torch.tensor(shard.items, dtype=torch.long)
-        if module == self.workload.backbone.name:
+        if self.workload.by_name[module].role is Role.backbone:
             tokens = torch.from_numpy(shard.cp_tokens)
             mask = batch["loss_mask"][items]
             weights = mask / mask.sum(1, keepdim=True).clamp(min=1) if self._mean_over_samples else mask
@@ -140,6 +144,16 @@ class Any2Any:
                 "num_tokens": (in_cp > 0).sum().float(),
             }
         return inputs
+
+
+def loss_edges(workload: Workload) -> tuple[Edge, ...]:
+    """From each module of a contrastive loss to its task: all rows of each item, as wide as the module's output."""
+    return tuple(
+        Edge(source=name, target=task.name, rows_per_item=module.tokens_per_item, width=module.output_size)
+        for task in workload.tasks
+        if task.loss.kind is LossKind.contrastive
+        for name, module in ((each, workload.by_name[each]) for each in task.loss.modules)
+    )
 
 
 def _take_tokens(values: Tensor, tokens: np.ndarray) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parity.learning_rate import learning_rate_at
 from megatron_mosaic.parity.verdict import norm
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet
+from megatron_mosaic.plan.workload import Edge
 from megatron_mosaic.runtime.arguments import lr_mults_from_args
 from megatron_mosaic.runtime.model import initialize_by_name
 
@@ -121,18 +123,24 @@ class Reference:
         return gradients
 
     def _forward(self, batch: Batch) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """(weighted loss sum, loss tokens, report) over all modules, in the DAG's order."""
-        workload, items = self._definition.workload, self._definition.list_items(batch)
+        """(weighted loss sum, loss tokens, report) over all modules."""
+        flow = self._run(batch, self._definition.workload.edges)
+        assert flow.loss is not None, "a workload without a loss"
+        return flow.loss, flow.num_tokens, flow.report
+
+    def _run(self, batch: Batch, edges: Sequence[Edge]) -> Flow:
+        """All modules that have items in the batch, in the DAG's order, with what flows along these edges."""
+        items = self._definition.list_items(batch)
         rows: dict[tuple[str, str], Tensor] = {}
         total: Tensor | None = None
         num_tokens = 0.0
         report: dict[str, Tensor] = {}
-        for module in workload.modules:
-            if not len(items[module.name]):
+        for module in self._definition.workload.modules:
+            if module.name not in items or not len(items[module.name]):
                 continue
             shard = shard_of(ALONE, range(len(items[module.name])), items[module.name].tokens)
-            ends_here = {e: self._definition.list_links(e, batch) for e in workload.edges if e.target == module.name}
-            begins_here = {e: self._definition.list_links(e, batch) for e in workload.edges if e.source == module.name}
+            ends_here = {e: self._definition.list_links(e, batch) for e in edges if e.target == module.name}
+            begins_here = {e: self._definition.list_links(e, batch) for e in edges if e.source == module.name}
             made = {e: link for e, link in ends_here.items() if (e.source, e.target) in rows}
             inputs = StageInputs(
                 shard=shard,
@@ -147,8 +155,17 @@ class Reference:
                 total = output.loss if total is None else total + output.loss
                 num_tokens += float(output.num_tokens)
                 report |= dict(output.report)
-        assert total is not None, "a workload without a loss"
-        return total, num_tokens, report
+        return Flow(loss=total, num_tokens=num_tokens, report=report, rows=rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """What a batch came to. `rows`: by (source, target), those that left a module."""
+
+    loss: Tensor | None
+    num_tokens: float
+    report: dict[str, Tensor]
+    rows: dict[tuple[str, str], Tensor]
 
 
 def _distance(nearby: Sequence[np.ndarray], gradient: np.ndarray) -> float:
