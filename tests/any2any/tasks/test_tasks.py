@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from megatron_mosaic.any2any.blocks import config_from_args
-from megatron_mosaic.any2any.data import Split
+from megatron_mosaic.any2any.data import DigitsDataset, Split, collate
 from megatron_mosaic.any2any.definition import Any2Any, loss_edges
+from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix
 from megatron_mosaic.any2any.tasks.data import TaskSamples
 from megatron_mosaic.any2any.tasks.losses import contrastive_sum
 from megatron_mosaic.config import load_workload
 from megatron_mosaic.errors import ConfigError
+from megatron_mosaic.parity.reference import Reference
 from megatron_mosaic.parity.task_reference import TaskReference
 from tests.any2any.conftest import groups_of
 
@@ -91,6 +93,21 @@ def test_gradients_of_shared_modules_are_sums_with_one_divisor(reference):
     name = "vision/input_projection.weight"
     wrong = sum(alone[task][1][name] for task in step)
     assert abs(together[name] - wrong).max() > 0.1 * abs(together[name]).max()
+
+
+def test_one_flow_is_as_before(args, model, run_model):
+    """The oracle of a workload without tasks, against every stage called by hand."""
+    data = DigitsDataset("train", sizes=Any2AnySizes(), mix=DigitsMix(), num_samples=8, seed=1)
+    batch = collate([data[idx] for idx in range(8)])
+    args.mosaic_lr_mult = []
+    oracle = Reference(model, groups_of(torch.distributed.group.WORLD), args)
+    losses, gradients = oracle.find_gradients(batch)
+    loss, report = run_model({name: [stage] for name, stage in oracle.modules.items()}, batch)
+    oracle.modules.zero_grad()
+    loss.backward()
+    assert losses == pytest.approx(report, rel=1e-6)
+    for name, parameter in oracle.modules.named_parameters():
+        assert (parameter.grad - torch.from_numpy(gradients[name.replace(".", "/", 1)])).abs().max() == 0, name
 
 
 def test_a_task_without_samples_in_a_step_leaves_its_modules_alone(reference):
