@@ -138,13 +138,26 @@ def streams_of_run(cuda: FakeStreams, program: RankProgram) -> dict:
     return at
 
 
+def strays(at: dict) -> list:
+    """Backwards that did not run on the stream of their forward."""
+    backwards = [action for action in at if action.kind == "B"]
+    assert backwards
+    return [action for action in backwards if at[action] != at[action._replace(kind="F")]]
+
+
 def test_backward_runs_in_its_forwards_lane(cuda) -> None:
     at = streams_of_run(cuda, PROGRAM)
-    forwards = {action: stream for action, stream in at.items() if action.kind == "F"}
-    backwards = {action: stream for action, stream in at.items() if action.kind == "B"}
-    assert backwards and all(stream == forwards[action._replace(kind="F")] for action, stream in backwards.items())
+    assert strays(at) == []
     assert len({at[a] for a in PROGRAM.tracks[0] if a not in PROGRAM.alone}) == 1
     assert {at[a] for a in PROGRAM.tracks[1]}.isdisjoint(at[a] for a in PROGRAM.tracks[0])
+
+
+def test_a_backward_in_another_lane_is_seen(cuda) -> None:
+    moved = [action for action in PROGRAM.tracks[1] if action.kind == "B"]
+    own = {action: track for track, actions in PROGRAM.tracks.items() for action in actions} | dict.fromkeys(moved, 0)
+    tracks = {track: tuple(a for a in PROGRAM.actions if own[a] == track) for track in PROGRAM.tracks}
+    waits = PROGRAM.waits | {a: (*PROGRAM.waits.get(a, ()), a._replace(kind="F")) for a in moved}
+    assert set(moved) <= set(strays(streams_of_run(cuda, replace(PROGRAM, tracks=tracks, waits=waits))))
 
 
 def test_what_runs_when_the_others_are_done_has_the_whole_device(cuda) -> None:
