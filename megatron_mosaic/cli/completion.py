@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from importlib.resources import files
 
-from megatron_mosaic.cli.main import COMMANDS, build_parser
+from megatron_mosaic.cli.main import COMMANDS
+from megatron_mosaic.cli.words import build_parser
 
 SCRIPT = """\
 _mosaic() {{

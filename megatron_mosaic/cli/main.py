@@ -6,20 +6,17 @@ import argparse
 import contextlib
 import importlib
 import json
-import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Never
 
-from megatron_mosaic import __version__
+from megatron_mosaic.cli.words import build_parser
 from megatron_mosaic.errors import ConfigError, MosaicError, RankFailure
 
 DONE, NO, WRONG_INPUT = 0, 1, 2
-RUNS_ON = ("torch", "megatron-core")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 # Subcommand -> module with `main(arguments) -> exit status`, imported when asked for: some of them import torch.
@@ -38,113 +35,6 @@ COMMANDS = {
     "convert": "megatron_mosaic.cli.convert",
     "completion": "megatron_mosaic.cli.completion",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors of argparse in the form of all others."""
-
-    def error(self, message: str) -> Never:
-        raise ConfigError(
-            f"{self.prog}: arguments", got=message, expected=" ".join(self.format_usage().split()), fix="see --help"
-        )
-
-
-class _Version(argparse.Action):
-    """Prints versions and leaves. Nothing is imported for it, so that it answers where torch is broken or missing."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> Never:
-        print(f"mosaic {__version__} (Python {platform.python_version()}, {', '.join(map(_name_version, RUNS_ON))})")
-        parser.exit()
-
-
-def _name_version(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"no {package}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands. Overrides are plain words: model=NAME cluster=NAME group.key=value."""
-    parser = _Parser(prog="mosaic", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of mosaic and what it runs on")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument(
-            "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
-        )
-        return command
-
-    plan = add("plan", "search for the fastest plan and write it")
-    plan.add_argument("--out", metavar="PLAN", help="file to write the plan to; without it, the plan is printed")
-    plan.add_argument("--predicted", metavar="FILE", help="write what a run of it says beside what it measures")
-    plan.add_argument("--like", metavar="PLAN", help="for the model, batch, cluster and training of this plan")
-    plan.add_argument("--time-budget", type=float, metavar="S", help="the best plan found in so many seconds")
-    compare = add("compare", "the plan beside what other systems would do, on the same cost model")
-    show = add("show", "modules, rank map, schedule and memory of a plan")
-    simulate = add("simulate", "the predicted timeline of a plan")
-    simulate.add_argument("--trace", metavar="FILE", help="write Chrome-trace JSON, for Perfetto")
-    simulate.add_argument("--html", metavar="FILE", help="write the page of `mosaic report --no-search`")
-    simulate.add_argument(
-        "--draws",
-        type=int,
-        default=256,
-        metavar="N",
-        help="batches to draw where the model has histograms of its data (default 256; 0: none)",
-    )
-    calibrate = add("calibrate", "measure this machine and write its profile")
-    calibrate.add_argument("--out", metavar="FILE", help="file to write (default: $MOSAIC_PROFILE, else the cache)")
-    calibrate.add_argument(
-        "--gpu-type",
-        metavar="NAME",
-        help="measure the GPU instead: a file for cluster.gpu=FILE.yaml, with NAME's datasheet",
-    )
-    calibrate.add_argument("--from-run", metavar="DIR", help="correct the profile by what this run measured")
-    check = add("check", "run a plan on local CPU processes and compare with a single process")
-    check.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default 3)")
-    check.add_argument(
-        "--script", metavar="SCRIPT", help="a Megatron pretrain script, against itself on one process without a plan"
-    )
-    check.add_argument("--model", metavar="NAME", help="model to run (default: the plan's workload)")
-    train = add("train", "train the reference model under a plan, through Megatron's own pretrain()")
-    submit = add("submit", "a plan as a Slurm job that goes on after its time limit: [PLAN] OVERRIDES")
-    submit.add_argument("--dry-run", action="store_true", help="write the run directory, print all, submit nothing")
-    validate = add("validate", "the cost model against published measurements")
-    validate.add_argument("--data", metavar="DIR", help="folder of CSV files")
-    validate.add_argument("--plot", metavar="FILE", help="write predicted over measured as a picture (matplotlib)")
-    report = add("report", "a plan, its prediction and a run of it as one HTML page that needs no network")
-    report.add_argument("--run", metavar="DIR", help="what `mosaic train --report DIR` or a submitted job measured")
-    report.add_argument("--out", metavar="FILE.html", help="file to write (default: beside the plan)")
-    report.add_argument("--no-search", dest="search", action="store_false", help="leave the searched plans out")
-    importing = add("import", "a model file from a Hugging Face config.json or a list of Megatron arguments")
-    importing.add_argument("source", metavar="SOURCE", help="hf:DIR/config.json or megatron:ARGS.txt")
-    importing.add_argument("--out", metavar="MODEL.yaml", help="file to write; without it, the model is printed")
-    converting = add("convert", "weights of a stock script's checkpoint for plans of several modules, and back")
-    converting.add_argument(
-        "source", metavar="SOURCE", help="directory of --save: format torch, or a plan's torch_dist"
-    )
-    converting.add_argument("target", metavar="TARGET", help="directory for --load, in the other format")
-    completion = commands.add_parser("completion", help="print a script that makes bash complete words")
-    completion.add_argument("shell", choices=("bash",), help='eval "$(mosaic completion bash)"')
-    for command in (show, simulate, check, train, report):
-        command.add_argument("plan", metavar="PLAN", help="plan file")
-    for command in (plan, compare, show, simulate, calibrate, submit, report):
-        command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. cluster=h100_8x8 search.max_tp=4")
-        command.add_argument("--config-dir", metavar="DIR", help="folder of your own model/*.yaml and cluster/*.yaml")
-    for command in (simulate, check, train, report):
-        command.add_argument(
-            "--mosaic-schedule",
-            metavar="FILE",
-            help="text of the schedule of training steps",
-        )
-    train.add_argument("--log", metavar="FILE", help="write Megatron's own output there instead of showing it")
-    train.add_argument("--report", metavar="DIR", help="keep losses and timeline there, for `mosaic report --run DIR`")
-    train.add_argument("--trace", metavar="FILE", help="write predicted and measured timeline as Chrome-trace JSON")
-    for command in (plan, compare, simulate, calibrate, train, submit, report):
-        command.add_argument("--profile", metavar="FILE", help="profile of cluster=local (default: that of calibrate)")
-    return parser
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -4,11 +4,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -349,32 +346,6 @@ def test_json_has_no_infinite_numbers(capsys):
 def test_a_loss_curve_that_ends_in_nan():
     lines = render_losses([{"loss": 2.0}, {"loss": 1.0}, {"loss": math.inf}, {"loss": math.nan}]).splitlines()
     assert [line.count("#") for line in lines] == [0, 50, 25, 0, 0]
-
-
-def test_sigterm_removes_temporary_directories(tmp_path):
-    code = (
-        "import sys, tempfile, time; from megatron_mosaic.cli import main; from megatron_mosaic.cli import show\n"
-        "def wait(_):\n"
-        "    with tempfile.TemporaryDirectory(dir=sys.argv[1]): time.sleep(60)\n"
-        "show.main = wait; sys.exit(main(['show', 'plan.yaml']))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    while not os.listdir(tmp_path) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_handler_of_sigterm_is_put_back(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    run(capsys, "show", "missing.yaml")
-    assert signal.getsignal(signal.SIGTERM) is before
-    found = []
-    thread = threading.Thread(target=lambda: found.append(main(["show", "missing.yaml"])))  # may not set handlers
-    thread.start()
-    thread.join()
-    assert found == [2]
 
 
 def test_help_names_every_command(capsys):
