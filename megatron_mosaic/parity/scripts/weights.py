@@ -43,12 +43,13 @@ NameParameters = Callable[[Sequence[Any]], Iterator[Named]]
 def naming(plan: Plan) -> NameParameters:
     """How the parameters of the chunks of a model are called under this plan."""
     if len(plan.modules) > 1:
-        return _of_adapter
+        return of_adapter
     (module,) = plan.modules
     return lambda chunks: _of_one_module(module, chunks)
 
 
-def _of_adapter(chunks: Sequence[Any]) -> Iterator[Named]:
+def of_adapter(chunks: Sequence[Any]) -> Iterator[Named]:
+    """Of whole modules of a model that an adapter knows."""
     for model in unwrap_model(list(chunks)):
         adapter = ADAPTERS[type(model)]
         for name, parameter in model.named_parameters():
