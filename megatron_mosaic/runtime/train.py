@@ -285,6 +285,8 @@ def _periodic_from_args(args: argparse.Namespace, plan: Plan, world: dist.Proces
     """Where there is a directory or a TensorBoard to report to."""
     predicted = load_prediction(args.mosaic_predicted, lanes_of(plan)) if args.mosaic_predicted else None
     if not args.mosaic_report and not args.tensorboard_dir:
+        if predicted is not None:
+            print_rank_0("> mosaic: --mosaic-predicted says nothing without --mosaic-report or --tensorboard-dir")
         return None
     return PeriodicReport(
         plan,

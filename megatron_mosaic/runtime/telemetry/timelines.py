@@ -64,7 +64,11 @@ class TimelineWriter:
         self._lines.append(iteration, {"step_s": step_s, "spans": rows}, since=since)
         plan_file = self._folder / PLAN_FILE
         if not plan_file.exists():
-            plan_file.write_text(format_plan(self._plan), encoding="utf-8")
+            own = (
+                self._folder / f".plan-{self._rank:05d}"
+            )  # other representatives write it, too; a reader sees all or none
+            own.write_text(format_plan(self._plan), encoding="utf-8")
+            own.replace(plan_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
