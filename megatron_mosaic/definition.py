@@ -19,8 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items, Links, Shard
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.plan import ModulePlan
 from megatron_mosaic.plan.workload import Edge, Workload
 

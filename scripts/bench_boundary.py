@@ -28,8 +28,8 @@ import torch.distributed as dist
 from bench_layouts import WIDTH, Border
 
 from megatron_mosaic.launch.forked import run_forked
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import RouteCache, StepMap
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 

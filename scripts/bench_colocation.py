@@ -33,10 +33,10 @@ from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 cpu.install()
 
-from megatron_mosaic.calibrate import pairs  # noqa: E402  Megatron, which has to find a CPU prepared
-from megatron_mosaic.calibrate.colocated import MAX_LOADED_FRAC, Alone, cpu_sizes  # noqa: E402
-from megatron_mosaic.calibrate.interference import Fit, PairTime, Side, error_frac  # noqa: E402
-from megatron_mosaic.calibrate.pairs import Block, BlockSize  # noqa: E402
+from megatron_mosaic.calibrate.beside import pairs  # noqa: E402  Megatron, which has to find a CPU prepared
+from megatron_mosaic.calibrate.beside.colocated import MAX_LOADED_FRAC, Alone, cpu_sizes  # noqa: E402
+from megatron_mosaic.calibrate.beside.interference import Fit, PairTime, Side, error_frac  # noqa: E402
+from megatron_mosaic.calibrate.beside.pairs import Block, BlockSize  # noqa: E402
 from megatron_mosaic.colocation.backend import choose_backend  # noqa: E402
 from megatron_mosaic.colocation.backend_cpu import cores_of_rank  # noqa: E402
 from megatron_mosaic.colocation.lane import Lanes  # noqa: E402

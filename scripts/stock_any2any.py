@@ -24,8 +24,8 @@ from megatron_mosaic.any2any.arguments import MEGATRON_DEFAULTS, add_any2any_arg
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.any2any.pretrain import make_collate, make_datasets
 from megatron_mosaic.definition import Batch, StageInputs
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.items import Links, shard_of
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.plan.workload import Edge
 from megatron_mosaic.runtime.arguments import parse_and_validate_args

@@ -31,8 +31,8 @@ from megatron_mosaic.any2any import pretrain
 from megatron_mosaic.any2any.arguments import workload_of_command_line
 from megatron_mosaic.any2any.data import collate
 from megatron_mosaic.any2any.definition import Any2Any
+from megatron_mosaic.calibrate.beside.colocated import measure_interference
 from megatron_mosaic.calibrate.collectives import measure_collectives
-from megatron_mosaic.calibrate.colocated import measure_interference
 from megatron_mosaic.calibrate.crowding import measure_crowding
 from megatron_mosaic.calibrate.modules import ITEMS, REPEATS, ModuleBench
 from megatron_mosaic.calibrate.one_rank import one_rank_plan

@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_mosaic.any2any.definition import Any2Any
 from megatron_mosaic.cost_model.hardware.profile import Part
 from megatron_mosaic.definition import StageInputs
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, Shard, rows_of, shard_of
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.group_list import FIELDS
 from megatron_mosaic.parallel_state_ext.rank_view import RankView

@@ -25,7 +25,7 @@ from megatron_mosaic.parallel_state_ext.boundaries.balance import Slots
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, padded_length
 from megatron_mosaic.parallel_state_ext.boundaries.slots import SlotRule
 from megatron_mosaic.plan import Plan
-from megatron_mosaic.plan.histogram import NO_HISTOGRAM
+from megatron_mosaic.plan.tasks.histogram import NO_HISTOGRAM
 from megatron_mosaic.schedules import Kind, Schedule, build_schedule
 from megatron_mosaic.schedules.actions import FREES
 

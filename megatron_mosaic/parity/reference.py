@@ -19,8 +19,8 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.items import Integers, rows_of, shard_of
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parity.learning_rate import learning_rate_at
 from megatron_mosaic.parity.verdict import norm
 from megatron_mosaic.plan import Layout, ModulePlan, RankSet

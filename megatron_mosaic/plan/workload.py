@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import lru_cache
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.histogram import NO_HISTOGRAM, Histogram
+from megatron_mosaic.plan.tasks.histogram import NO_HISTOGRAM, Histogram
 from megatron_mosaic.plan.tasks.task import TaskConfig, validate_tasks
 
 MODULE_NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.histogram import Histogram
+from megatron_mosaic.plan.tasks.histogram import Histogram
 from megatron_mosaic.plan.tasks.task import LossKind, TaskConfig, TaskLoss, TaskModule, scale_tasks
 from megatron_mosaic.plan.workload import Edge, ModuleConfig, Role, Workload, round_tokens
 from megatron_mosaic.plan.yaml_text import (

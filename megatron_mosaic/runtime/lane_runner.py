@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_mosaic.colocation.executor import Times
 from megatron_mosaic.colocation.lane import Clock
 from megatron_mosaic.definition import Batch, ModelDefinition, StageInputs, StageOutput
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.histogram import Histogram
+from megatron_mosaic.plan.tasks.histogram import Histogram
 from megatron_mosaic.plan.workload_file import format_workload, load_workload_file
 
 SIZES = "num_layers: 2, hidden_size: 8, num_heads: 2, ffn_hidden_size: 8"

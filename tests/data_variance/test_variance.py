@@ -18,7 +18,7 @@ from megatron_mosaic.data_variance.variance import Spread, estimate_variance
 from megatron_mosaic.errors import ConfigError, ProfileError
 from megatron_mosaic.parallel_state_ext.boundaries.items import Items
 from megatron_mosaic.plan import Layout, ScheduleChoice
-from megatron_mosaic.plan.histogram import Histogram
+from megatron_mosaic.plan.tasks.histogram import Histogram
 from megatron_mosaic.plan.workload import Workload
 from tests.cases import EDGES, LLM, VISION, WORKLOAD, make_cluster, make_plan, make_profile, plans
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.flight.line import WAIT, Flight, Pulse, read_lines
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from tests.forked import run_gloo
 
 pytestmark = pytest.mark.dist

@@ -19,8 +19,8 @@ from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_mosaic.errors import RankFailure
 from megatron_mosaic.parallel_state_ext import lane_state, scope
-from megatron_mosaic.parallel_state_ext.boundaries import row_channel
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
+from megatron_mosaic.parallel_state_ext.boundaries.channels import row_channel
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import RouteCache
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread

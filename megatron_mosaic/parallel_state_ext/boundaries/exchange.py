@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_mosaic.parallel_state_ext.boundaries.channels.hidden_channel import HiddenChannel
+from megatron_mosaic.parallel_state_ext.boundaries.channels.incoming import Arrival
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import Place, RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
-from megatron_mosaic.parallel_state_ext.boundaries.hidden_channel import HiddenChannel
-from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival
 from megatron_mosaic.parallel_state_ext.boundaries.items import Shard
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import Place, RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import RankView

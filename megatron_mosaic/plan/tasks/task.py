@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosaic.errors import ConfigError
-from megatron_mosaic.plan.histogram import NO_HISTOGRAM
+from megatron_mosaic.plan.tasks.histogram import NO_HISTOGRAM
 
 if TYPE_CHECKING:
     from megatron_mosaic.plan.workload import Edge, ModuleConfig

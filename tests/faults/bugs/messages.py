@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron_mosaic.any2any import definition
 from megatron_mosaic.any2any.stages import BackboneStage
 from megatron_mosaic.colocation.program import RankProgram
+from megatron_mosaic.parallel_state_ext.boundaries.channels.hidden_channel import HiddenChannel
 from megatron_mosaic.parallel_state_ext.boundaries.exchange import Exchange
-from megatron_mosaic.parallel_state_ext.boundaries.hidden_channel import HiddenChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import StepMap
 from megatron_mosaic.runtime import model, train
 from megatron_mosaic.schedules import Kind

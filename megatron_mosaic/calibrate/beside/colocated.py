@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.calibrate import pairs
-from megatron_mosaic.calibrate.interference import Fit, PairTime, Side, error_frac
-from megatron_mosaic.calibrate.pairs import SIDES, Block, BlockSize
+from megatron_mosaic.calibrate.beside import pairs
+from megatron_mosaic.calibrate.beside.interference import Fit, PairTime, Side, error_frac
+from megatron_mosaic.calibrate.beside.pairs import SIDES, Block, BlockSize
 from megatron_mosaic.colocation.backend_cpu import CpuBackend, cores_of_rank
 from megatron_mosaic.colocation.lane import Lanes
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread

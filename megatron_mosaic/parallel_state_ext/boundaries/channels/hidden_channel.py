@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.incoming import Incoming, Mailbox
+from megatron_mosaic.parallel_state_ext.boundaries.channels.incoming import Incoming, Mailbox
 from megatron_mosaic.parallel_state_ext.grids import Grids
 from megatron_mosaic.parallel_state_ext.rank_view import ModuleView
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.parallel_state_ext.boundaries.channels.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.edge_end import EdgeEnd
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part
-from megatron_mosaic.parallel_state_ext.boundaries.row_channel import RowChannel
 from megatron_mosaic.parallel_state_ext.boundaries.step_map import PlanMap, StepMap
 from megatron_mosaic.parallel_state_ext.rank_view import RankView
 from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoice

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mosaic.parallel_state_ext.boundaries.incoming import Arrival, Mailbox
+from megatron_mosaic.parallel_state_ext.boundaries.channels.incoming import Arrival, Mailbox
 from megatron_mosaic.parallel_state_ext.boundaries.routes import Part, Rows
 from megatron_mosaic.parallel_state_ext.rebound.cpu import to_device
 

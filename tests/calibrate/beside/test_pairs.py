@@ -13,12 +13,12 @@ from megatron_mosaic.parallel_state_ext.rebound import cpu
 
 cpu.install()
 
-from megatron_mosaic.calibrate import pairs  # noqa: E402
-from megatron_mosaic.calibrate.pairs import Block, BlockSize, make_scopes, measure_pair, program_of  # noqa: E402
+from megatron_mosaic.calibrate.beside import pairs  # noqa: E402
+from megatron_mosaic.calibrate.beside.pairs import Block, BlockSize, make_scopes, measure_pair, program_of  # noqa: E402
 from megatron_mosaic.colocation.backend_cpu import CpuBackend, cores_of_rank  # noqa: E402
 from megatron_mosaic.parallel_state_ext.lane_state import lane_thread  # noqa: E402
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_colocation.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench_colocation.py"
 TINY = BlockSize(hidden=32, tokens=8, items=2)
 
 
@@ -66,7 +66,7 @@ BENCH = """
 import runpy, sys
 from megatron_mosaic.parallel_state_ext.rebound import cpu
 cpu.install()
-from megatron_mosaic.calibrate import pairs
+from megatron_mosaic.calibrate.beside import pairs
 taken_frac, script, out = sys.argv[1:]
 pairs.loaded_frac = lambda *args: float(taken_frac)
 pairs.wall_s = lambda work: (work(), 1e-3)[1]

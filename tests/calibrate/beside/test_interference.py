@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mosaic.calibrate.interference import Fit, PairTime, Side, error_frac
+from megatron_mosaic.calibrate.beside.interference import Fit, PairTime, Side, error_frac
 from megatron_mosaic.cost_model.effects.interference import CoRunner, Interference
 from megatron_mosaic.errors import ProfileError
 

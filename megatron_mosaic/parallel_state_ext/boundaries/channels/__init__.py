@@ -1,0 +1,1 @@
+"""What rows and hidden states travel through, and what is expected there."""
