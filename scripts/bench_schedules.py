@@ -5,7 +5,7 @@ interleaves) and dp 2. Predicted by the profile of this machine (`mosaic calibra
 measured by `mosaic train` (median step of a run, then of all runs) and `mosaic check` (activation meter). Runs
 alternate over the schedules; *noise* is how far the medians of odd and even runs of one schedule differ, as a part of
 the step. Prints a table, with `--json` one list; `--quick`: one short run each; `--schedules nested three_phase`: these
-alone. A run that fails is exit status 1. Compare steps on a quiet machine alone: the load is in the row.
+alone. A run that fails is exit status 1. Compare steps on a quiet machine alone: the load is in the rows.
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ def measure(plans: dict[str, Plan], steps: int, runs: int) -> dict[str, dict[str
 
 def _over_runs(found: list[dict[str, Any]]) -> dict[str, Any]:
     steps = [run["step_s"] for run in found]
-    odd, even = (statistics.median(steps[first::2] or steps) for first in (0, 1))
     step_s = statistics.median(steps)
+    noise_frac = None
+    if len(steps) > 1:
+        noise_frac = abs(statistics.median(steps[::2]) - statistics.median(steps[1::2])) / step_s
     bubble_frac = statistics.median(run["bubble_frac"] for run in found)
-    return {"step_s": step_s, "noise_frac": abs(odd - even) / step_s, "runs": steps, "bubble_frac": bubble_frac}
+    return {"step_s": step_s, "noise_frac": noise_frac, "runs": steps, "bubble_frac": bubble_frac}
 
 
 def bench(names: list[str], microbatches: int, steps: int, runs: int) -> list[dict[str, Any]]:
@@ -122,7 +124,8 @@ def render(rows: list[dict[str, Any]]) -> str:
             cells.append("-" if found["step_s"] is None else f"{1e3 * found['step_s']:.0f} ms")
             cells.append("-" if found["bubble_frac"] is None else f"{found['bubble_frac']:.0%}")
             cells += [f"{found['bytes'][module] / 1e6:.2f} MB" for module in modules]
-        cells += [f"{row['measured']['noise_frac']:.1%}", f"{row['load']:.1f}"]
+        noise_frac = row["measured"]["noise_frac"]
+        cells += ["-" if noise_frac is None else f"{noise_frac:.1%}", f"{row['load']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -134,6 +137,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="of each schedule (default: %(default)s)")
     parser.add_argument("--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES], help="(default: all)")
     arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error("--runs: at least 1")
     sizes = (8, 3, 1) if arguments.quick else (32, 20, arguments.runs)
     rows = bench(arguments.schedules, *sizes)
     print(json.dumps(rows, indent=1) if arguments.json else render(rows))
