@@ -44,4 +44,6 @@ def _keep_before(path: Path, iteration: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if iteration > 1 and path.exists() else []
     steps = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
     kept = [line for line, step in steps if step.get(ITERATION, iteration) < iteration]
-    path.write_text("".join(kept), encoding="utf-8")
+    beside = path.with_name(f".{path.name}")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)  # a start that is killed here loses none of the history

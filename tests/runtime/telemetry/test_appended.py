@@ -43,3 +43,21 @@ def test_lines_of_another_format_do_not_stop_a_run(iteration, kept, tmp_path) ->
     path.write_text('{"iteration": 1}\n{"lm loss": 2.5}\n{"iteration": 2}\n')
     AppendedLines(path).append(iteration, {"loss": 1.0})
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [*kept, iteration]
+
+
+def test_a_start_that_is_killed_while_it_takes_lines_back_loses_none(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "losses.jsonl"
+    AppendedLines(path).append(1, {"loss": 1.0})
+    before = path.read_text()
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        AppendedLines(path).append(2, {"loss": 2.0})
+    assert path.read_text() == before
+    monkeypatch.undo()
+    AppendedLines(path).append(2, {"loss": 2.0})
+    assert [line["iteration"] for line in read_lines(path)] == [1, 2]
+    assert list(tmp_path.iterdir()) == [path]
