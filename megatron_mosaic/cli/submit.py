@@ -73,7 +73,8 @@ def main(arguments: argparse.Namespace) -> int:
         planned.build_task(arguments.profile)
     training = _training(planned, directory)
     command = sbatch_command(section, allocation, _num_gpus(planned, allocation), directory)
-    predicted = _predict(planned, training, arguments.profile)
+    # A script of the user's own knows no --mosaic-predicted
+    predicted = "" if section.script else _predict(planned, training, arguments.profile)
     job = _job(planned, allocation, training, directory, (overrides, arguments.profile, bool(predicted)))
     _write(directory, planned, job, (training.model, predicted), command)
     for note in planned.notes:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
+from megatron_mosaic.flight.line import Flight
 from megatron_mosaic.flight.parent import die_with_parent
 from megatron_mosaic.flight.process import begin_flight
 from megatron_mosaic.flight.verdict import judge, name_files, stamp
@@ -46,13 +47,29 @@ def main(words: Sequence[str]) -> Never:
         traceback.print_exc()
     if code and flight.stays_at:
         print(f"mosaic: rank {rank}: {name_files(flight)}", file=sys.stderr)
+    try:
+        _leave_word(rank, code, flight)
+    except Exception:
+        traceback.print_exc()
+    finally:  # whatever could not be said: peers wait for a rank that stays
+        _flush_and_exit(code)
+
+
+def _leave_word(rank: int, code: int, flight: Flight) -> None:
+    """Exit status and cause, for the job's batch program, where there is one."""
     if EXITS_VARIABLE in os.environ:
         note_exit(os.environ[EXITS_VARIABLE], rank, code)
         if code:
             note_cause(os.environ[EXITS_VARIABLE], flight)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+
+
+def _flush_and_exit(code: int) -> Never:
+    """Also with a full disk behind stdout."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _run(words: list[str]) -> None:

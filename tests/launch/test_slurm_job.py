@@ -14,6 +14,7 @@ from megatron_mosaic.cli.main import main
 from megatron_mosaic.config import compose_sections, load_workload
 from megatron_mosaic.errors import ConfigError
 from megatron_mosaic.flight.line import Flight
+from megatron_mosaic.flight.suspects import Suspect
 from megatron_mosaic.flight.verdict import stamp
 from megatron_mosaic.launch.slurm.batch import srun_command
 from megatron_mosaic.launch.slurm.cause import note_cause, read_cause
@@ -51,6 +52,12 @@ JOB = Job(
     is_predicted=False,
 )
 DIGITS = load_workload(["model=any2any-digits"])
+# A rank with a thread that waits for a peer: only os._exit ends it
+STAYS = """
+import threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+from megatron_mosaic.launch.worker import main
+"""
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,44 @@ def test_who_failed_by_itself_is_named_before_who_followed(tmp_path) -> None:
     for flight in flights:
         note_cause(tmp_path, flight)
     assert read_cause(tmp_path) == "rank 1, step 1"
+
+
+def test_of_several_that_failed_by_themselves_the_first_is_named(tmp_path) -> None:
+    for rank, kind, at_s in ((0, "follower", 1), (1, "suspect", 2), (2, "cause", 9), (3, "cause", 8)):
+        path = tmp_path / f"{kind}-{rank:05d}"
+        path.write_text(f"rank {rank}\n")
+        os.utime(path, (at_s, at_s))
+    said = []
+    for rank, kind in ((3, "cause"), (2, "cause"), (1, "suspect"), (0, "follower")):
+        said.append(read_cause(tmp_path))
+        (tmp_path / f"{kind}-{rank:05d}").unlink()
+    assert said == ["rank 3", "rank 2", "rank 1", "rank 0"]
+
+
+def test_who_suspects_another_is_named_behind_who_failed_by_itself(tmp_path) -> None:
+    """The one that follows leaves its word first, and has the lower rank."""
+    follower, own = Flight(0, str(tmp_path)), Flight(2, str(tmp_path))
+    own.note("step 2")
+    stamp(follower, at_ns=1, follows=True, suspect=Suspect(rank=1, why="it is gone"))
+    note_cause(tmp_path, follower)
+    assert read_cause(tmp_path).startswith("rank 1, ")
+    stamp(own, at_ns=2, follows=False)
+    note_cause(tmp_path, own)
+    assert read_cause(tmp_path) == "rank 2, step 2"
+
+
+def test_a_rank_ends_with_its_status_where_its_cause_cannot_be_read(tmp_path) -> None:
+    (tmp_path / "script.py").write_text("1 / 0\n")
+    (tmp_path / "exits").mkdir()
+    (tmp_path / "failed-00001").write_text("damaged}")
+    environment = os.environ | {
+        "RANK": "0",
+        "MOSAIC_FLIGHT_DIR": str(tmp_path),
+        EXITS_VARIABLE: str(tmp_path / "exits"),
+    }
+    command = [sys.executable, "-c", f"{STAYS}main([{str(tmp_path / 'script.py')!r}])"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+    assert ended.returncode == 1 and "JSONDecodeError" in ended.stderr and "ZeroDivisionError" in ended.stderr
 
 
 def test_a_job_comes_back_from_its_file(tmp_path) -> None:
@@ -204,6 +249,11 @@ def test_a_dry_run_writes_all_and_submits_nothing(tmp_path, capsys, monkeypatch)
     }
     assert load_prediction(run / "plan.predicted.json", ["vision.0", "llm.0", "generator.0"]).step_s > 0
     assert load_job(run).is_predicted
+    (tmp_path / "script.py").write_text("")
+    own = [f"launcher.script={tmp_path / 'script.py'}", f"launcher.run_dir={tmp_path / 'own'}"]
+    assert main([*(word for word in words if "run_dir" not in word), *own]) == 0
+    assert not load_job(tmp_path / "own").is_predicted and not (tmp_path / "own" / "plan.predicted.json").exists()
+    capsys.readouterr()
     assert "lr: 0.0003" in (run / "config.yaml").read_text() and "commit" in (run / "version.txt").read_text()
     assert main(words) == 2  # the directory has a run
     assert "a new directory" in capsys.readouterr().err

@@ -11,24 +11,28 @@ from pathlib import Path
 from megatron_mosaic.flight.line import Flight
 from megatron_mosaic.flight.verdict import name_files, read_verdicts
 
-_LEADS, _FOLLOWS = "cause", "follower"
+_LEADS, _SUSPECTS, _FOLLOWS = "cause", "suspect", "follower"  # in this order they are believed
 
 
 def note_cause(directory: str | Path, flight: Flight) -> None:
-    """Leave what the rank's verdict says, where it has one. Those of ranks that failed because of another sort last."""
+    """Leave what the rank's verdict says, where it has one. Its kind says how much it knows: it failed by itself,
+    followed a rank that it suspects, or followed alone."""
     verdicts = read_verdicts(flight.directory) if flight.directory else []
     own = next((verdict for verdict in verdicts if verdict.rank == flight.rank), None)
     if own is None:
         return
     words = [f"rank {own.cause}, {own.words}", own.why, name_files(flight)]
-    kind = _FOLLOWS if own.follows and own.suspect is None else _LEADS
+    kind = _LEADS if not own.follows else _FOLLOWS if own.suspect is None else _SUSPECTS
     text = "; ".join(word for word in words if word)
     (Path(directory) / f"{kind}-{flight.rank:05d}").write_text(text + "\n", encoding="utf-8")
 
 
 def read_cause(directory: str | Path) -> str:
-    """The sentence of a rank that failed by itself, else of one that followed; empty where nobody left one."""
-    for kind in (_LEADS, _FOLLOWS):
-        for path in sorted(Path(directory).glob(f"{kind}-*")):
-            return path.read_text(encoding="utf-8").strip()
+    """The earliest sentence of a rank that failed by itself, else of one that suspects another, else of a follower;
+    empty where nobody left one."""
+    for kind in (_LEADS, _SUSPECTS, _FOLLOWS):
+        found = list(Path(directory).glob(f"{kind}-*"))
+        if found:
+            first = min(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+            return first.read_text(encoding="utf-8").strip()
     return ""
