@@ -96,7 +96,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         format_bytes(row["peak_bytes"]),
         "yes" if row["fits"] else "no",
         f"{row['speedup']:.2f}x" if row["speedup"] else "-",
-        "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{row['mfu']:.1%}",
         f"{row['relative_throughput']:.0%}",
         row["backbone"],
         str(row["micro_batch_size"]),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megatron_mosaic.config import Task
-from megatron_mosaic.cost_model.effects.kernels import flops_per_s
-from megatron_mosaic.cost_model.efficiency.mfu import count_step_flops
+from megatron_mosaic.cost_model.efficiency.mfu import step_flops_and_peak
 from megatron_mosaic.cost_model.simulate import Simulation
 from megatron_mosaic.plan import Plan
 from megatron_mosaic.runtime.flags.command_line import CommandLine
@@ -22,16 +19,12 @@ def list_unpriced(line: CommandLine) -> tuple[str, ...]:
 
 
 def build_prediction(plan: Plan, task: Task, simulation: Simulation) -> Prediction:
-    """Of the plan's simulation. A peak of CPUs is what the profile's large product reached."""
-    workload = replace(task.workload, global_batch_size=plan.global_batch_size)
-    if task.profile is not None:
-        peak = task.profile.machine.flops_per_s
-    else:
-        peak = flops_per_s(task.cluster.gpu, task.setup.format) * plan.world_size
+    """Of the plan's simulation."""
+    step_flops, peak = step_flops_and_peak(plan, task.cost_model())
     return Prediction(
         step_s=simulation.step_s,
         lane_s=simulation.timeline().seconds_by_lane(),
-        step_flops=count_step_flops(workload),
+        step_flops=step_flops,
         peak_flops_per_s=peak,
         source=simulation.price.source.name,
     )

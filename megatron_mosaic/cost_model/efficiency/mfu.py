@@ -24,26 +24,34 @@ from megatron_mosaic.plan.workload import ModuleConfig, Workload
 class Efficiency:
     """Of one predicted step, as fractions."""
 
-    mfu_frac: float | None  # None where ranks share cores, whose peak is no datasheet's
+    mfu_frac: float
     relative_frac: float
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> dict[str, float]:
         return {"mfu": self.mfu_frac, "relative_throughput": self.relative_frac}
 
     def __str__(self) -> str:
-        mfu = "" if self.mfu_frac is None else f"MFU {self.mfu_frac:.1%}, "
-        return f"{mfu}{self.relative_frac:.0%} of the backbone's throughput alone"
+        return f"MFU {self.mfu_frac:.1%}, {self.relative_frac:.0%} of the backbone's throughput alone"
 
 
 def estimate_efficiency(plan: Plan, step_s: float, model: CostModel) -> Efficiency:
     """Of a plan whose step is predicted to take so long."""
-    cluster, mfu_frac = model.cluster, None
-    if not cluster.shared_cores:
-        peak = flops_per_s(cluster.gpu, model.source.setup.format) * plan.world_size
-        workload = replace(model.workload, global_batch_size=plan.global_batch_size)
-        mfu_frac = count_step_flops(workload) / (step_s * peak)
+    step_flops, peak = step_flops_and_peak(plan, model)
+    mfu_frac = step_flops / (step_s * peak)
     num_ranks, alone_s = _backbone_alone(plan, model)
     return Efficiency(mfu_frac=mfu_frac, relative_frac=alone_s * num_ranks / (step_s * plan.world_size))
+
+
+def step_flops_and_peak(plan: Plan, model: CostModel) -> tuple[float, float]:
+    """Model FLOPs of the plan's step, and peak FLOPs a second of all its ranks' devices: from the datasheet. Of CPUs,
+    whose cores the ranks share: what a large product was measured to reach on all of them."""
+    cluster = model.cluster
+    workload = replace(model.workload, global_batch_size=plan.global_batch_size)
+    if cluster.shared_cores:
+        peak = cluster.gpu.flops_per_s
+    else:
+        peak = flops_per_s(cluster.gpu, model.source.setup.format) * plan.world_size
+    return count_step_flops(workload), peak
 
 
 def count_step_flops(workload: Workload) -> float:

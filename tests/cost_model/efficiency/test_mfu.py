@@ -76,9 +76,12 @@ def test_utilisation_of_a_published_run():
     assert found.mfu_frac == pytest.approx(0.361, rel=0.1)
 
 
-def test_ranks_that_share_cores_have_no_peak():
+def test_ranks_that_share_cores_have_one_peak_together():
     profile = make_profile()
     model = CostModel(WORKLOAD, local_cluster(profile, 4), profile)
     plan = make_plan(dict.fromkeys(WORKLOAD.by_name, ("0-3", Layout(dp=4))))
-    found = estimate_efficiency(plan, simulate(plan, model).step_s, model)
-    assert found.mfu_frac is None and 0 < found.relative_frac < 1
+    step_s = simulate(plan, model).step_s
+    found = estimate_efficiency(plan, step_s, model)
+    workload = replace(WORKLOAD, global_batch_size=plan.global_batch_size)
+    assert found.mfu_frac == pytest.approx(count_step_flops(workload) / step_s / profile.machine.flops_per_s)
+    assert 0 < found.relative_frac < 1
