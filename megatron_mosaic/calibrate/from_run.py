@@ -4,6 +4,8 @@
   timelines of the run ---------------> measured seconds of the same
   a module's points of a kind times measured / predicted, again and again, until simulation and run agree
 
+What does not agree after many corrections is said: the caller tells the user.
+
 One factor for all points of a module and a kind: a run has seen one layout, and shapes of curves stay those of the
 benchmark. Collectives stay as they were measured: inside actions they are part of what the factors correct.
 """
@@ -74,10 +76,12 @@ class RunOfPlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrected:
     """`factors`: how much longer a module's forward, or backward, took than the old profile says. Steps in seconds, of
-    each plan: as the old profile predicts it, as the new one does, as it was."""
+    each plan: as the old profile predicts it, as the new one does, as it was. `apart`: measured over predicted, of what
+    no correction brought together."""
 
     profile: Profile
     factors: Mapping[tuple[str, str], float]
+    apart: Mapping[tuple[str, str], float]
     steps_s: tuple[tuple[float, float, float], ...]
 
 
@@ -88,20 +92,32 @@ def correct(profile: Profile, runs: Sequence[RunOfPlan]) -> Corrected:
     profile = _loading(profile, measured.get((DATA, "seconds"), 0.0), runs)
     factors = {key: 1.0 for key, seconds in measured.items() if seconds > 0}
     timelines, found = [run.simulate(profile) for run in runs], profile
+    ratios = _ratios(measured, factors, timelines)
     for _ in range(_MOST_ROUNDS):
-        predicted = _sums(map(seconds_of, timelines))
-        ratios = {key: measured[key] / predicted[key] for key in factors if predicted.get(key, 0.0) > 0}
-        if all(abs(ratio - 1) < _CLOSE for ratio in ratios.values()):
+        if not _apart(ratios):
             break
         factors = {key: factors[key] * ratios.get(key, 1.0) for key in factors}
         _require_the_same_machine(factors)
         found = _scaled(profile, factors)
         timelines = [run.simulate(found) for run in runs]
+        ratios = _ratios(measured, factors, timelines)
     return Corrected(
         profile=found,
         factors={key: factor for key, factor in factors.items() if key in ratios},
+        apart=_apart(ratios),
         steps_s=tuple((b.end_s, a.end_s, run.step_s) for b, a, run in zip(before, timelines, runs, strict=True)),
     )
+
+
+def _ratios(measured: Seconds, keys: Iterable[tuple[str, str]], timelines: Iterable[Timeline]) -> Seconds:
+    """Measured over simulated, where something was simulated."""
+    predicted = _sums(map(seconds_of, timelines))
+    return {key: measured[key] / predicted[key] for key in keys if predicted.get(key, 0.0) > 0}
+
+
+def _apart(ratios: Seconds) -> Seconds:
+    """Those that are not close to 1."""
+    return {key: ratio for key, ratio in ratios.items() if abs(ratio - 1) >= _CLOSE}
 
 
 def seconds_of(timeline: Timeline) -> dict[tuple[str, str], float]:
@@ -151,8 +167,10 @@ def _scaled(profile: Profile, factors: Mapping[tuple[str, str], float]) -> Profi
 
 
 def _require_the_same_machine(factors: Mapping[tuple[str, str], float]) -> None:
+    """Loading is of the data and of where it lies: its factor says nothing of the machine."""
     for (module, field), factor in factors.items():
-        if not 1 / _MOST < factor < _MOST or not math.isfinite(factor):
+        most = math.inf if module == DATA else _MOST
+        if not 1 / most < factor < most:
             raise ConfigError(
                 "--from-run",
                 got=f"{field.removesuffix('_s')} of {module} {factor:.3g} times as long as in the profile",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_mosaic.calibrate.from_run import DATA, OPTIMIZER, Corrected, RunOfPlan, correct
-from megatron_mosaic.cli.output import print_json, print_table
+from megatron_mosaic.cli.output import print_json, print_note, print_table
 from megatron_mosaic.cli.planned import apply_overrides
 from megatron_mosaic.cost_model.hardware.profile import default_profile_path, load_profile, save_profile
 from megatron_mosaic.errors import ConfigError
@@ -27,10 +27,12 @@ def correct_by_run(arguments: argparse.Namespace) -> int:
     found = correct(profile, runs)
     path = arguments.out or default_profile_path()
     save_profile(found.profile, path)
+    for name, ratio in _by_name(found.apart).items():
+        print_note(f"{name} took {ratio:.3g} times as long in the run as the corrected profile says: they do not agree")
     if arguments.json:
         steps = [dict(zip(("before_s", "after_s", "measured_s"), step, strict=True)) for step in found.steps_s]
         seconds = time.perf_counter() - started
-        print_json({"profile": str(path), "seconds": seconds, "factors": _factors(found), "steps": steps})
+        print_json({"profile": str(path), "seconds": seconds, "factors": _by_name(found.factors), "steps": steps})
     else:
         _print(found, runs, str(path))
     return 0
@@ -50,17 +52,16 @@ def _runs(arguments: argparse.Namespace) -> Iterator[RunOfPlan]:
         yield RunOfPlan.of(measured, planned.build_task(arguments.profile))
 
 
-def _factors(found: Corrected) -> dict[str, float]:
+def _by_name(factors: Mapping[tuple[str, str], float]) -> dict[str, float]:
     """By what the user reads: `vision forward`, `optimizer`."""
     names = {OPTIMIZER: "optimizer", DATA: "loading"}
     return {
-        names.get(module, f"{module} {field.removesuffix('_s')}"): factor
-        for (module, field), factor in found.factors.items()
+        names.get(module, f"{module} {field.removesuffix('_s')}"): factor for (module, field), factor in factors.items()
     }
 
 
 def _print(found: Corrected, runs: Sequence[RunOfPlan], path: str) -> None:
-    rows = [(name, f"{factor:.3f}") for name, factor in _factors(found).items()]
+    rows = [(name, f"{factor:.3f}") for name, factor in _by_name(found.factors).items()]
     steps = sum(len(run.steps) for run in runs)
     print_table(f"{steps} steps of {len(runs)} plans", ("of a step", "run / profile"), rows)
     for before_s, after_s, measured_s in found.steps_s:

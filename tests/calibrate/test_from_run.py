@@ -133,3 +133,26 @@ def test_a_run_of_another_machine_is_refused(tmp_path, capsys, profiles) -> None
     make_run(tmp_path / "report", known, Profile.model_validate(data), "apart")
     assert main(["calibrate", "--from-run", str(tmp_path), "--profile", str(known), "--out", "x.yaml"]) == 2
     assert "forward of llm" in capsys.readouterr().err
+
+
+def test_a_loader_that_is_much_slower_is_no_other_machine(tmp_path, capsys, profiles) -> None:
+    """Two hundred times: the data lie elsewhere."""
+    known, truth = profiles
+    few = load_profile(known)
+    save_profile(
+        few.model_copy(update={"overheads": few.overheads.model_copy(update={"sample_s": SAMPLE_S / 200})}), known
+    )
+    make_run(tmp_path / "report", known, truth, "apart")
+    out = tmp_path / "corrected.yaml"
+    assert main(["calibrate", "--from-run", str(tmp_path), "--profile", str(known), "--out", str(out)]) == 0
+    assert load_profile(out).overheads.sample_s == pytest.approx(SAMPLE_S, rel=0.01)
+    assert "do not agree" not in capsys.readouterr().err
+
+
+def test_what_no_correction_brings_together_is_said(tmp_path, capsys, profiles, monkeypatch) -> None:
+    known, truth = profiles
+    make_run(tmp_path / "report", known, truth, "apart")
+    monkeypatch.setattr("megatron_mosaic.calibrate.from_run._MOST_ROUNDS", 0)
+    words = ["--profile", str(known), "--out", str(tmp_path / "corrected.yaml")]
+    assert main(["calibrate", "--from-run", str(tmp_path), *words]) == 0
+    assert "llm backward took 2.5 times as long" in capsys.readouterr().err
