@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ _BASE = "modules_in_turn"  # what speedups are against
 
 def plan_waves(arguments: argparse.Namespace, task: Task) -> int:
     """Search, explain, write."""
+    _refuse_flags(arguments, ("predicted",), "lanes, whose seconds a run would say beside what it measures")
     result = _search(task)
     family, found = result.best
     cluster, training = task.said
@@ -100,14 +102,7 @@ def show_waves(arguments: argparse.Namespace) -> int:
 
 def simulate_waves(arguments: argparse.Namespace) -> int:
     """The predicted step. 1 if a rank needs more memory than it has."""
-    for flag in ("trace", "html", "mosaic_schedule"):
-        if getattr(arguments, flag):
-            raise ConfigError(
-                f"--{flag.replace('_', '-')}",
-                got=getattr(arguments, flag),
-                expected="a plan of modules: a plan in waves has no schedule of lanes",
-                fix="leave it out",
-            )
+    _refuse_flags(arguments, ("trace", "html", "mosaic_schedule"), "schedule of lanes")
     planned = apply_to_waves(load_waves(arguments.plan), arguments.overrides)
     plan, task = planned.plan, planned.build_task(arguments.profile)
     validate_waves(plan, task.workload)
@@ -141,6 +136,18 @@ def render_waves(plan: WavePlan) -> str:
             again = "" if each.recompute == "none" else f"  recompute {each.recompute}"
             lines.append(f"wave {number:>2} | ranks {each.ranks!s:<10} {each.layout!s:<10} {each.name}{again}")
     return "\n".join(lines)
+
+
+def _refuse_flags(arguments: argparse.Namespace, flags: Sequence[str], missing: str) -> None:
+    """ConfigError for the first that is given: plans in waves have nothing of the kind."""
+    for flag in flags:
+        if getattr(arguments, flag):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}",
+                got=getattr(arguments, flag),
+                expected=f"a plan of modules: a plan in waves has no {missing}",
+                fix="leave it out",
+            )
 
 
 def _search(task: Task) -> WaveSearch:
