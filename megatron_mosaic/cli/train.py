@@ -29,6 +29,7 @@ from megatron_mosaic.runtime.flags.command_line import CommandLine
 from megatron_mosaic.runtime.flags.judge import Purpose
 from megatron_mosaic.runtime.flags.words import flags_of, refuse_twice, split_words
 from megatron_mosaic.runtime.telemetry.prediction import PREDICTED_FILE, Prediction, format_prediction
+from megatron_mosaic.runtime.telemetry.timelines import remove_timelines
 from megatron_mosaic.schedules import Schedule
 from megatron_mosaic.schedules.plan_match import load_training_schedule
 from megatron_mosaic.schedules.timeline import Timeline, diff, diff_kinds
@@ -54,6 +55,8 @@ def main(arguments: argparse.Namespace) -> int:
         print_note(note)
     predicted = _predict(plan, workload, arguments.profile, schedule) if _is_priced(line) else None
     with _report_directory(arguments.report) as directory:
+        if "load" not in line.typed:
+            remove_timelines(Path(directory))
         words = ["-m", SCRIPT, "--mosaic-plan", arguments.plan, "--mosaic-report", directory]
         if predicted is not None:
             write_text(str(Path(directory) / PREDICTED_FILE), format_prediction(predicted.told))

@@ -163,6 +163,7 @@ def test_simulate(capsys, plan, profile, tmp_path):
         (["show", "."], "."),
         (["plan", "--frob"], "mosaic: arguments"),
         (["plan", *VLM, "--out", "missing/plan.yaml"], "missing/plan.yaml"),
+        (["plan", "model=any2any-tasks", "cluster=a800_8x8", "--predicted", "p.json"], "--predicted"),
         (["show"], "mosaic show: arguments"),
         (["show", "missing.yaml"], "missing.yaml"),
         (["simulate", "missing.yaml"], "missing.yaml"),
@@ -301,6 +302,20 @@ def test_a_run_without_a_step_is_wrong_input(capsys, plan, profile, monkeypatch)
     status, _, err = run(capsys, "train", plan)
     assert status == 2
     assert "no training step" in err
+
+
+@pytest.mark.parametrize(("words", "goes_on"), [((), False), (("--load", "checkpoints"), True)])
+def test_timelines_of_an_earlier_run_stay_only_where_it_goes_on(
+    capsys, plan, profile, monkeypatch, tmp_path, words, goes_on
+):
+    """Of another plan: `calibrate --from-run` would fit to both."""
+    earlier = tmp_path / "report" / "timelines" / "0123456789ab" / "plan.yaml"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text(plan.read_text())
+    train(monkeypatch, [{"loss": 2.0}])
+    status, _, err = run(capsys, "train", plan, "--report", tmp_path / "report", *words)
+    assert status == 0, err
+    assert earlier.exists() == goes_on
 
 
 def test_what_has_no_effect_and_what_is_not_priced_is_said(capsys, plan, profile, monkeypatch):

@@ -8,6 +8,7 @@ Spans are in seconds of the wall clock, which hosts share as far as it is kept i
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class MeasuredPlan:
 
     plan: Plan
     steps: tuple[MeasuredStep, ...]
+
+
+def remove_timelines(directory: Path) -> None:
+    """Before a run that goes on from no other: timelines of another plan would pass for its own."""
+    if (directory / FOLDER).exists():
+        shutil.rmtree(directory / FOLDER)
 
 
 def read_timelines(directory: Path) -> Iterator[MeasuredPlan]:
