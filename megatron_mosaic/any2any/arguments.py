@@ -61,10 +61,12 @@ MEGATRON_DEFAULTS: dict[str, object] = {
     "moe_token_dispatcher_type": "alltoall",
 }
 _STACK = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+_SHARES = ("digits_text_only_frac", "digits_two_image_frac", "digits_generate_frac")
 _OF_DIGITS = (  # without effect where a model file describes the modules
     *(f"{module}_{size}" for module in ("vision", "generator") for size in _STACK),
-    *("digits_text_only_frac", "digits_two_image_frac", "digits_generate_frac", "digits_files"),
+    *(*_SHARES, "digits_files"),
 )
+_OF_DRAWING = (*_SHARES, "digits_seed")  # without effect where samples come from files
 _NOT_BUILT = ("shared_expert_size", "num_dense_layers", "q_latent_size", "kv_latent_size")  # of a model file
 _ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu")  # Megatron takes one of them
 
@@ -128,6 +130,7 @@ def workload_from_args(args: Namespace) -> Workload:
     batch = args.global_batch_size or 1
     _require_one_activation(args)
     if args.workload is None:
+        _obey_samples(args)
         args.max_position_embeddings = args.max_position_embeddings or args.seq_length
         return _frozen(workload(sizes_from_args(args), batch, mix_from_args(args)), args.freeze)
     model = replace(load_workload_file(args.workload), global_batch_size=batch)
@@ -181,6 +184,21 @@ def _obey_file(args: Namespace, model: Workload) -> None:
             expected=f"not set: modules of {args.workload} are gated",
             fix="leave it out, or set gated: false in the file",
         )
+
+
+def _obey_samples(args: Namespace) -> None:
+    """Refuse what says how samples are drawn beside files of them."""
+    if args.digits_files is None:
+        return
+    untouched = read_words([]).defaults
+    for name in _OF_DRAWING:
+        if getattr(args, name) != untouched[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}",
+                got=getattr(args, name),
+                expected=f"left out beside --digits-files: the samples of {args.digits_files} are drawn",
+                fix="leave it out, or leave --digits-files out",
+            )
 
 
 def _require_one_activation(args: Namespace) -> None:

@@ -22,6 +22,8 @@ def test_words_change_sizes_and_foreign_words_pass():
         (["--num-layers", "abc"], "--num-layers", "'abc'"),
         (["--seq-length"], "--seq-length", "expected one argument"),
         (["--generator-loss-weight", "x"], "--generator-loss-weight", "'x'"),
+        (["--digits-files", "d", "--digits-seed", "7"], "--digits-seed", "7"),
+        (["--digits-files", "d", "--digits-two-image-frac", "0.5"], "--digits-two-image-frac", "0.5"),
         (["--num-layers", "0"], "module 'llm': num_layers", "0"),
     ],
 )
