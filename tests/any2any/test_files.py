@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.any2any.data import DigitsDataset, collate
-from megatron_mosaic.any2any.files.packed import INDEX_FILE, PackedDigits, collate_packed, write_packed
+from megatron_mosaic.any2any.files.packed import INDEX_FILE, RECORDS_FILE, PackedDigits, collate_packed, write_packed
 from megatron_mosaic.any2any.files.unread import Unread
 from megatron_mosaic.any2any.sizes import Any2AnySizes, DigitsMix
 from megatron_mosaic.errors import ConfigError
@@ -84,6 +84,27 @@ def test_files_that_do_not_fit_are_refused(written, tmp_path):
         PackedDigits(directory, SIZES.seq_length + 1)
     with pytest.raises(ConfigError, match="pack_digits"):
         PackedDigits(tmp_path, SIZES.seq_length)
+
+
+def test_a_broken_index_is_refused(written, tmp_path):
+    _, directory = written
+    whole = (directory / INDEX_FILE).read_bytes()
+    with np.load(directory / INDEX_FILE) as index:
+        columns = {key: index[key] for key in index.files}
+    (tmp_path / RECORDS_FILE).write_bytes(b"")
+
+    def require_refused(says: str) -> None:
+        with pytest.raises(ConfigError, match="pack_digits") as caught:
+            PackedDigits(tmp_path, SIZES.seq_length)
+        assert says in caught.value.got
+
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / INDEX_FILE).write_bytes(whole[:length])
+        require_refused(str(tmp_path))
+    np.savez(tmp_path / INDEX_FILE, **{key: value for key, value in columns.items() if key != "gen"})
+    require_refused("gen")
+    np.savez(tmp_path / INDEX_FILE, **columns | {"text": columns["text"][:0]})
+    require_refused("no samples")
 
 
 def read_table() -> dict[str, list[int]]:

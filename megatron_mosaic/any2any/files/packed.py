@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_mosaic.errors import ConfigError
 
 INDEX_FILE, RECORDS_FILE = "index.npz", "records.bin"
 _IMAGE, _DRAWING = (NUM_PATCHES, PATCH_PIXELS), (2, NUM_PATCHES, PATCH_PIXELS)
+_COLUMNS = ("seq_length", "text", "images", "gen")
 _TEXT = ("tokens", "labels", "loss_mask")
 
 
@@ -65,9 +67,11 @@ class PackedDigits(Dataset["PackedSample"]):
     def __init__(self, directory: Path, seq_length: int) -> None:
         try:
             with np.load(directory / INDEX_FILE, allow_pickle=False) as index:
-                columns = {key: index[key] for key in index.files}
+                columns = {key: index[key] for key in _COLUMNS}
+            if not len(columns["text"]):
+                raise ValueError("no samples")
             self._file = os.open(directory / RECORDS_FILE, os.O_RDONLY)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(
                 f"--digits-files {directory.parent}",
                 got=f"{directory}: {error}",
