@@ -88,12 +88,13 @@ class VisionStage(MegatronModule):
             padded = nn.functional.pad(embedded, (0, 0, 0, 0, 0, shard.length - len(embedded)))
             return padded[torch.from_numpy(shard.tokens)].contiguous(), inputs.tensors.get("padding")
 
+        images = inputs.tensors["images"].to(encoder.get_submodule("conv1").weight.dtype)  # Float16Module's cast
         is_split = len(shard.tokens) != shard.length or "padding" in inputs.tensors
         if not is_split:
-            found: Tensor = encoder(inputs.tensors["images"])
+            found: Tensor = encoder(images)
         else:
             with encoder.get_submodule("decoder").register_forward_pre_hook(take_own):
-                found = encoder(inputs.tensors["images"])
+                found = encoder(images)
         return found.transpose(0, 1).contiguous()
 
     def _run(self, inputs: StageInputs) -> Tensor:
