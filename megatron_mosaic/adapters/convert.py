@@ -46,28 +46,47 @@ def convert(source: str, target: str) -> str:
     ConfigError if it is neither of a model that an adapter knows, in one file, nor of a plan of one.
     """
     whole, sharded = _find(Path(source))
-    if Path(get_checkpoint_tracker_filename(target)).exists():
-        raise ConfigError(target, got="a checkpoint", expected="a new directory", fix="name another")
+    tracker = Path(get_checkpoint_tracker_filename(target))
     release = Path(get_checkpoint_name(target, 0, release=True, return_base_dir=True))
+    for path in (tracker, release):  # the tracker is written last: an interrupted conversion leaves none
+        if path.exists():
+            raise ConfigError(
+                target, got=f"it holds {path.name}", expected="a new directory", fix="name another, or remove it"
+            )
     if whole is not None:
         with whole.open("rb") as stream:
             state = _shard(_load(stream, whole))
-        release.mkdir(parents=True)
+        _make_directory(release)
         rebind_results_queue()
         with world_of_one():
             dist_checkpointing.save(state, str(release))
     else:
         assert sharded is not None
-        with (sharded / ".metadata").open("rb") as stream:
-            names = list(load_metadata(stream).state_dict_metadata)
-        with world_of_one():
-            tensors = dist_checkpointing.load_plain_tensors(str(sharded))
-        model = _join(tensors, names, sharded)
+        model = _join(*_load_plan(sharded), sharded)
         file = release / _OF_ONE_PROCESS
-        file.parent.mkdir(parents=True)
+        _make_directory(file.parent)
         torch.save({"model": model, "checkpoint_version": 3.0, "iteration": 0}, file)
-    Path(get_checkpoint_tracker_filename(target)).write_text("release")
+    tracker.write_text("release")
     return "torch" if whole is None else "torch_dist"
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(str(path), got=str(error), expected="a writable path", fix="name another") from error
+
+
+def _load_plan(sharded: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the parameters of a plan's checkpoint, the names of all that was saved): no optimizer state is read."""
+    with (sharded / ".metadata").open("rb") as stream:
+        names = list(load_metadata(stream).state_dict_metadata)
+    with world_of_one():
+        wanted = {
+            key: each for key, each in dist_checkpointing.load_tensors_metadata(str(sharded)).items() if _OWN.match(key)
+        }
+        found = dist_checkpointing.load(wanted, str(sharded), validate_access_integrity=False)
+    return {key: found[key] for key in wanted}, names
 
 
 def _find(source: Path) -> tuple[Path, None] | tuple[None, Path]:

@@ -138,6 +138,22 @@ def test_a_gpt_from_stock_over_two_plans_to_stock(tmp_path):
     assert any("exp_avg" in name for name in tensors[0])
 
 
+def test_a_target_that_is_not_new_or_not_writable_is_refused(tmp_path):
+    from megatron_mosaic.adapters.convert import convert
+
+    source, target, file = tmp_path / "source", tmp_path / "target", tmp_path / "file"
+    weights = source / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    weights.parent.mkdir(parents=True)
+    torch.save({"model": {"vision_model.ln_pre.weight": torch.zeros(2)}}, weights)
+    (source / "latest_checkpointed_iteration.txt").write_text("1")
+    (target / "release").mkdir(parents=True)  # as an interrupted conversion leaves it
+    with pytest.raises(ConfigError, match="holds release"):
+        convert(str(source), str(target))
+    file.write_text("")
+    with pytest.raises(ConfigError, match="a writable path"):
+        convert(str(source), str(file / "inside"))
+
+
 @needs_checkout
 @pytest.mark.slow
 def test_what_is_no_checkpoint_of_a_known_model_is_refused(tmp_path):
