@@ -112,7 +112,7 @@ class StepsOfPlan:
         together = len(loads) // (self._first[lane + 1] - self._first[lane])
         start = together * (slot - self._first[lane])
         load = max(loads[start : start + together], key=math.prod)
-        if not load[0] and layout.ep * layout.etp > 1:
+        if not load[0] and any(items for items, _ in loads) and layout.ep * layout.etp > 1:
             return (1, max(tokens for _, tokens in loads))  # so that experts hear from every slot
         return load
 

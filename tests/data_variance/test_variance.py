@@ -118,6 +118,16 @@ def test_what_the_balancer_evens_out_costs_nothing():
     assert drawn.imbalance == {"vision": 1.0, "llm": 1.0}
 
 
+def test_a_unit_of_experts_that_nobody_has_items_for_takes_no_time():
+    workload = _with_images(replace(VISION, num_experts=2), items={0: 1, 2: 1}, batch=2)
+    modules = {"vision": ("0-1", Layout(dp=2, ep=2)), "llm": ("0-1", Layout(dp=2))}
+    plan = make_plan(modules, workload=workload, world_size=2, global_batch_size=2)
+    steps = StepsOfPlan(plan, CostModel(workload, make_cluster(2)))
+    none, some = steps.simulate((_images(0, 0),)), steps.simulate((_images(1, 0),))
+    assert 0 < none.step_s < some.step_s
+    assert none.peak_bytes < some.peak_bytes
+
+
 def test_what_it_leaves_makes_the_step_longer_once_a_replica_and_not_once_a_microbatch():
     """Beside a backbone that is far larger images stay with their samples. Two on the left in one microbatch and on the
     right in the next: each replica computes them once. Two on the left both times: the left one does so twice."""

@@ -44,7 +44,7 @@ class WaveStep:
     forward_s: float
     backward_s: float
     exposed_transfer_s: float
-    moved_bytes: float  # between ranks in the forward, and as much in the backward
+    moved_bytes: float  # between ranks in the forward; the backward moves gradients of what has one
     gradients_s: float  # of the rank that needs longest, with its optimizer
     busy_s: float  # of all ranks together
     memory: Mapping[int, Memory]  # by rank
@@ -122,7 +122,8 @@ class WaveClock:
         gradients: list[list[tuple[int, float]]] = [[] for _ in slices]
         for i, found in enumerate(feeds):
             for source, seconds in found:
-                gradients[source].append((i, seconds))
+                if costs[source].seconds(Kind.B):
+                    gradients[source].append((i, seconds))
         numbers = range(len(slices))
         spans: list[Span] = []
         ends: list[float] = []
@@ -132,12 +133,13 @@ class WaveClock:
             done = [0.0] * len(slices)
             for i in order:
                 each, seconds = slices[i], costs[i].seconds(kind)
+                if not seconds:
+                    continue  # a frozen slice has no backward
                 arrived = max((done[source] + way for source, way in needs[i]), default=0.0)
                 start = max(arrived, max(free[rank] for rank in each.ranks))
                 done[i] = start + seconds
                 free.update(dict.fromkeys(each.ranks, done[i]))
-                if seconds:
-                    spans.append(Span(each=each, kind=kind, start_s=since + start, end_s=since + done[i]))
+                spans.append(Span(each=each, kind=kind, start_s=since + start, end_s=since + done[i]))
             ends.append(max(done, default=0.0))
         return ends[0], ends[1], tuple(spans)
 
@@ -163,8 +165,8 @@ class WaveClock:
         return max(tails) + source.consensus_s(Group.of(RankSet.block(0, world_size), self._gpus_per_node))
 
     def _memory(self, pools: Sequence[Pool], slices: Sequence[Slice], costs: Sequence[StageCost]) -> dict[int, Memory]:
-        """By rank: parameters, gradients and optimizer of its pools, activations of all its slices at once (every
-        forward comes before every backward), one workspace."""
+        """By rank: parameters, gradients and optimizer of its pools, activations of all its slices that have a backward
+        at once (every forward comes before every backward), one workspace."""
         held: dict[int, list[Memory]] = defaultdict(list)
         workspace: dict[int, float] = defaultdict(float)
         for pool in pools:
@@ -173,6 +175,16 @@ class WaveClock:
                 held[rank].append(static)
         for each, cost in zip(slices, costs):
             for rank in each.ranks:
-                held[rank].append(cost.memory.unit)
-                workspace[rank] = max(workspace[rank], cost.memory.workspace_bytes)
+                held[rank].append(kept_activations(cost))
+                workspace[rank] = max(workspace[rank], passing_bytes(cost))
         return {rank: add_up(parts) + Memory(workspace=workspace[rank]) for rank, parts in sorted(held.items())}
+
+
+def kept_activations(cost: StageCost) -> Memory:
+    """What a slice's forward leaves for its backward: nothing where it has none."""
+    return cost.memory.unit if cost.seconds(Kind.B) else Memory()
+
+
+def passing_bytes(cost: StageCost) -> float:
+    """What a slice needs while it works, and no longer."""
+    return cost.memory.workspace_bytes + (0.0 if cost.seconds(Kind.B) else cost.memory.unit_bytes)

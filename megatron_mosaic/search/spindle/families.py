@@ -53,7 +53,7 @@ def marginal_gain(ops: Ops, placer: Placer) -> Iterator[Waves | None]:
     waves: list[tuple[Slice, ...]] = []
     for turn in _turns(tasks, placer.num_ranks):
         counts = _share_out(turn, placer.num_ranks)
-        order = sorted(range(len(turn)), key=lambda i: -_least(turn[i]))  # groups of large tp from multiples of it
+        order = sorted(range(len(turn)), key=lambda i: -_tp(turn[i]))  # so that each begins at a multiple of its tp
         first, placed = 0, dict[MetaOp, Slice]()
         for i in order:
             for op in turn[i]:
@@ -70,8 +70,13 @@ def _whole(op: MetaOp, num_devices: int) -> Part:
 
 
 def _least(task: Ops) -> int:
-    """Devices that every module of a task can run on, in groups of its tp."""
-    return max(max(op.curve.counts[0], op.tp) for op in task)
+    """Devices that every module of a task can run on: whole groups of its largest tp."""
+    return -(-max(op.curve.counts[0] for op in task) // _tp(task)) * _tp(task)
+
+
+def _tp(task: Ops) -> int:
+    """The largest; all are powers of two."""
+    return max(op.tp for op in task)
 
 
 def _task_s(task: Ops, num_devices: int) -> float:
@@ -93,7 +98,7 @@ def _share_out(tasks: Sequence[Ops], num_devices: int) -> list[int]:
     while True:
         spare, best = num_devices - sum(counts), (0.0, -1, 0)
         for i, task in enumerate(tasks):
-            step = max(op.tp for op in task)
+            step = _tp(task)
             for more in range(counts[i] + step, counts[i] + spare + 1, step):
                 gain_s = (_task_s(task, counts[i]) - _task_s(task, more)) / (more - counts[i])
                 best = max(best, (gain_s, i, more))

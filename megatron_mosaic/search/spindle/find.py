@@ -21,6 +21,7 @@ from megatron_mosaic.search.spindle.allocate import relaxed_optimum_s
 from megatron_mosaic.search.spindle.families import FAMILIES
 from megatron_mosaic.search.spindle.metaops import Choice, by_level, contract
 from megatron_mosaic.search.spindle.placement import Placer
+from megatron_mosaic.units import format_bytes
 
 _STATIC_FRAC = 0.5  # of a device's memory that a module's parameters may take: the rest is for activations
 _LARGE = 1e9  # parameters of a module for which twice the least tp is tried too
@@ -83,7 +84,9 @@ def find_waves(model: CostModel, config: SearchConfig) -> WaveSearch:
     if not any(best.values()):
         raise NoFeasiblePlan(
             f"workload {model.workload.name!r} on {model.cluster.name!r}",
-            got=f"{evaluated} plans in waves, none of which fits into {limit_bytes / 1e9:.0f} GB a device",
+            got=f"{evaluated} plans in waves, none of which fits into {format_bytes(limit_bytes)} a device"
+            if evaluated
+            else f"a module whose activations fit into {format_bytes(limit_bytes)} a device on no number of devices",
             expected="samples of a step whose activations fit on the cluster at once: waves have no microbatches",
             fix="lower workload.global_batch_size, add nodes, or set workload.training.sharding=optimizer",
         )

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from megatron_mosaic.cost_model.effects.memory import stage_memory
 from megatron_mosaic.cost_model.waves.slices import list_pools
-from megatron_mosaic.cost_model.waves.step import WaveClock
+from megatron_mosaic.cost_model.waves.step import WaveClock, kept_activations, passing_bytes
 from megatron_mosaic.cost_model.waves.transfers import list_feeds
 from megatron_mosaic.plan import Layout, RankSet, Recompute
 from megatron_mosaic.plan.tasks.waves import Slice, Waves
@@ -62,8 +62,8 @@ class Placer:
             number = len(placed)
             wave = self._place_wave(waves[number], states[-1], rules[number])
             after = self._after(states[-1], wave)
-            passing_bytes = max(self.clock.cost(each).memory.workspace_bytes for each in wave)
-            if max(after.used_bytes.values()) + passing_bytes <= self.memory_bytes:
+            passes = max(passing_bytes(self.clock.cost(each)) for each in wave)
+            if max(after.used_bytes.values()) + passes <= self.memory_bytes:
                 placed.append(wave)
                 states.append(after)
                 continue
@@ -75,14 +75,21 @@ class Placer:
         return tuple(placed)
 
     def _place_wave(self, wave: Wave, state: _State, rule: Rule) -> tuple[Slice, ...]:
-        """Larger tp chooses first, so that its groups are not broken up. Rules of KEEPING let parts keep what they
-        stand on before any of them grows: those with the largest volumes first."""
+        """Rules of KEEPING let parts keep what they stand on before any of them grows. Where smaller groups that stay
+        break up those that a larger tp needs, nothing is kept: then all find room."""
+        chosen = self._choose(wave, state, rule, keeps=rule in KEEPING)
+        if any(len(ranks) < part.count for part, ranks in chosen.items()):
+            chosen = self._choose(wave, state, rule, keeps=False)
+        return tuple(self.slice_of(part, RankSet.of(chosen[part])) for part in wave)
+
+    def _choose(self, wave: Wave, state: _State, rule: Rule, *, keeps: bool) -> dict[Part, list[int]]:
+        """Ranks of each part. Larger tp first, so that its groups are not broken up; then the largest volumes."""
         free = set(range(self.num_ranks))
         feeding = {part: self._feeding(part, state) for part in wave}
         volumes = {part: self._values(part) * bool(feeding[part]) * (rule is not Rule.in_turn) for part in wave}
         chosen: dict[Part, list[int]] = {part: [] for part in wave}
         order = sorted(wave, key=lambda each: (-each.op.tp, -volumes[each], each.op.module))
-        for grows in (False, True) if rule in KEEPING else (True,):
+        for grows in (False, True) if keeps else (True,):
             for part in order:
                 missing = (part.count - len(chosen[part])) // part.op.tp
                 blocks = self._blocks(part, free if grows else free & feeding[part])
@@ -90,7 +97,7 @@ class Placer:
                 ranks = [block + i for block in best[:missing] for i in range(part.op.tp)]
                 chosen[part] += ranks
                 free -= set(ranks)
-        return tuple(self.slice_of(part, RankSet.of(chosen[part])) for part in wave)
+        return chosen
 
     def _blocks(self, part: Part, free: Set[int]) -> list[int]:
         """First ranks of its groups of tp that are free."""
@@ -147,10 +154,10 @@ class Placer:
     def _after(self, state: _State, wave: Sequence[Slice]) -> _State:
         used, holders, last = dict(state.used_bytes), dict(state.holders), dict(state.last)
         for each in wave:
-            unit_bytes = self.clock.cost(each).memory.unit_bytes
+            kept_bytes = kept_activations(self.clock.cost(each)).total
             layer_bytes = self._layer_bytes(each)
             for rank in each.ranks:
-                used[rank] = used.get(rank, 0.0) + unit_bytes
+                used[rank] = used.get(rank, 0.0) + kept_bytes
             for layer in range(each.first_layer, each.end_layer):
                 key = each.module, layer
                 before = holders.get(key, frozenset[int]())

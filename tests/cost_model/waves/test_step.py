@@ -128,6 +128,18 @@ def test_a_frozen_module_without_anything_behind_has_no_backward():
     assert uses["caption", "llm"].kinds == (Kind.F, Kind.B)
 
 
+def test_a_frozen_slice_gets_no_gradients_and_keeps_nothing():
+    frozen = replace(TASKS, modules=(replace(TASKS.modules[0], frozen=True), *TASKS.modules[1:]))
+    clock = WaveClock(CostModel(frozen, make_cluster(6)))
+    (vision, _, _), (llm,) = TWO_WAVES.waves
+    step = clock.simulate(_plan((vision,), (replace(llm, ranks=RankSet.parse("4-5")),)))
+    assert step.exposed_transfer_s > 0
+    assert step.backward_s == pytest.approx(_b(clock, llm))
+    cost = clock.cost(vision)
+    assert step.memory[0].activations == 0 and _b(clock, vision) == 0
+    assert step.memory[0].workspace == cost.memory.workspace_bytes + cost.memory.unit_bytes
+
+
 def test_experts_are_refused():
     sparse = replace(TASKS, modules=(*TASKS.modules[:2], replace(TASKS.modules[2], num_experts=4)))
     with pytest.raises(ConfigError, match="module 'llm'"):

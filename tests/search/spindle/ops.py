@@ -11,8 +11,8 @@ from scipy.optimize import linprog
 from megatron_mosaic.search.spindle.metaops import Curve, MetaOp
 
 
-def make_op(name: str, num_layers: int, points: dict[int, float], *, level: int = 0) -> MetaOp:
-    return MetaOp(task=name, module="m", level=level, num_layers=num_layers, tp=1, curve=Curve.of(points))
+def make_op(name: str, num_layers: int, points: dict[int, float], *, level: int = 0, tp: int = 1) -> MetaOp:
+    return MetaOp(task=name, module="m", level=level, num_layers=num_layers, tp=tp, curve=Curve.of(points))
 
 
 @st.composite

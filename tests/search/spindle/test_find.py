@@ -97,6 +97,22 @@ def test_marginal_gain_takes_the_steepest_first():
     assert [[each.task for each in wave] for wave in waves] == [["caption"], ["pairs"]]
 
 
+def test_marginal_gain_begins_groups_of_tp_at_multiples_of_it():
+    """A task that needs three devices of tp 1 stands behind one of tp 2."""
+    a, b = make_op("caption", 1, {3: 9.0}), make_op("pairs", 1, {2: 1.0}, tp=2)
+    placer = Placer(clock=WaveClock(MODEL), recompute=Recompute.none, memory_bytes=1e12, num_ranks=8, gpus_per_node=8)
+    (waves,) = marginal_gain([replace(a, module="vision"), replace(b, module="text")], placer)
+    assert {each.task: str(each.ranks) for each in waves[0]} == {"pairs": "0-1", "caption": "2-4"}
+
+
+@pytest.mark.parametrize(("num_nodes", "batch"), [(1, 36), (2, 144)])
+def test_parts_that_stay_leave_room_for_groups_of_tp(num_nodes, batch):
+    """An odd dp at tp 1 beside a module of tp 2, on an odd number of ranks that it would keep."""
+    words = ["model=qwen_val", "cluster=a800_8x8", f"cluster.num_nodes={num_nodes}"]
+    task = load_task([*words, f"workload.global_batch_size={batch}"])
+    validate_waves(find_waves(task.cost_model(), task.search).best[1].plan, task.workload)
+
+
 def test_what_does_not_fit_is_said():
     small = make_cluster(4)
     small = replace(small, gpu=replace(small.gpu, memory_bytes=2e6))
