@@ -17,6 +17,7 @@ from megatron_mosaic.config import Task, load_task
 from megatron_mosaic.cost_model.efficiency.mfu import Efficiency, estimate_efficiency
 from megatron_mosaic.cost_model.model import memory_limit_bytes
 from megatron_mosaic.cost_model.simulate import Simulation
+from megatron_mosaic.errors import MosaicError
 from megatron_mosaic.plan import Plan, validate_plan
 from megatron_mosaic.plan.plan_file import format_plan, load_plan, save_plan
 from megatron_mosaic.runtime.telemetry.prediction import format_prediction
@@ -80,8 +81,11 @@ def _with_remedy(none: NoFeasiblePlan, task: Task, load: Callable[..., Task], pr
 
     def step_s(words: Words) -> float:
         progress(f"no plan fits; trying {' '.join(words)}")
-        other = load(*words)
-        first = first_step(other.cost_model(), other.search)
+        try:
+            other = load(*words)
+            first = first_step(other.cost_model(), other.search)
+        except MosaicError:  # words that make no task, or one that nobody measured: no help, and not what was asked
+            return math.inf
         return first.step_s if first else math.inf
 
     space = Space(workload=task.workload, cluster=task.cluster, config=task.search)

@@ -80,7 +80,8 @@ class StepPrice:
 
     def beside(self, alone: Machine, devices: tuple[tuple[int, ...], ...], jobs: Sequence[tuple[int, Kind]]) -> Beside:
         """The machine where tracks slow each other down on these devices; `jobs`: (lane, kind), in virtual stages."""
-        runners = tuple(self.runner(lane, kind) for lane, kind in jobs)
+        made = {job: self.runner(*job) for job in dict.fromkeys(jobs)}  # a drawn step has a job for every action
+        runners = tuple([made[job] for job in jobs])
         return Beside(alone=alone, devices=devices, runners=runners, interference=self.source.interference)
 
     def runner(self, lane: int, kind: Kind) -> CoRunner:

@@ -69,7 +69,8 @@ def first_step(model: CostModel, config: SearchConfig) -> Step | None:
     """The first plan that the greedy search finds, not the best; None where there is none."""
     space = Space(workload=model.workload, cluster=model.cluster, config=config, setup=model.source.setup)
     try:
-        return next(search_greedy(space, Evaluator(model=model, memory_frac=config.memory_frac)))
+        evaluator = Evaluator(model=model, memory_frac=config.memory_frac)
+        return next(search_greedy(space, evaluator, is_over=lambda: True))
     except NoFeasiblePlan:
         return None
 

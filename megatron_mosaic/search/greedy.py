@@ -133,10 +133,6 @@ def _starts(
     """(family, its best plan); when time is over, those that there are, or else the first that is found."""
     sketches = list_sketches(space, evaluator, composer)
     found = False
-    if space.cluster.num_ranks <= OVERLAID_RANKS:
-        if best := _overlaid(space, evaluator):
-            found = True
-            yield "overlaid", best
     for shape in dict.fromkeys(sketch.shape for sketch in sketches):
         if found and is_over():
             return
@@ -144,6 +140,10 @@ def _starts(
         if best := best_of(plans, evaluator, most=MAX_STARTS):
             found = True
             yield shape.value, best
+    if space.cluster.num_ranks <= OVERLAID_RANKS and not (found and is_over()):
+        if best := _overlaid(space, evaluator, is_over):
+            found = True
+            yield "overlaid", best
     if space.is_small or not found:
         for name in BASELINES:
             if found and is_over():
@@ -158,12 +158,15 @@ def _starts(
         yield "homogeneous", best
 
 
-def _overlaid(space: Space, evaluator: Evaluator) -> Candidate | None:
-    """The best of the leading plans of modules on any ranks, under every schedule, and with virtual stages."""
+def _overlaid(space: Space, evaluator: Evaluator, is_over: Callable[[], bool]) -> Candidate | None:
+    """The best of the leading plans of modules on any ranks, under every schedule, and with virtual stages; when time
+    is over, of those that were looked at."""
     overlaid, leading = evaluator.composer(space).overlaid(OVERLAID), list[tuple[float, Plan]]()
     for part in batched(overlaid, PART):
         best_s = min((step_s for step_s, _ in leading), default=math.inf)
         if len(leading) > MAX_OVERLAID or part[0].step_s > FAR * best_s:
+            break
+        if leading and is_over():
             break
         plans = [p for each in part for p in under_schedules(each.plan, space)]
         found = estimated(plans, evaluator, below_s=NEAR * best_s, most=math.inf)

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.config import load_task
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.plan import ScheduleChoice, validate_plan
 from megatron_mosaic.search.evaluate import Evaluator
+from megatron_mosaic.search.greedy import search_greedy
+from megatron_mosaic.search.sketches.overlay import Overlay
 from megatron_mosaic.search.space import SearchConfig, Space
 from tests.cases import WORKLOAD, make_cluster
 from tests.search.test_quality import FIRST_SEED, random_instance
@@ -38,3 +41,19 @@ def test_plans_are_legal_and_of_every_kind():
     assert any(len({*each}) == 1 for each in ranks), "none with all modules on the same ranks"
     assert any(not any(a.overlaps(b) for a in each for b in each if a != b) for each in ranks if len({*each}) == 3)
     assert any(a.overlaps(b) for each in ranks for a in each for b in each if a != b), "none that overlap partly"
+
+
+def test_what_has_no_room_is_not_priced(monkeypatch):
+    """Seven modules on sixteen ranks: more combinations of runs than are held at once."""
+    task = load_task(["model=six_encoders", "cluster=h100_8x8", "cluster.num_nodes=2"])
+    space = Space(workload=task.workload, cluster=task.cluster, config=task.search)
+    monkeypatch.setattr(Overlay, "_priced", None)
+    assert overlaid(space, task.cost_model()) == []
+
+
+def test_when_time_is_over_nothing_is_overlaid(monkeypatch):
+    space = Space(workload=WORKLOAD, cluster=make_cluster(4), config=SearchConfig())
+    model = CostModel(WORKLOAD, space.cluster)
+    monkeypatch.setattr(Overlay, "leading", None)
+    first = next(search_greedy(space, Evaluator(model=model, memory_frac=0.9), is_over=lambda: True))
+    assert first.step_s > 0

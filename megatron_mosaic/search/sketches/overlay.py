@@ -1,4 +1,4 @@
-"""Modules on any ranks: nested, partly overlapping or apart, put on top of each other in arrays; small clusters.
+"""Modules on any ranks (nested, partly overlapping, apart) put on top of each other in arrays, as far as there is room.
 
 For every number of samples in flight each module has entries: a run of ranks, a row of its options, a unit, priced by
 the cost model stage by stage. Entries of all modules are combined by broadcasting over the ranks:
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.cost_model.model import CostModel, memory_limit_bytes
+from megatron_mosaic.cost_model.price import exposed_s
 from megatron_mosaic.cost_model.work import items_of_unit, list_lanes
 from megatron_mosaic.errors import ProfileError
 from megatron_mosaic.plan import ModulePlan, Plan, RankSet, ScheduleChoice
@@ -78,7 +79,11 @@ class Overlay:
 
     def _overlaid(self, samples: int, keep: int) -> Iterator[Overlaid]:
         modules = self._space.workload.modules
-        entries = self._fitting([self._entries(module, samples) for module in modules])
+        by_size = {module.name: self._by_size(module, samples) for module in modules}
+        runs = {m.name: [ranks for ranks in self._space.rank_sets(m) if len(ranks) in by_size[m.name]] for m in modules}
+        if math.prod(map(len, runs.values())) > self._most_combinations:
+            return  # no room for one way to lay out a module on each run
+        entries = self._fitting([self._entries(m, by_size[m.name], runs[m.name], samples) for m in modules])
         if not entries:
             return
         shape = tuple(len(each.placed) for each in entries)
@@ -91,11 +96,15 @@ class Overlay:
             plan = self._space.make_plan(samples // dp, placed, ScheduleChoice("1f1b"))
             yield Overlaid(step_s=float(step_s[at]), busy_s=float(busy_s[at]), bytes=float(held[at]), plan=plan)
 
+    @property
+    def _most_combinations(self) -> float:
+        return MOST_CELLS / self._space.cluster.num_ranks
+
     def _fitting(self, entries: list[list[list[_Entry]]]) -> list[_Entries]:
         """As many of each module on each run of ranks as there is room for; none where there is not."""
         for per_set in _PER_SET:
             chosen = [[each for on_set in own for each in on_set[:per_set]] for own in entries]
-            if math.prod(map(len, chosen)) <= MOST_CELLS / self._space.cluster.num_ranks:
+            if math.prod(map(len, chosen)) <= self._most_combinations:
                 return [self._stacked(own) for own in chosen] if all(chosen) else []
         return []
 
@@ -140,14 +149,15 @@ class Overlay:
         values = (np.maximum(around_s, busy_s), busy_s, np.max(held, axis=-1), number)
         return tuple(np.broadcast_to(x, shape).ravel() for x in values)  # type: ignore[return-value]
 
-    def _entries(self, module: ModuleConfig, samples: int) -> list[list[_Entry]]:
+    def _entries(
+        self, module: ModuleConfig, by_size: Mapping[int, list[ModulePlan]], runs: Iterable[RankSet], samples: int
+    ) -> list[list[_Entry]]:
         """By run of ranks, the module's front there, the leaders first."""
-        by_size, priced = self._by_size(module, samples), dict[object, list[_Entry]]()
-        found = []
-        for ranks in self._space.rank_sets(module):
+        priced, found = dict[object, list[_Entry]](), []
+        for ranks in runs:
             where = self._like(ranks)
             if where not in priced:
-                placed = [replace(each, ranks=ranks) for each in by_size.get(len(ranks), ())]
+                placed = [replace(each, ranks=ranks) for each in by_size[len(ranks)]]
                 priced[where] = _ordered(self._priced(module, placed, samples))
             found.append([each.moved(ranks) for each in priced[where]])
         return found
@@ -178,11 +188,10 @@ class Overlay:
                 costs = [model.stage_cost(lane.work) for lane in lanes]
             except ProfileError:
                 continue  # nobody measured it: no candidate
-            setup = model.source.setup
             stages = []
             for lane, cost in zip(lanes, costs):
-                exposed_s = (0.1 if setup.gradient_overlap_frac else 1.0) * cost.gradients_s
-                tail_s = exposed_s + model.source.optimizer_s(cost.updated_parameters)
+                never_hidden_s = exposed_s(cost.gradients_s, math.inf, model.source)
+                tail_s = never_hidden_s + model.source.optimizer_s(cost.updated_parameters)
                 unit_s, memory = each.layout.vpp * sum(cost.action_s.values()), cost.memory
                 held = memory.static_bytes, memory.unit_bytes, memory.workspace_bytes
                 stages.append((lane.ranks, (cost.busy_s + tail_s, unit_s, *held)))
