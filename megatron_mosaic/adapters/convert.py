@@ -78,7 +78,8 @@ def _make_directory(path: Path) -> None:
 
 
 def _load_plan(sharded: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(the parameters of a plan's checkpoint, the names of all that was saved): no optimizer state is read."""
+    """(parameters of a plan's checkpoint by their names in the model, names of all that was saved). No optimizer state
+    is read."""
     with (sharded / ".metadata").open("rb") as stream:
         names = list(load_metadata(stream).state_dict_metadata)
     with world_of_one():
@@ -86,7 +87,7 @@ def _load_plan(sharded: Path) -> tuple[dict[str, Tensor], list[str]]:
             key: each for key, each in dist_checkpointing.load_tensors_metadata(str(sharded)).items() if _OWN.match(key)
         }
         found = dist_checkpointing.load(wanted, str(sharded), validate_access_integrity=False)
-    return {key: found[key] for key in wanted}, names
+    return {key.partition(".model.")[2]: found[key] for key in wanted}, names
 
 
 def _find(source: Path) -> tuple[Path, None] | tuple[None, Path]:
@@ -151,16 +152,13 @@ def _shard(state: Mapping[str, Any]) -> dict[str, Any]:
 def _join(tensors: Mapping[str, Tensor], names: list[str], directory: Path) -> dict[str, Tensor | None]:
     """The model's state as the stock script loads it, from a plan's tensors and the `names` of all that was saved."""
     found: dict[str, Tensor | None] = {}
-    for key, tensor in tensors.items():
-        own = _OWN.match(key)
-        if own is None:
-            continue
-        stacked = _STACKED.match(own[2])
+    for name, tensor in tensors.items():
+        stacked = _STACKED.match(name)
         if stacked:
             rest = _name_in_layer(stacked[2])
             found |= {f"{stacked[1]}.{i}.{rest}": part.clone() for i, part in enumerate(tensor)}
         else:
-            found[own[2]] = tensor
+            found[name] = tensor
     for name in names:
         key, _, place = name.partition("/shard_")
         own = _OWN.match(key)
