@@ -13,18 +13,21 @@ from pathlib import Path
 from tests.docs.pages import ROOT, Block
 
 OWN = {".git", ".venv", "outputs", "multirun", "runs"}  # of the clone, not to be seen or written to
+STAMP = "mosaic-setup.stamp"
 
 
 def build_sandbox(directory: Path) -> Path:
-    """Links to everything in the root, and a `.venv` that `scripts/setup.sh` takes as its own."""
+    """Links to everything in the root, and a `.venv` that `scripts/setup.sh` and `python` take as their own."""
     for path in ROOT.iterdir():
         if path.name not in OWN:
             (directory / path.name).symlink_to(path)
     environment = directory / ".venv"
     environment.mkdir()
-    (environment / "bin").symlink_to(Path(sys.executable).parent)
+    for path in Path(sys.prefix).iterdir():
+        if path.name != STAMP:
+            (environment / path.name).symlink_to(path)
     asked = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    (environment / "mosaic-setup.stamp").write_text(f"{directory}\n{hashlib.sha256(asked).hexdigest()}\n")
+    (environment / STAMP).write_text(f"{directory}\n{hashlib.sha256(asked).hexdigest()}\n")
     return directory
 
 
