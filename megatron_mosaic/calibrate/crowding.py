@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mosaic.plan.workload import ModuleConfig
 
-ROUNDS = 7
+ROUNDS = 31
 ITEMS = 4
 
 

@@ -65,7 +65,7 @@ def calibrate(
         run_forked(1, _measure_interference, directory, data["machine"]["memory_bytes_per_s"])
         interference = json.loads((Path(directory) / "interference.json").read_text())
         progress("overheads of a step")
-        spans = _run_one_rank(workload, megatron_args, directory)
+        spans = _run_one_rank(workload, megatron_args, directory, cores)
     profile = Profile.model_validate(
         {
             "mosaic_profile": FORMAT_VERSION,
@@ -84,7 +84,7 @@ def calibrate(
             "interference": interference,
         }
     )
-    model = CostModel(workload, local_cluster(profile, 1), profile)
+    model = CostModel(workload, local_cluster(profile, cores), profile)
     overheads = fit_overheads(simulate(_one_rank(workload), model), spans)
     return profile.model_copy(update={"overheads": overheads})
 
@@ -163,13 +163,14 @@ def _one_rank(workload: Workload) -> Plan:
     return one_rank_plan(workload.name, modules, global_batch_size=16, micro_batch_size=4)
 
 
-def _run_one_rank(workload: Workload, megatron_args: Sequence[str], directory: str) -> list[Span]:
-    """The median step of a real run with every module on one rank, which waits for nobody."""
+def _run_one_rank(workload: Workload, megatron_args: Sequence[str], directory: str, cores: int) -> list[Span]:
+    """The median step of a real run with every module on one rank, which waits for nobody. It takes the one core that it
+    would have if there were a rank for each."""
     path = f"{directory}/one-rank.yaml"
     save_plan(_one_rank(workload), path)
     command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "24"]
     command += ["--eval-iters", "0", "--log-interval", "1000"]
-    run_forked(1, with_command_line, command, pretrain.main)
+    run_forked(1, with_command_line, command, pretrain.main, env={"LOCAL_WORLD_SIZE": str(cores)})
     return [Span(*span) for span in json.loads((Path(directory) / TIMELINE_FILE).read_text())["spans"]]
 
 

@@ -28,7 +28,7 @@ from megatron_mosaic.plan import Layout, ModulePlan, Plan, RankSet, ScheduleChoi
 from megatron_mosaic.runtime.model import empty_stage, initialize_by_name
 
 ITEMS = (1, 2, 4, 8, 16)
-REPEATS = 5
+REPEATS = 9
 _NOTHING = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 _PIPELINE = 4  # stages into which a module is cut to see its parts: first, inner and last
 
