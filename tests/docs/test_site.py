@@ -5,14 +5,9 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from tests.docs.pages import ROOT
 
-pytest.importorskip("material", reason="pip install -c constraints.txt '.[docs]' brings mkdocs-material")
 
-
-@pytest.mark.slow
 def test_the_site_builds_without_warnings_and_needs_no_network(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml")]
     environment = os.environ | {
