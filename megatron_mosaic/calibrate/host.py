@@ -164,8 +164,10 @@ def _one_rank(workload: Workload) -> Plan:
 
 
 def _run_one_rank(workload: Workload, megatron_args: Sequence[str], directory: str, cores: int) -> list[Span]:
-    """The median step of a real run with every module on one rank, which waits for nobody. It takes the one core that it
-    would have if there were a rank for each."""
+    """The median step of a real run with every module on one rank, which waits for nobody.
+
+    It has the one thread that it would have if every core had a rank: ranks of several pay for waking them, too.
+    """
     path = f"{directory}/one-rank.yaml"
     save_plan(_one_rank(workload), path)
     command = [*megatron_args, "--mosaic-plan", path, "--mosaic-report", directory, "--train-iters", "24"]
