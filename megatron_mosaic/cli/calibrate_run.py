@@ -32,7 +32,8 @@ def correct_by_run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         steps = [dict(zip(("before_s", "after_s", "measured_s"), step, strict=True)) for step in found.steps_s]
         seconds = time.perf_counter() - started
-        print_json({"profile": str(path), "seconds": seconds, "factors": _by_name(found.factors), "steps": steps})
+        factors, apart = _by_name(found.factors), _by_name(found.apart)
+        print_json({"profile": str(path), "seconds": seconds, "factors": factors, "apart": apart, "steps": steps})
     else:
         _print(found, runs, str(path))
     return 0

@@ -154,5 +154,7 @@ def test_what_no_correction_brings_together_is_said(tmp_path, capsys, profiles, 
     make_run(tmp_path / "report", known, truth, "apart")
     monkeypatch.setattr("megatron_mosaic.calibrate.from_run._MOST_ROUNDS", 0)
     words = ["--profile", str(known), "--out", str(tmp_path / "corrected.yaml")]
-    assert main(["calibrate", "--from-run", str(tmp_path), *words]) == 0
-    assert "llm backward took 2.5 times as long" in capsys.readouterr().err
+    assert main(["calibrate", "--from-run", str(tmp_path), *words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert "llm backward took 2.5 times as long" in said.err
+    assert json.loads(said.out)["apart"]["llm backward"] == pytest.approx(2.5, rel=0.01)
