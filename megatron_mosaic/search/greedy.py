@@ -141,7 +141,7 @@ def _starts(
             found = True
             yield shape.value, best
     if space.cluster.num_ranks <= OVERLAID_RANKS and not (found and is_over()):
-        if best := _overlaid(space, evaluator, is_over):
+        if best := _overlaid(space, evaluator, is_over, found):
             found = True
             yield "overlaid", best
     if space.is_small or not found:
@@ -158,21 +158,26 @@ def _starts(
         yield "homogeneous", best
 
 
-def _overlaid(space: Space, evaluator: Evaluator, is_over: Callable[[], bool]) -> Candidate | None:
+def _overlaid(space: Space, evaluator: Evaluator, is_over: Callable[[], bool], found: bool) -> Candidate | None:
     """The best of the leading plans of modules on any ranks, under every schedule, and with virtual stages; when time
-    is over, of those that were looked at."""
-    overlaid, leading = evaluator.composer(space).overlaid(OVERLAID), list[tuple[float, Plan]]()
+    is over and a plan was `found`, here or before, of those that were looked at."""
+    leading = list[tuple[float, Plan]]()
+
+    def ends() -> bool:
+        return (found or bool(leading)) and is_over()
+
+    overlaid = evaluator.composer(space).overlaid(OVERLAID, ends)
     for part in batched(overlaid, PART):
         best_s = min((step_s for step_s, _ in leading), default=math.inf)
         if len(leading) > MAX_OVERLAID or part[0].step_s > FAR * best_s:
             break
-        if leading and is_over():
+        if ends():
             break
         plans = [p for each in part for p in under_schedules(each.plan, space)]
-        found = estimated(plans, evaluator, below_s=NEAR * best_s, most=math.inf)
-        leading += [pair for pair in found if pair[0] < math.inf]
+        timed = estimated(plans, evaluator, below_s=NEAR * best_s, most=math.inf)
+        leading += [pair for pair in timed if pair[0] < math.inf]
     near = [plan for _, plan in sorted(leading, key=lambda pair: pair[0])]
-    more = [other for each in near[:CHUNKED] for other in chunked(each, space)]
+    more = [] if ends() else [other for each in near[:CHUNKED] for other in chunked(each, space)]
     return best_of(near + more, evaluator, most=MAX_OVERLAID)
 
 

@@ -16,7 +16,7 @@ from tests.search.test_quality import FIRST_SEED, random_instance
 
 
 def overlaid(space: Space, model: CostModel):
-    return Evaluator(model=model, memory_frac=space.config.memory_frac).composer(space).overlaid(40)
+    return Evaluator(model=model, memory_frac=space.config.memory_frac).composer(space).overlaid(40, lambda: False)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -49,6 +49,15 @@ def test_what_has_no_room_is_not_priced(monkeypatch):
     space = Space(workload=task.workload, cluster=task.cluster, config=task.search)
     monkeypatch.setattr(Overlay, "_priced", None)
     assert overlaid(space, task.cost_model()) == []
+
+
+def test_when_time_is_over_no_more_numbers_of_samples_are_priced(monkeypatch):
+    counted = list[int]()
+    monkeypatch.setattr(Overlay, "_overlaid", lambda self, samples, keep: counted.append(samples) or iter(()))
+    space = Space(workload=WORKLOAD, cluster=make_cluster(4), config=SearchConfig())
+    overlay = Overlay(space, CostModel(WORKLOAD, space.cluster), {})
+    overlay.leading([4, 8, 16], keep=1, is_over=lambda: len(counted) == 2)
+    assert counted == [4, 8]
 
 
 def test_when_time_is_over_nothing_is_overlaid(monkeypatch):

@@ -12,7 +12,7 @@ What is kept of each: the fastest that fit by this estimate, and the one that ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations, product
@@ -132,9 +132,9 @@ class Composer:
         found.sort(key=lambda s: s.step_s)
         return found + [sketch for sketch in lean.values() if sketch not in found]
 
-    def overlaid(self, keep: int) -> list[Overlaid]:
+    def overlaid(self, keep: int, is_over: Callable[[], bool]) -> list[Overlaid]:
         """Modules on any ranks: the `keep` leading plans by step, and by the busiest rank alone."""
-        return self._overlay.leading(self._samples(), keep)
+        return self._overlay.leading(self._samples(), keep, is_over)
 
     def _samples(self) -> list[int]:
         """Samples of one microbatch over all lanes of the backbone."""

@@ -12,8 +12,9 @@ An estimate, for ranking: of every kind of plan who leads by the step, by the bu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +69,11 @@ class Overlay:
         self._space, self._model, self._options = space, model, options
         self._limit = memory_limit_bytes(space.cluster, space.config.memory_frac)
 
-    def leading(self, samples: Sequence[int], keep: int) -> list[Overlaid]:
-        """Of all numbers of samples together the first by each estimate, a few of each of `keep` kinds; by step."""
-        found = [each for count in samples for each in self._overlaid(count, keep)]
+    def leading(self, samples: Sequence[int], keep: int, is_over: Callable[[], bool]) -> list[Overlaid]:
+        """Of all numbers of samples together the first by each estimate, a few of each of `keep` kinds; by step. When
+        time is over, of those numbers that were looked at."""
+        counts = takewhile(lambda _: not is_over(), samples)
+        found = [each for count in counts for each in self._overlaid(count, keep)]
         fitting = [x for x in found if x.bytes <= self._limit]
         most = _OF_A_KIND * keep
         chosen = sorted(fitting, key=lambda x: x.step_s)[:most] + sorted(fitting, key=lambda x: x.busy_s)[:most]
