@@ -19,6 +19,7 @@ from megatron_mosaic.cost_model.effects.parameters import updated_parameters
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import StageCost, exposed_s
+from megatron_mosaic.cost_model.waves.activations import Activations
 from megatron_mosaic.cost_model.waves.slices import Pool, list_pools, list_uses, work_of
 from megatron_mosaic.cost_model.waves.transfers import Feed, list_feeds, moved_values, transfer_s
 from megatron_mosaic.plan import RankSet
@@ -165,26 +166,15 @@ class WaveClock:
         return max(tails) + source.consensus_s(Group.of(RankSet.block(0, world_size), self._gpus_per_node))
 
     def _memory(self, pools: Sequence[Pool], slices: Sequence[Slice], costs: Sequence[StageCost]) -> dict[int, Memory]:
-        """By rank: parameters, gradients and optimizer of its pools, activations of all its slices that have a backward
-        at once (every forward comes before every backward), one workspace."""
-        held: dict[int, list[Memory]] = defaultdict(list)
-        workspace: dict[int, float] = defaultdict(float)
+        """By rank: parameters, gradients and optimizer of its pools, and the fullest moment of its slices' activations
+        (every forward comes before every backward)."""
+        static: dict[int, list[Memory]] = defaultdict(list)
         for pool in pools:
-            static = stage_memory(pool.work, self.model.source.precision, self.model.source.setup).static
+            memory = stage_memory(pool.work, self.model.source.precision, self.model.source.setup).static
             for rank in pool.ranks:
-                held[rank].append(static)
+                static[rank].append(memory)
+        activations: dict[int, Activations] = defaultdict(Activations)
         for each, cost in zip(slices, costs):
             for rank in each.ranks:
-                held[rank].append(kept_activations(cost))
-                workspace[rank] = max(workspace[rank], passing_bytes(cost))
-        return {rank: add_up(parts) + Memory(workspace=workspace[rank]) for rank, parts in sorted(held.items())}
-
-
-def kept_activations(cost: StageCost) -> Memory:
-    """What a slice's forward leaves for its backward: nothing where it has none."""
-    return cost.memory.unit if cost.seconds(Kind.B) else Memory()
-
-
-def passing_bytes(cost: StageCost) -> float:
-    """What a slice needs while it works, and no longer."""
-    return cost.memory.workspace_bytes + (0.0 if cost.seconds(Kind.B) else cost.memory.unit_bytes)
+                activations[rank] = activations[rank].after(cost)
+        return {rank: add_up([*parts, activations[rank].fullest]) for rank, parts in sorted(static.items())}

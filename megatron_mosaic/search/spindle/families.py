@@ -48,8 +48,12 @@ def tasks_in_turn(ops: Ops, placer: Placer) -> Iterator[Waves | None]:
 
 def marginal_gain(ops: Ops, placer: Placer) -> Iterator[Waves | None]:
     """Tasks beside each other on devices of their own; the next devices go where they save most time for each:
-    (T(n) - T(n')) / (n' - n). Inside a task one module after the other. More tasks than devices take turns."""
+    (T(n) - T(n')) / (n' - n). Inside a task one module after the other. More tasks than devices take turns. None where
+    a task's tp and layouts have no common number of devices."""
     tasks = [[op for op in ops if op.task == name] for name in dict.fromkeys(op.task for op in ops)]
+    if max(map(_least, tasks)) > placer.num_ranks:
+        yield None
+        return
     waves: list[tuple[Slice, ...]] = []
     for turn in _turns(tasks, placer.num_ranks):
         counts = _share_out(turn, placer.num_ranks)

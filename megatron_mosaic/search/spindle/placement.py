@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from megatron_mosaic.cost_model.effects.memory import stage_memory
+from megatron_mosaic.cost_model.waves.activations import Activations
 from megatron_mosaic.cost_model.waves.slices import list_pools
-from megatron_mosaic.cost_model.waves.step import WaveClock, kept_activations, passing_bytes
+from megatron_mosaic.cost_model.waves.step import WaveClock
 from megatron_mosaic.cost_model.waves.transfers import list_feeds
 from megatron_mosaic.plan import Layout, RankSet, Recompute
 from megatron_mosaic.plan.tasks.waves import Slice, Waves
@@ -39,9 +40,19 @@ KEEPING = (Rule.islands, Rule.packed)  # rows where they are
 class _State:
     """Before a wave: what ranks hold, and where rows are."""
 
-    used_bytes: Mapping[int, float] = field(default_factory=dict)
+    static_bytes: Mapping[int, float] = field(default_factory=dict)  # of parameters and their states, by rank
+    activations: Mapping[int, Activations] = field(default_factory=dict)
     holders: Mapping[tuple[str, int], frozenset[int]] = field(default_factory=dict)  # module, layer -> ranks
     last: Mapping[tuple[str, str], Slice] = field(default_factory=dict)  # task, module -> its last slice
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest rank in its fullest moment."""
+        return max(held + self.activations[rank].fullest.total for rank, held in self.static_bytes.items())
+
+    def held_bytes(self, rank: int) -> float:
+        """What it would hold if nothing were at work."""
+        return self.static_bytes.get(rank, 0.0) + self.activations.get(rank, Activations()).held.total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +73,7 @@ class Placer:
             number = len(placed)
             wave = self._place_wave(waves[number], states[-1], rules[number])
             after = self._after(states[-1], wave)
-            passes = max(passing_bytes(self.clock.cost(each)) for each in wave)
-            if max(after.used_bytes.values()) + passes <= self.memory_bytes:
+            if after.peak_bytes <= self.memory_bytes:
                 placed.append(wave)
                 states.append(after)
                 continue
@@ -132,7 +142,7 @@ class Placer:
         room = Counter(block // self.gpus_per_node for block in blocks)
 
         def worth(block: int) -> tuple[float, ...]:
-            free_bytes = -max(state.used_bytes.get(block + i, 0.0) for i in range(part.op.tp))
+            free_bytes = -max(map(state.held_bytes, range(block, block + part.op.tp)))
             island = block // self.gpus_per_node
             stays, held = block in feeding, block in holding
             if rule is Rule.memory:
@@ -152,20 +162,20 @@ class Placer:
         return frozenset(rank for feed in feeds for rank in feed.source.ranks)
 
     def _after(self, state: _State, wave: Sequence[Slice]) -> _State:
-        used, holders, last = dict(state.used_bytes), dict(state.holders), dict(state.last)
+        static, activations = dict(state.static_bytes), dict(state.activations)
+        holders, last = dict(state.holders), dict(state.last)
         for each in wave:
-            kept_bytes = kept_activations(self.clock.cost(each)).total
-            layer_bytes = self._layer_bytes(each)
+            cost, layer_bytes = self.clock.cost(each), self._layer_bytes(each)
             for rank in each.ranks:
-                used[rank] = used.get(rank, 0.0) + kept_bytes
+                activations[rank] = activations.get(rank, Activations()).after(cost)
             for layer in range(each.first_layer, each.end_layer):
                 key = each.module, layer
                 before = holders.get(key, frozenset[int]())
                 for rank in set(each.ranks) - before:
-                    used[rank] = used.get(rank, 0.0) + layer_bytes
+                    static[rank] = static.get(rank, 0.0) + layer_bytes
                 holders[key] = before | set(each.ranks)
             last[each.task, each.module] = each
-        return _State(used_bytes=used, holders=holders, last=last)
+        return _State(static_bytes=static, activations=activations, holders=holders, last=last)
 
     def _layer_bytes(self, each: Slice) -> float:
         """What a layer's parameters need on a rank, with their optimizer split over those of this slice."""

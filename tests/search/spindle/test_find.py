@@ -76,9 +76,13 @@ def test_islands_move_less_than_ranks_in_turn():
 
 
 def test_placement_gives_way_to_memory():
-    """A limit that islands overflow and that ranks with most free memory keep; and one that nothing keeps."""
+    """Waves stay where they are near the peak of the clock (optimizers are split over slices here, and over all of a
+    module's ranks there). Then a limit that islands overflow and that ranks with most free memory keep; and one that
+    nothing keeps."""
     placer, levels, choice = _placer(["model=ofasys", "cluster=a800_8x8", "cluster.num_nodes=2"])
-    islands = price_waves(placer.clock, placer.place(levels.waves, Rule.islands), 1.0, choice).step.peak_bytes
+    free = placer.place(levels.waves, Rule.islands)
+    islands = price_waves(placer.clock, free, 1.0, choice).step.peak_bytes
+    assert replace(placer, memory_bytes=1.05 * islands).place(levels.waves, Rule.islands) == free
     limit_bytes = 0.97 * islands
     tight = replace(placer, memory_bytes=limit_bytes).place(levels.waves, Rule.islands)
     assert tight is not None
@@ -95,6 +99,13 @@ def test_marginal_gain_takes_the_steepest_first():
     assert [(each.task, str(each.ranks)) for each in waves[0]] == [("caption", "0-1"), ("pairs", "2")]
     (waves,) = marginal_gain([replace(a, module="vision"), replace(b, module="text")], replace(placer, num_ranks=1))
     assert [[each.task for each in wave] for wave in waves] == [["caption"], ["pairs"]]
+
+
+def test_marginal_gain_needs_devices_for_whole_groups_of_tp():
+    """Five devices of tp 1 are eight, in groups of four: there are six."""
+    wide, long = make_op("caption", 1, {4: 9.0}, tp=4), make_op("caption", 1, {5: 1.0})
+    placer = Placer(clock=WaveClock(MODEL), recompute=Recompute.none, memory_bytes=1e12, num_ranks=6, gpus_per_node=6)
+    assert list(marginal_gain([replace(wide, module="vision"), replace(long, module="text")], placer)) == [None]
 
 
 def test_marginal_gain_begins_groups_of_tp_at_multiples_of_it():
