@@ -53,7 +53,7 @@ from megatron_mosaic.schedules.timeline import Span
 def calibrate(
     *, num_ranks: int = 4, megatron_args: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
 ) -> Profile:
-    """The profile of this machine, for plans of up to `num_ranks` ranks; less than a minute on two cores."""
+    """The profile of this machine, for plans of up to `num_ranks` ranks; about a minute on two cores."""
     workload = workload_of_command_line(megatron_args)
     cores = psutil.cpu_count(logical=True) or 1
     with tempfile.TemporaryDirectory(prefix="mosaic-calibrate-") as directory:

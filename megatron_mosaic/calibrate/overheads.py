@@ -6,8 +6,8 @@ A run of every module on one rank, which waits for nobody, is laid beside what t
       |          |                                  |
     sample_s   action_s: what is left, an action  step_s: what is left, a step
 
-With these the profile predicts that run to the bit, unless the run was faster than its parts alone: what is left is
-then 0, not negative, and the prediction the longer one. Every other plan is predicted from it.
+With these the profile predicts that run, on one thread as it was, to the bit, unless the run was faster than its parts
+alone: what is left is then 0, not negative, and the prediction the longer one. Every other plan is predicted from it.
 """
 
 from __future__ import annotations

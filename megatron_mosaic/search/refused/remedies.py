@@ -1,6 +1,6 @@
 """What would make a plan fit, as words to add to the command: found by searching with them, not by rule.
 
-first   another plan of the same job: what a pin, an exclusion or a limit forbids    the fastest of those that fit
+first   another plan of the same job: what a pin, an exclusion or a limit forbids    that with the fastest first plan
 then    another job: fewer samples in a step
 last    more nodes
 """
