@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from megatron_mosaic.cost_model.effects.counts import count_activation_bytes, count_logits_bytes, count_parameters
@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return math.fsum(astuple(self))
+        return math.fsum(getattr(self, name) for name in self.__slots__)
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})

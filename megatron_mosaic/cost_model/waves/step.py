@@ -19,7 +19,7 @@ from megatron_mosaic.cost_model.effects.parameters import updated_parameters
 from megatron_mosaic.cost_model.groups import Group
 from megatron_mosaic.cost_model.model import CostModel
 from megatron_mosaic.cost_model.price import StageCost, exposed_s
-from megatron_mosaic.cost_model.waves.activations import Activations
+from megatron_mosaic.cost_model.waves.activations import Activations, after_slice
 from megatron_mosaic.cost_model.waves.slices import Pool, list_pools, list_uses, work_of
 from megatron_mosaic.cost_model.waves.transfers import Feed, list_feeds, moved_values, transfer_s
 from megatron_mosaic.plan import RankSet
@@ -173,8 +173,7 @@ class WaveClock:
             memory = stage_memory(pool.work, self.model.source.precision, self.model.source.setup).static
             for rank in pool.ranks:
                 static[rank].append(memory)
-        activations: dict[int, Activations] = defaultdict(Activations)
+        activations: dict[int, Activations] = {}
         for each, cost in zip(slices, costs):
-            for rank in each.ranks:
-                activations[rank] = activations[rank].after(cost)
+            activations |= after_slice(each.ranks, cost, activations)
         return {rank: add_up([*parts, activations[rank].fullest]) for rank, parts in sorted(static.items())}

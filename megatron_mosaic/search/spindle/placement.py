@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from megatron_mosaic.cost_model.effects.memory import stage_memory
-from megatron_mosaic.cost_model.waves.activations import Activations
+from megatron_mosaic.cost_model.waves.activations import NONE, Activations, after_slice
 from megatron_mosaic.cost_model.waves.slices import list_pools
 from megatron_mosaic.cost_model.waves.step import WaveClock
 from megatron_mosaic.cost_model.waves.transfers import list_feeds
@@ -48,11 +48,11 @@ class _State:
     @property
     def peak_bytes(self) -> float:
         """Of the fullest rank in its fullest moment."""
-        return max(held + self.activations[rank].fullest.total for rank, held in self.static_bytes.items())
+        return max(held + self.activations[rank].fullest_bytes for rank, held in self.static_bytes.items())
 
     def held_bytes(self, rank: int) -> float:
         """What it would hold if nothing were at work."""
-        return self.static_bytes.get(rank, 0.0) + self.activations.get(rank, Activations()).held.total
+        return self.static_bytes.get(rank, 0.0) + self.activations.get(rank, NONE).held_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +166,7 @@ class Placer:
         holders, last = dict(state.holders), dict(state.last)
         for each in wave:
             cost, layer_bytes = self.clock.cost(each), self._layer_bytes(each)
-            for rank in each.ranks:
-                activations[rank] = activations.get(rank, Activations()).after(cost)
+            activations |= after_slice(each.ranks, cost, activations)
             for layer in range(each.first_layer, each.end_layer):
                 key = each.module, layer
                 before = holders.get(key, frozenset[int]())
