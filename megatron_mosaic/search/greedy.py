@@ -140,7 +140,7 @@ def _starts(
         if best := best_of(plans, evaluator, most=MAX_STARTS):
             found = True
             yield shape.value, best
-    if space.cluster.num_ranks <= OVERLAID_RANKS and not (found and is_over()):
+    if space.cluster.num_ranks <= OVERLAID_RANKS:
         if best := _overlaid(space, evaluator, is_over, found):
             found = True
             yield "overlaid", best
@@ -169,9 +169,7 @@ def _overlaid(space: Space, evaluator: Evaluator, is_over: Callable[[], bool], f
     overlaid = evaluator.composer(space).overlaid(OVERLAID, ends)
     for part in batched(overlaid, PART):
         best_s = min((step_s for step_s, _ in leading), default=math.inf)
-        if len(leading) > MAX_OVERLAID or part[0].step_s > FAR * best_s:
-            break
-        if ends():
+        if len(leading) > MAX_OVERLAID or part[0].step_s > FAR * best_s or ends():
             break
         plans = [p for each in part for p in under_schedules(each.plan, space)]
         timed = estimated(plans, evaluator, below_s=NEAR * best_s, most=math.inf)

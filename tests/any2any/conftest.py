@@ -29,7 +29,6 @@ def one_rank():
     tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
     yield
     assert not parallel_state.is_initialized()
-    parallel_state._GLOBAL_MEMORY_BUFFER = None
     dist.destroy_process_group()
 
 

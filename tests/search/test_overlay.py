@@ -63,6 +63,6 @@ def test_when_time_is_over_no_more_numbers_of_samples_are_priced(monkeypatch):
 def test_when_time_is_over_nothing_is_overlaid(monkeypatch):
     space = Space(workload=WORKLOAD, cluster=make_cluster(4), config=SearchConfig())
     model = CostModel(WORKLOAD, space.cluster)
-    monkeypatch.setattr(Overlay, "leading", None)
+    monkeypatch.setattr(Overlay, "_overlaid", None)
     first = next(search_greedy(space, Evaluator(model=model, memory_frac=0.9), is_over=lambda: True))
     assert first.step_s > 0

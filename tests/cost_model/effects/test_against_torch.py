@@ -58,7 +58,6 @@ def groups():
     tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
     yield ProcessGroupCollection(**{f.name: dist.group.WORLD for f in fields(ProcessGroupCollection)})
     assert not parallel_state.is_initialized()
-    parallel_state._GLOBAL_MEMORY_BUFFER = None
     dist.destroy_process_group()
 
 
